@@ -1,0 +1,71 @@
+"""Errors, named by who is at fault. `status` is the gRPC status name the edge answers with; nothing else translates."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ForerunError(Exception):
+    """Base of every error a caller may see."""
+
+    status: ClassVar[str] = "UNKNOWN"
+
+
+class InvalidRequest(ForerunError):
+    """The caller's fault. `violations` lists every (field, what is wrong), not only the first."""
+
+    status = "INVALID_ARGUMENT"
+
+    def __init__(self, violations: list[tuple[str, str]]) -> None:
+        super().__init__("; ".join(f"{field}: {problem}" for field, problem in violations))
+        self.violations = violations
+
+
+class Overloaded(ForerunError):
+    """The admission queue is full; trying again later may work."""
+
+    status = "RESOURCE_EXHAUSTED"
+
+    def __init__(self, message: str, retry_after_seconds: float) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class RequestFailed(ForerunError):
+    """This request could not be finished, others go on."""
+
+    status = "INTERNAL"
+
+
+class EngineClosed(ForerunError):
+    """The engine was closed, before the call or during it."""
+
+    status = "UNAVAILABLE"
+
+
+class EngineDead(ForerunError):
+    """An actor failed in a way the engine could not recover from; `__cause__` is the first error."""
+
+    status = "UNAVAILABLE"
+
+
+class ModelFileError(ForerunError):
+    """A model file is missing, damaged or not what was expected; the message names the file, the place and the expectation."""
+
+    status = "FAILED_PRECONDITION"
+
+
+class PositionLost(ForerunError):
+    """Memory cannot restore the position asked for exactly, and says which it holds. It never approximates."""
+
+    status = "INTERNAL"
+
+
+class ActorStopped(ForerunError):
+    """An ask could not be answered because the actor's mailbox closed."""
+
+    status = "UNAVAILABLE"
+
+
+class InternalBug(Exception):
+    """A state that Forerun's own code rules out. Never caught, never shown as anybody else's fault."""

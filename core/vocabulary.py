@@ -1,0 +1,187 @@
+"""The words everything else uses. Frozen values without behaviour beyond their own checks; no arrays, no I/O."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Literal, TypedDict
+
+from .errors import InvalidRequest
+
+DrafterName = Literal["draft-mtp", "ngram-simple"]
+#: In the order they are asked.
+DRAFTERS: tuple[DrafterName, ...] = ("ngram-simple", "draft-mtp")
+
+#: The one table of ranges: field -> (lowest, highest), both allowed. The edge, the API and the CLI all use it.
+RANGES: dict[str, tuple[float, float]] = {
+    "max_tokens": (1, 1_000_000),
+    "temperature": (0.0, 100.0),
+    "top_k": (0, 1_000_000),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "seed": (0, 2**64 - 1),
+    "draft_n_max": (0, 64),
+    "num_slots": (1, 1024),
+    "queue_size": (0, 100_000),
+}
+
+
+class Message(TypedDict):
+    """One message of a chat."""
+
+    role: str
+    content: str
+
+
+#: What a caller may give as a prompt: text, token ids, or a chat.
+Prompt = str | list[int] | list[Message]
+
+
+def check_ranges(values: dict[str, float | int | None]) -> list[tuple[str, str]]:
+    """Every violation of RANGES among `values`; None means unset and is always fine."""
+    violations: list[tuple[str, str]] = []
+    for name, value in values.items():
+        lowest, highest = RANGES[name]
+        if value is None:
+            continue
+        if isinstance(lowest, int) and isinstance(highest, int) and not isinstance(value, int):
+            violations.append((name, f"must be a whole number, got {value!r}"))
+        elif isinstance(value, bool) or not math.isfinite(value) or not lowest <= value <= highest:
+            violations.append((name, f"must be between {lowest} and {highest}, got {value!r}"))
+    return violations
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How a token is chosen from its logits. The filters are transformers' (`generation/logits_process.py`), in its order:
+    temperature, top-k, top-p, min-p; temperature 0 is greedy. The choice is a pure function of (logits, these, position)."""
+
+    temperature: float = 0.0
+    top_k: int = 0  # 0: no limit
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        values = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p, "seed": self.seed}
+        if violations := check_ranges(values):
+            raise InvalidRequest(violations)
+
+
+class FinishReason(Enum):
+    """Why a request ended."""
+
+    STOP = "stop"  # an end-of-text token was chosen
+    LENGTH = "length"  # max_tokens reached
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request after encoding, with every default resolved."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    sampling: SamplingParams
+    stop_ids: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Memory lent to one sequence: slot `slot`, `capacity` positions, `max_rows` rows at most in one verify."""
+
+    slot: int
+    capacity: int
+    max_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Tokens one drafter expects to follow."""
+
+    drafter: DrafterName
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The target's own choice for every row of a verify: `choices[i]` follows row i."""
+
+    choices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A piece of the answer: text and the tokens committed in one round. `source` names the drafter whose draft was
+    accepted in it, None when the target went alone. Concatenated deltas equal the whole answer."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    source: DrafterName | None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    num_prompt_tokens: int
+    num_completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds: waiting for memory, computing the prompt, and from the first token to the last."""
+
+    queue_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterStatistics:
+    """vLLM's counters: drafts made, tokens in them, tokens accepted, and accepted per position in the draft."""
+
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_accepted_tokens_per_pos: tuple[int, ...] = ()
+
+    def after(self, num_draft_tokens: int, num_accepted: int) -> DrafterStatistics:
+        """These counters with one more draft."""
+        per_pos = list(self.num_accepted_tokens_per_pos)
+        per_pos += [0] * (num_accepted - len(per_pos))
+        for i in range(num_accepted):
+            per_pos[i] += 1
+        return DrafterStatistics(
+            self.num_drafts + 1,
+            self.num_draft_tokens + num_draft_tokens,
+            self.num_accepted_tokens + num_accepted,
+            tuple(per_pos),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """What speculation did for one request. `num_rounds` counts verifies, those without a draft too."""
+
+    num_rounds: int = 0
+    drafters: dict[DrafterName, DrafterStatistics] = field(default_factory=dict[DrafterName, DrafterStatistics])
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens committed a round: 1 + accepted / rounds; 1.0 before the first round."""
+        accepted = sum(statistics.num_accepted_tokens for statistics in self.drafters.values())
+        return 1 + accepted / self.num_rounds if self.num_rounds else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A finished request."""
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+    speculation: Speculation

@@ -1,0 +1,1 @@
+"""Model files: readers that trust nothing they read."""

@@ -1,0 +1,119 @@
+"""Reads safetensors files (https://huggingface.co/docs/safetensors, "Format").
+
+    8 bytes   N, little endian: length of the header
+    N bytes   JSON: {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [begin, end]}, ..., "__metadata__": {...}}
+    the rest  tensor data; offsets count from here; together they cover it without gap or overlap
+
+Ours, because the safetensors package reads bfloat16 only through torch. Every length is checked against the bytes there
+are before anything is allocated; the file is memory-mapped, and a tensor is read when it is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+
+from ...core.errors import ModelFileError
+from ..backend import F32
+
+#: safetensors' own limit (100 MB), far above any real header
+MAX_HEADER_BYTES = 100_000_000
+#: dtype name -> NumPy dtype of its raw bytes. BF16 has none: it is the upper half of a float32.
+DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+
+
+class TensorInfo(NamedTuple):
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class SafetensorsFile:
+    """One open file. `tensors` maps names to what the header says; `read` returns float32."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tensors: dict[str, TensorInfo] = {}
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                prefix = file.read(8)
+                length = int.from_bytes(prefix, "little")
+                if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                    raise ModelFileError(f"{path}: truncated: {size} bytes cannot hold its header of {length}")
+                raw = file.read(length)
+        except OSError as error:
+            raise ModelFileError(f"{path}: cannot be read: {error.strerror}") from error
+        self._parse(raw, size - 8 - length)
+        self._data = np.memmap(path, np.uint8, "r", 8 + length) if size > 8 + length else np.zeros(0, np.uint8)
+
+    def _parse(self, raw: bytes, num_data_bytes: int) -> None:
+        try:
+            header: Any = json.loads(raw, object_pairs_hook=_without_duplicates)
+        except (ValueError, RecursionError) as error:
+            raise ModelFileError(f"{self.path}: the header is not valid JSON: {error}") from None
+        if not isinstance(header, dict):
+            raise ModelFileError(f"{self.path}: the header is not a JSON object")
+        for name, entry in cast("dict[str, Any]", header).items():
+            if name != "__metadata__":
+                self.tensors[name] = self._check(name, entry, num_data_bytes)
+        end = 0
+        for name, info in sorted(self.tensors.items(), key=lambda item: item[1].begin):
+            if info.begin != end:
+                raise ModelFileError(f"{self.path}: tensor {name} begins at {info.begin}, expected {end} (gap or overlap)")
+            end = info.end
+        if end != num_data_bytes:
+            raise ModelFileError(f"{self.path}: tensors end at {end}, the file holds {num_data_bytes} bytes of data")
+
+    def _check(self, name: str, entry: Any, num_data_bytes: int) -> TensorInfo:
+        where = f"{self.path}: tensor {name}"
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        except (KeyError, TypeError, ValueError):
+            raise ModelFileError(f"{where}: needs dtype, shape and data_offsets, got {str(entry)[:200]}") from None
+        if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+            raise ModelFileError(f"{where}: shape and data_offsets must be whole numbers")
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise ModelFileError(f"{where}: dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        count = 1
+        for n in shape:
+            count *= n
+        if end > num_data_bytes:
+            raise ModelFileError(f"{where}: truncated: ends at byte {end} of {num_data_bytes}")
+        if end - begin != count * DTYPES[dtype].itemsize:
+            raise ModelFileError(f"{where}: shape {list(shape)} of {dtype} does not fill bytes {begin} to {end}")
+        return TensorInfo(dtype, shape, begin, end)
+
+    def read(self, name: str) -> F32:
+        """Tensor `name` as float32, exactly: f16 and bf16 are subsets of it."""
+        info = self.tensors[name]
+        raw = self._data[info.begin : info.end].view(DTYPES[info.dtype]).reshape(info.shape)
+        if info.dtype == "BF16":
+            return (raw.astype(np.uint32) << 16).view(np.float32)
+        return raw.astype(np.float32)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = dict(pairs)
+    if len(keys) != len(pairs):
+        raise ValueError("a key appears twice")
+    return keys
+
+
+def write(path: Path, tensors: dict[str, tuple[str, np.ndarray[Any, Any]]]) -> None:
+    """Writes name -> (dtype, raw array of DTYPES[dtype]), in order of name."""
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, (dtype, array) in sorted(tensors.items()):
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [offset, offset + array.nbytes]}
+        offset += array.nbytes
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for _, (dtype, array) in sorted(tensors.items()):
+            file.write(np.ascontiguousarray(array, DTYPES[dtype]).tobytes())

@@ -1,0 +1,1 @@
+"""The model graphs, written against the op table: config, weights, trunk, MTP head, memory, token choice."""

@@ -1,0 +1,53 @@
+"""The MTP head: predicts the token after next from a target's hidden row and the next token (DeepSeek-V3, section 2.2).
+
+Row p of its cache pairs the target's post-norm hidden of position p - 1 with token p (row 0: zeros); its logits predict
+token p + 1. A chained row takes the head's own output of the row before in place of the target's hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...core.errors import InternalBug
+from ..backend import F32, Backend
+from .memory import SequenceMemory
+from .trunk import LayerGraph
+from .weights import AttentionWeights, ModelWeights, MtpWeights
+
+
+@dataclass(frozen=True, slots=True)
+class MtpRows:
+    """Consecutive rows of one sequence's MTP cache: tokens from an absolute position, and for each the hidden row of the
+    position before it, [R, hidden]."""
+
+    memory: SequenceMemory
+    position: int
+    tokens: tuple[int, ...]
+    hidden: F32
+
+
+class MtpHead(LayerGraph):
+    def __init__(self, weights: ModelWeights, backend: Backend) -> None:
+        super().__init__(weights, backend)
+        if weights.mtp is None or not isinstance(weights.mtp.layer.mixer, AttentionWeights):
+            raise InternalBug("this checkpoint has no MTP head")
+        self._mtp: MtpWeights = weights.mtp
+        self._attention: AttentionWeights = weights.mtp.layer.mixer
+
+    def forward(self, batch: Sequence[MtpRows]) -> F32:
+        """Writes the rows into each cache; returns the head's post-norm outputs [R, hidden], in batch order."""
+        backend, eps = self.backend, self.config.rms_eps
+        embedded = backend.embed(self.weights.embedding, [token for rows in batch for token in rows.tokens])
+        hidden = np.concatenate([rows.hidden for rows in batch])
+        both = [backend.rms_norm(embedded, self._mtp.embedding_norm, eps), backend.rms_norm(hidden, self._mtp.hidden_norm, eps)]
+        spans = [(rows.memory.mtp, rows.position, len(rows.tokens)) for rows in batch]
+        x = backend.linear(np.concatenate(both, axis=-1), self._mtp.fc)
+        x = self.layer(x, self._mtp.layer, lambda u: self.attention(u, self._attention, spans, 0, False), False)
+        return backend.rms_norm(x, self._mtp.norm, eps)
+
+    def logits(self, outputs: F32) -> F32:
+        """[R, V]."""
+        return self.backend.linear(outputs, self.weights.head)

@@ -1,0 +1,44 @@
+"""Token choice: a pure function of (logits, parameters, position), so that no draft, batch or retry can change a text.
+
+    argmax(filtered logits / temperature + Gumbel noise(seed, position, token))
+
+is a draw from the softmax (Gumbel 1954; Maddison et al. 2014). The noise comes from Philox (Salmon et al. 2011), keyed
+by the seed, its counter starting at the position: any (position, token) can be computed alone, in any order.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...core.vocabulary import SamplingParams
+from ..backend import F32
+
+
+def gumbel(seed: int, position: int, size: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """Noise for the token at `position`, one value for each of `size` vocabulary entries."""
+    generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, position, 0, 0]))
+    exponential = -np.log1p(-generator.random(size))
+    return -np.log(np.maximum(exponential, 1e-300))  # random() may return 0, once in 2^53 draws
+
+
+def choose(logits: F32, params: SamplingParams, position: int) -> int:
+    """The token at `position`, from logits [V]. Ties go to the lowest id. The filters follow transformers'
+    `generation/logits_process.py`: temperature, top-k (ties with the k-th stay), top-p (at least one stays), min-p."""
+    if params.temperature == 0:
+        return int(logits.argmax())
+    x = logits.astype(np.float64) / params.temperature
+    if 0 < params.top_k < len(x):
+        x[x < np.partition(x, -params.top_k)[-params.top_k]] = -np.inf
+    if params.top_p < 1:
+        order = np.argsort(-x, kind="stable")
+        before = np.cumsum(_softmax(x[order]))
+        outside = np.concatenate([[False], before[:-1] >= params.top_p])
+        x[order[outside]] = -np.inf
+    if params.min_p > 0:
+        x[x < x.max() + np.log(params.min_p)] = -np.inf
+    return int((x + gumbel(params.seed, position, len(x))).argmax())
+
+
+def _softmax(x: np.ndarray[tuple[int], np.dtype[np.float64]]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    e = np.exp(x - x.max())
+    return e / e.sum()

@@ -1,0 +1,143 @@
+"""The trunk as a graph over the op table: prefill of one chunk, and verify of several sequences' rows at once.
+
+Shapes as in backend.py. Formulas: `modeling_qwen3_5.py` and `modeling_qwen3_next.py` of transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..backend import F32, Backend, Matrix
+from .memory import KeyValues, SequenceMemory
+from .weights import AttentionWeights, DeltaWeights, DenseWeights, LayerWeights, ModelWeights, MoeWeights
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Consecutive tokens of one sequence, from an absolute position."""
+
+    memory: SequenceMemory
+    position: int
+    tokens: tuple[int, ...]
+
+
+class Rotary:
+    """Cosines and sines of positions. Text has equal (t, h, w) positions, for which M-RoPE is plain RoPE. The table grows by
+    whole blocks, so that an entry's bits do not depend on when it was first asked for."""
+
+    _block = 1024
+
+    def __init__(self, dim: int, theta: float) -> None:
+        self._inverse = 1 / np.float32(theta) ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
+        self._cos, self._sin = (np.zeros((0, dim // 2), np.float32) for _ in range(2))
+
+    def __call__(self, positions: list[int]) -> tuple[F32, F32]:
+        """[R, dim / 2] each."""
+        while len(self._cos) <= max(positions):
+            block = np.arange(len(self._cos), len(self._cos) + self._block, dtype=np.float32)
+            angle = block[:, None] * self._inverse
+            self._cos, self._sin = np.concatenate([self._cos, np.cos(angle)]), np.concatenate([self._sin, np.sin(angle)])
+        return self._cos[positions], self._sin[positions]
+
+
+class LayerGraph:
+    """What every layer of the trunk and the MTP head shares: `linear` decides whether rows are a chunk or single."""
+
+    def __init__(self, weights: ModelWeights, backend: Backend) -> None:
+        self.weights, self.backend, self.config = weights, backend, weights.config
+        c = self.config
+        self.rotary = Rotary(c.rotary_dim, c.rope_theta)
+
+    def linear(self, is_chunk: bool) -> Callable[[F32, Matrix], F32]:
+        return self.backend.linear_chunk if is_chunk else self.backend.linear
+
+    def layer(self, x: F32, w: LayerWeights, mix: Callable[[F32], F32], is_chunk: bool) -> F32:
+        x = x + mix(self.backend.rms_norm(x, w.input_norm, self.config.rms_eps))
+        return x + self.ffn(self.backend.rms_norm(x, w.ffn_norm, self.config.rms_eps), w.ffn, is_chunk)
+
+    def ffn(self, u: F32, w: DenseWeights | MoeWeights, is_chunk: bool) -> F32:
+        linear = self.linear(is_chunk)
+        if isinstance(w, DenseWeights):
+            return linear(self.backend.swiglu(linear(u, w.gate), linear(u, w.up)), w.down)
+        shared = self.backend.sigmoid_gate(self.ffn(u, w.shared, is_chunk), linear(u, w.shared_gate))
+        return self.backend.mixture(u, linear(u, w.router), w.experts) + shared
+
+    def attention(
+        self, u: F32, w: AttentionWeights, spans: Sequence[tuple[KeyValues, int, int]], layer: int, is_chunk: bool
+    ) -> F32:
+        """`spans` says, in order of rows: whose keys and values, from which position, how many rows."""
+        c, linear, backend = self.config, self.linear(is_chunk), self.backend
+        both = linear(u, w.q).reshape(len(u), c.heads, 2, c.head_dim)
+        q = backend.rms_norm(np.ascontiguousarray(both[:, :, 0]), w.q_norm, c.rms_eps)
+        k = backend.rms_norm(linear(u, w.k).reshape(len(u), c.kv_heads, c.head_dim), w.k_norm, c.rms_eps)
+        v = linear(u, w.v).reshape(len(u), c.kv_heads, c.head_dim)
+        cos, sin = self.rotary([p for _, position, count in spans for p in range(position, position + count)])
+        q, k = backend.rotate(q, cos, sin), backend.rotate(k, cos, sin)
+        attend = backend.attention_chunk if is_chunk else backend.attention
+        out, start = np.empty_like(q), 0
+        for memory, position, count in spans:
+            rows = slice(start, start + count)
+            keys, values = memory.write(layer, position, k[rows], v[rows])
+            out[rows] = attend(q[rows], keys, values, position)
+            start += count
+        gated = backend.sigmoid_gate(out, both[:, :, 1]).reshape(len(u), -1)
+        return linear(gated, w.out)
+
+
+class Trunk(LayerGraph):
+    def verify(self, batch: Sequence[Rows]) -> tuple[F32, F32]:
+        """Computes every sequence's rows from its position, rolling back to it first. Each row's results have the same
+        bits whatever else is in the batch. Returns logits [R, V] and post-norm hidden rows [R, hidden], in batch order.
+        PositionLost, before anything is written, when a memory cannot go to the position asked for."""
+        for rows in batch:
+            rows.memory.check_room(rows.position, len(rows.tokens))
+            rows.memory.recurrent.seek(rows.position, self.backend)
+        hidden = self._forward(batch, is_chunk=False)
+        for rows in batch:
+            rows.memory.recurrent.extend(len(rows.tokens))
+        return self.backend.linear(hidden, self.weights.head), hidden
+
+    def prefill(self, rows: Rows, is_last: bool) -> F32 | None:
+        """Computes one chunk of a prompt. Returns the logits [1, V] after its last row when it is the prompt's last."""
+        rows.memory.check_room(rows.position, len(rows.tokens))
+        rows.memory.recurrent.seek(rows.position, self.backend)
+        hidden = self._forward([rows], is_chunk=True)
+        rows.memory.recurrent.advance(len(rows.tokens))
+        return self.backend.linear(hidden[-1:], self.weights.head) if is_last else None
+
+    def _forward(self, batch: Sequence[Rows], is_chunk: bool) -> F32:
+        x = self.backend.embed(self.weights.embedding, [token for rows in batch for token in rows.tokens])
+        spans = [(rows.memory.trunk, rows.position, len(rows.tokens)) for rows in batch]
+        num_delta = num_attention = 0
+        for w in self.weights.layers:
+            if isinstance(mixer := w.mixer, DeltaWeights):
+                delta, at = mixer, num_delta
+                x = self.layer(x, w, lambda u, w=delta, i=at: self._delta(u, w, batch, i, is_chunk), is_chunk)
+                num_delta += 1
+            else:
+                full, at = mixer, num_attention
+                x = self.layer(x, w, lambda u, w=full, i=at: self.attention(u, w, spans, i, is_chunk), is_chunk)
+                num_attention += 1
+        hidden = self.backend.rms_norm(x, self.weights.norm, self.config.rms_eps)
+        start = 0
+        for rows in batch:
+            rows.memory.hidden.write(rows.position, hidden[start : start + len(rows.tokens)])
+            start += len(rows.tokens)
+        return hidden
+
+    def _delta(self, u: F32, w: DeltaWeights, batch: Sequence[Rows], layer: int, is_chunk: bool) -> F32:
+        c, linear, backend = self.config, self.linear(is_chunk), self.backend
+        qkv, b, a = linear(u, w.qkv), linear(u, w.b), linear(u, w.a)
+        sizes = (c.key_heads, c.value_heads, c.key_dim, c.value_dim)
+        out, start = np.empty((len(u), c.value_heads, c.value_dim), np.float32), 0
+        for rows in batch:
+            log, span = rows.memory.recurrent, slice(start, start + len(rows.tokens))
+            columns = log.chunk_columns(layer, qkv[span]) if is_chunk else log.columns(layer, qkv[span])
+            x = backend.delta_inputs(backend.causal_conv(columns, w.conv), b[span], a[span], w.log_decay, w.dt_bias, sizes)
+            out[span] = log.chunk(layer, x, backend) if is_chunk else log.steps(layer, x, backend)
+            start = span.stop
+        z = linear(u, w.z).reshape(out.shape)
+        return linear(backend.gated_rms_norm(out, z, w.norm, c.rms_eps).reshape(len(u), -1), w.out)

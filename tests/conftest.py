@@ -1,0 +1,30 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from forerun.kernels.model.config import load_config
+from forerun.kernels.model.weights import ModelWeights, load_weights
+from forerun.kernels.reference import ReferenceBackend
+from tests.checkpoints import LAYOUTS, make
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Layout name -> its folder."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {name: make(name, root / name) for name in LAYOUTS}
+
+
+@cache
+def _load(folder: Path) -> ModelWeights:
+    return load_weights(folder, load_config(folder), ReferenceBackend())
+
+
+@pytest.fixture
+def weights(layout: str, checkpoints: dict[str, Path]) -> ModelWeights:
+    return _load(checkpoints[layout])

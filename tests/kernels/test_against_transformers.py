@@ -1,0 +1,98 @@
+"""The arithmetic against what transformers computed (tests/make_fixtures.py): every logit, every layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from forerun.core.protocol import CHUNK
+from forerun.kernels.model.memory import SequenceMemory
+from forerun.kernels.model.mtp import MtpHead, MtpRows
+from forerun.kernels.model.trunk import Rows, Trunk
+from forerun.kernels.model.weights import ModelWeights
+from forerun.kernels.reference import ReferenceBackend
+from tests.checkpoints import DRAFT_FROM, LAYOUTS, LENGTHS, NUM_DRAFTS, STEPS, prompt
+
+DATA = Path(__file__).parents[1] / "data"
+
+
+def assert_close(ours: Any, recorded: Any) -> None:
+    assert ours.shape == recorded.shape
+    worst = np.abs(ours - recorded).max() / np.abs(recorded).max()
+    assert worst < 2e-4, f"off by {worst:.2g} of the largest logit"
+    assert (ours.argmax(-1) == recorded.argmax(-1)).all()
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def recorded(layout: str) -> Any:
+    with np.load(DATA / f"{layout}.npz") as archive:
+        return dict(archive)
+
+
+def prefill_all(trunk: Trunk, memory: SequenceMemory, ids: list[int]) -> Any:
+    """Prefills in chunks and returns the logits of every row, [len(ids), V]."""
+    logits: list[Any] = []
+    for start in range(0, len(ids), CHUNK):
+        chunk = tuple(ids[start : start + CHUNK])
+        trunk.prefill(Rows(memory, start, chunk), is_last=True)
+        logits.append(trunk.backend.linear(memory.hidden.read(start, len(chunk)), trunk.weights.head))
+    return np.concatenate(logits)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("rows_a_verify", [1, 4])
+def test_trunk(weights: ModelWeights, recorded: Any, length: int, rows_a_verify: int) -> None:
+    trunk = Trunk(weights, ReferenceBackend())
+    memory = SequenceMemory(weights.config, length + STEPS, 8, CHUNK)
+    logits = [prefill_all(trunk, memory, prompt(length))]
+    tokens = recorded[f"tokens_{length}"].tolist()
+    for i in range(0, STEPS, rows_a_verify):
+        logits.append(trunk.verify([Rows(memory, length + i, tuple(tokens[i : i + rows_a_verify]))])[0])
+    assert_close(np.concatenate(logits), recorded[f"logits_{length}"])
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_the_step_form_alone_computes_a_prompt(weights: ModelWeights, recorded: Any, length: int) -> None:
+    trunk = Trunk(weights, ReferenceBackend())
+    memory = SequenceMemory(weights.config, length, 8, CHUNK)
+    logits = [trunk.verify([Rows(memory, i, (token,))])[0] for i, token in enumerate(prompt(length))]
+    assert_close(np.concatenate(logits), recorded[f"logits_{length}"][:length])
+
+
+def test_mtp_warm_up_over_a_prompt(weights: ModelWeights, recorded: Any) -> None:
+    trunk, head = Trunk(weights, ReferenceBackend()), MtpHead(weights, ReferenceBackend())
+    ids = prompt(65) + recorded["tokens_65"].tolist()
+    memory = SequenceMemory(weights.config, len(ids), 20, CHUNK)
+    logits: list[Any] = []
+    for start in range(0, len(ids), CHUNK):
+        tokens = tuple(ids[start : start + CHUNK])
+        trunk.prefill(Rows(memory, start, tokens), is_last=False)
+        before = np.zeros((1, weights.config.hidden), np.float32) if start == 0 else memory.hidden.read(start - 1, 1)
+        hidden = np.concatenate([before, memory.hidden.read(start, len(tokens))[:-1]])
+        logits.append(head.logits(head.forward([MtpRows(memory, start, tokens, hidden)])))
+    assert_close(np.concatenate(logits), recorded["mtp_warm"])
+
+
+@pytest.mark.parametrize("chain", range(len(DRAFT_FROM)))
+def test_mtp_chained_drafts(weights: ModelWeights, recorded: Any, chain: int) -> None:
+    trunk, head = Trunk(weights, ReferenceBackend()), MtpHead(weights, ReferenceBackend())
+    ids = (prompt(65) + recorded["tokens_65"].tolist())[: DRAFT_FROM[chain] + 2]
+    memory = SequenceMemory(weights.config, len(ids), 70, CHUNK)
+    trunk.verify([Rows(memory, 0, tuple(ids))])
+    zero = np.zeros((1, weights.config.hidden), np.float32)
+    hidden = np.concatenate([zero, memory.hidden.read(0, len(ids) - 1)])
+    outputs = head.forward([MtpRows(memory, 0, tuple(ids), hidden)])[-1:]
+    logits = [head.logits(outputs)]
+    for i in range(NUM_DRAFTS - 1):
+        token = int(logits[-1].argmax())
+        outputs = head.forward([MtpRows(memory, len(ids) + i, (token,), outputs)])
+        logits.append(head.logits(outputs))
+    assert_close(np.concatenate(logits), recorded["mtp_chains"][chain])
