@@ -7,6 +7,7 @@ its caller is cancelled (the answer is then dropped without harm), or when the m
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
@@ -20,34 +21,42 @@ R = TypeVar("R")
 
 
 class Reply(Generic[R]):
-    """The place where one ask's answer appears, once."""
+    """The place where one ask's answer appears, once. `unanswered` is the mailbox's set of replies still owed."""
 
-    __slots__ = ("_error", "_event", "_value")
+    __slots__ = ("_error", "_event", "_unanswered", "_undo", "_value", "is_abandoned")
 
-    def __init__(self) -> None:
+    def __init__(self, unanswered: set[Reply[Any]], undo: Callable[[R], None] | None) -> None:
         self._event = anyio.Event()
         self._value: R | None = None
         self._error: ForerunError | None = None
+        self._undo = undo
+        self._unanswered = unanswered
+        self._unanswered.add(self)
+        self.is_abandoned = False
 
     def set(self, value: R) -> None:
         if self._event.is_set():
             raise InternalBug("a message was answered twice")
         self._value = value
         self._event.set()
+        self._unanswered.discard(self)
 
     def fail(self, error: ForerunError) -> None:
         """Answers with an error, unless the question is answered already."""
         if not self._event.is_set():
             self._error = error
             self._event.set()
-
-    @property
-    def is_set(self) -> bool:
-        return self._event.is_set()
+            self._unanswered.discard(self)
 
     async def wait(self) -> R:
-        """The answer, or the error it ended with. Cancelled: the asker is gone, the answer will be dropped."""
-        await self._event.wait()
+        """The answer, or the error it ended with. Cancelled: an answer that had come is handed to `undo`, a later one dropped."""
+        try:
+            await self._event.wait()
+        except anyio.get_cancelled_exc_class():
+            self.is_abandoned = True
+            if self._event.is_set() and self._error is None and self._undo is not None:
+                self._undo(cast(R, self._value))
+            raise
         if self._error is not None:
             raise self._error
         return cast(R, self._value)
@@ -82,7 +91,7 @@ class Mailbox:
         self.name = name
         self._capacity = capacity
         self._waiting: deque[Envelope] = deque()
-        self._in_hand: list[Envelope] = []
+        self._unanswered: set[Reply[Any]] = set()
         self._arrived = anyio.Event()
         self._room = anyio.Event()
         self._closed: ForerunError | None = None
@@ -93,17 +102,12 @@ class Mailbox:
         """Delivers; waits while the mailbox is full. Cancelled: nothing was delivered."""
         await self._put(Envelope(message, None))
 
-    async def ask(self, message: Ask[R]) -> R:
-        """Delivers and waits for the answer. Cancelled: the message may still be handled, its answer is dropped."""
-        reply: Reply[R] = Reply()
+    async def ask(self, message: Ask[R], undo: Callable[[R], None] | None = None) -> R:
+        """Delivers and waits for the answer. Cancelled: the message may still be handled, and its reply says `is_abandoned`;
+        an answer that had come already is handed to `undo`, so that what it lends is not lost."""
+        reply: Reply[R] = Reply(self._unanswered, undo)
         await self._put(Envelope(message, reply))
         return await reply.wait()
-
-    def tell_nowait(self, message: Tell) -> None:
-        """Delivers even beyond the bound: for giving resources back while being cancelled, which must neither wait nor fail.
-        Bounded all the same, because each sender has at most one lease to give back. A closed mailbox ignores it."""
-        if self._closed is None:
-            self._deliver(Envelope(message, None))
 
     async def _put(self, envelope: Envelope) -> None:
         while True:
@@ -114,33 +118,28 @@ class Mailbox:
             if self._room.is_set():
                 self._room = anyio.Event()
             await self._room.wait()
-        self._deliver(envelope)
-
-    def _deliver(self, envelope: Envelope) -> None:
         self._waiting.append(envelope)
         self._num_received += 1
         self._peak = max(self._peak, len(self._waiting))
         self._arrived.set()
 
     async def receive_all(self) -> list[Envelope]:
-        """Waits for a message, lets every task that is ready run once, and takes all that waits. Cancelled: nothing was taken.
-        What was taken before counts as handled: unanswered asks of it fail if the mailbox closes."""
+        """Waits for a message, lets every task that is ready run once, and takes all that waits. Cancelled: nothing was taken."""
         while not self._waiting:
             self._arrived = anyio.Event()
             await self._arrived.wait()
         await checkpoint()
-        self._in_hand = list(self._waiting)
+        taken = list(self._waiting)
         self._waiting.clear()
         self._room.set()
-        return self._in_hand
+        return taken
 
     def close(self, error: ForerunError | None = None) -> None:
         """Fails every ask that is not answered, and all later ones, with `error`."""
         if self._closed is None:
             self._closed = error or ActorStopped(f"{self.name} has stopped")
-            for envelope in (*self._in_hand, *self._waiting):
-                if envelope.reply is not None:
-                    envelope.reply.fail(self._closed)
+            for reply in list(self._unanswered):
+                reply.fail(self._closed)
             self._waiting.clear()
             self._room.set()
 

@@ -46,7 +46,7 @@ class Admit(Ask[Lease]):
 
 
 @dataclass(frozen=True, slots=True)
-class Release(Tell):
+class Release(Ask[None]):
     """Sequence to memory manager, once for every lease: the slot is free."""
 
     slot: int
@@ -95,13 +95,11 @@ class Propose(Ask[Draft]):
 
 @dataclass(frozen=True, slots=True)
 class Commit(Tell):
-    """Sequence to each drafter, once a round, whoever drafted: `tokens` now stand for good at `position`, computed by the target.
-    `num_accepted` of the drafter's own last draft were right; None when its draft was not the one verified."""
+    """Sequence to each drafter, once a round, whoever drafted: `tokens` now stand for good at `position`, computed by the target."""
 
     slot: int
     position: int
     tokens: tuple[int, ...]
-    num_accepted: int | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,14 +66,13 @@ class Round:
 class SequenceProtocol:
     """One request from admission to its end. `finish_reason` is set in FINISHED and CANCELLED."""
 
-    def __init__(self, request: Request, draft_n_max: int) -> None:
+    def __init__(self, request: Request) -> None:
         self.request = request
         self.state = State.WAITING
         self.finish_reason: FinishReason | None = None
         self.output: list[int] = []
-        self._draft_n_max = draft_n_max
         self._num_computed = 0  # positions the target has computed for good
-        self._draft = Draft("draft-mtp", ())
+        self._draft: tuple[int, ...] = ()
 
     def _move(self, event: Event, target: State) -> None:
         if target not in TRANSITIONS.get((self.state, event), ()):
@@ -96,8 +95,8 @@ class SequenceProtocol:
 
     @property
     def draft_limit(self) -> int:
-        """The most draft tokens the next round may verify."""
-        return min(self._draft_n_max, self.request.max_tokens - len(self.output) - 1)
+        """The most draft tokens the next round can use: a verify brings one token more than it accepts."""
+        return self.request.max_tokens - len(self.output) - 1
 
     def admitted(self) -> None:
         self._move(Event.ADMITTED, State.PREFILLING)
@@ -118,14 +117,14 @@ class SequenceProtocol:
         self._num_computed = end
         return self._append(tokens, reason)
 
-    def drafted(self, draft: Draft) -> tuple[int, ...]:
+    def drafted(self, draft: Draft | None) -> tuple[int, ...]:
         """Takes as much of the draft as may be used; returns the rows to verify from `position`."""
         self._move(Event.DRAFTED, State.VERIFYING)
-        self._draft = Draft(draft.drafter, draft.tokens[: max(0, self.draft_limit)])
-        return (self.last_token, *self._draft.tokens)
+        self._draft = draft.tokens[: self.draft_limit] if draft is not None else ()
+        return (self.last_token, *self._draft)
 
     def verified(self, verdict: Verdict) -> Round:
-        drafts = self._draft.tokens
+        drafts = self._draft
         if len(verdict.choices) != len(drafts) + 1:
             raise InternalBug(f"{len(verdict.choices)} choices for {len(drafts) + 1} rows")
         num_accepted = 0

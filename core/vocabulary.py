@@ -21,7 +21,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "top_p": (0.0, 1.0),
     "min_p": (0.0, 1.0),
     "seed": (0, 2**64 - 1),
-    "draft_n_max": (0, 64),
+    "draft_n_max": (1, 64),
+    "ngram_size_n": (1, 1024),
+    "ngram_size_m": (1, 64),
     "num_slots": (1, 1024),
     "queue_size": (0, 100_000),
 }
@@ -86,6 +88,36 @@ class Request:
     max_tokens: int
     sampling: SamplingParams
     stop_ids: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationParams:
+    """Which drafters run and how far. Names and defaults are llama-server's (`--spec-type`, `--spec-draft-n-max`,
+    `--spec-ngram-simple-size-n`, `--spec-ngram-simple-size-m`), but for n-max, which is 3 as for its MTP heads."""
+
+    types: tuple[DrafterName, ...] = ()
+    draft_n_max: int = 3
+    ngram_size_n: int = 12
+    ngram_size_m: int = 48
+
+    def __post_init__(self) -> None:
+        names = ("draft_n_max", "ngram_size_n", "ngram_size_m")
+        if violations := check_ranges({name: getattr(self, name) for name in names}):
+            raise InvalidRequest(violations)
+
+    def limit(self, drafter: DrafterName) -> int:
+        """The most tokens this drafter drafts at once."""
+        return self.draft_n_max if drafter == "draft-mtp" else self.ngram_size_m
+
+
+def parse_spec_type(text: str) -> tuple[DrafterName, ...]:
+    """`none`, or a comma list of drafter names, in the order they are asked."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if names == ["none"]:
+        return ()
+    if unknown := [name for name in names if name not in DRAFTERS]:
+        raise InvalidRequest([("spec_type", f"{', '.join(unknown)}: expected none, or a comma list of {', '.join(DRAFTERS)}")])
+    return tuple(name for name in DRAFTERS if name in names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +214,7 @@ class Result:
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
+    sampling: SamplingParams  # in effect, the seed included
     usage: Usage
     timings: Timings
     speculation: Speculation

@@ -1,0 +1,55 @@
+"""The one place that renders chat templates. They come from model files and are not trusted: see chat_template_worker.py."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import sys
+from pathlib import Path
+
+import anyio
+
+from ..core.errors import InvalidRequest
+from ..core.vocabulary import Message
+
+ROLES = ("system", "user", "assistant", "tool")
+TEMPLATE_CHARACTERS = 1_000_000
+DEADLINE_SECONDS = 10.0
+
+
+def check_messages(messages: list[Message]) -> list[tuple[str, str]]:
+    """What is wrong with a chat, as (field, problem)."""
+    violations = [(f"messages[{i}].role", f"must be one of {', '.join(ROLES)}") for i, m in enumerate(messages) if m["role"] not in ROLES]
+    return violations + ([] if messages else [("messages", "must not be empty")])
+
+
+async def render(template: str, messages: list[Message], specials: list[str]) -> list[tuple[bool, str]]:
+    """The rendered chat as parts: (True, text in which `specials` are special) and (False, user text that only looks like one).
+    Raises InvalidRequest when the template refuses, fails or exceeds its limits. Cancelled: the process is killed."""
+    if violations := check_messages(messages):
+        raise InvalidRequest(violations)
+    if len(template) > TEMPLATE_CHARACTERS:
+        raise InvalidRequest([("chat_template", f"is longer than {TEMPLATE_CHARACTERS} characters")])
+    # User text that spells a special token travels as a mark nobody can guess, and comes back as plain text.
+    nonce, found = secrets.token_hex(8), list[str]()
+
+    def hide(match: re.Match[str]) -> str:
+        found.append(match[0])
+        return f"\ue000{nonce}-{len(found) - 1}\ue001"
+
+    lookalike = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
+    hidden = [{**message, "content": lookalike.sub(hide, message["content"])} for message in messages]
+    job = {"template": template, "variables": {"messages": hidden, "add_generation_prompt": True}}
+    worker = str(Path(__file__).with_name("chat_template_worker.py"))
+    text: str | None = None
+    problem = "exceeded its time or memory"
+    with anyio.move_on_after(DEADLINE_SECONDS):
+        done = await anyio.run_process([sys.executable, "-I", worker], input=json.dumps(job).encode(), check=False)
+        if done.returncode == 0:
+            answer: dict[str, str] = json.loads(done.stdout)
+            text, problem = answer.get("text"), answer.get("error", problem)
+    if text is None:
+        raise InvalidRequest([("chat_template", problem)])
+    parts = re.split(f"\ue000{nonce}-(\\d+)\ue001", text)
+    return [(i % 2 == 0, found[int(part)] if i % 2 else part) for i, part in enumerate(parts) if part]

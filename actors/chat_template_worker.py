@@ -1,0 +1,54 @@
+"""Renders one chat template in a process of its own: JSON on stdin, the text or an error as JSON on stdout.
+
+Run by path, not imported: it needs nothing of Forerun's. The sandbox stops a template from reaching into Python; the
+limits stop `{{ 'a' * 10**10 }}` and endless loops, which no sandbox does.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+MEMORY_BYTES = 512 * 2**20
+CPU_SECONDS = 5
+OUTPUT_CHARACTERS = 16_000_000
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def render(template: str, variables: dict[str, Any]) -> str:
+    """The same settings as transformers' `utils/chat_template_utils.py`, which templates are written for."""
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols], autoescape=False)  # noqa: S701 - plain text, no markup
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(template).render(**variables)
+
+
+def main() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    job = json.load(sys.stdin)
+    try:
+        text = render(job["template"], job["variables"])
+        answer = {"text": text} if len(text) <= OUTPUT_CHARACTERS else {"error": f"made more than {OUTPUT_CHARACTERS} characters"}
+    except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, MemoryError, RecursionError) as error:
+        answer = {"error": f"{type(error).__name__}: {error}"}
+    json.dump(answer, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,404 @@
+"""Puts the actors together, and is the in-process API: open_engine, generate, complete. Works the same on trio and asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import warnings
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar, cast
+
+import anyio
+from anyio.abc import TaskGroup
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+
+from ..core.actor import Actor
+from ..core.channel import MailboxStatistics
+from ..core.errors import EngineClosed, EngineDead, ForerunError, InvalidRequest, ModelFileError
+from ..core.messages import Ask, Encode
+from ..core.protocol import CHUNK
+from ..core.vocabulary import (
+    Delta,
+    DrafterName,
+    Prompt,
+    Request,
+    Result,
+    SamplingParams,
+    SpeculationParams,
+    check_ranges,
+    parse_spec_type,
+)
+from ..kernels.model.config import ModelConfig, load_config, read_json
+from ..kernels.model.memory import SequencePool
+from ..kernels.model.mtp import MtpHead
+from ..kernels.model.trunk import Trunk
+from ..kernels.model.weights import ModelWeights, Progress, load_weights
+from ..kernels.reference import ReferenceBackend
+from .memory_manager import MemoryManager
+from .mtp_drafter import MtpDrafter
+from .ngram_drafter import NgramDrafter
+from .sequence import Neighbours, PrefillProgress, Sequence
+from .target_decoder import TargetDecoder
+from .tokenizer import Detokenizer, TokenizerActor, Vocabulary
+
+logger = logging.getLogger("forerun")
+R = TypeVar("R")
+
+DEFAULT_MAX_TOKENS = 256
+#: Deltas a reader may be behind before its sequence waits for it.
+OUTBOX = 16
+SHIPPED = {"demo": Path(__file__).parents[1] / "kernels" / "model" / "demo"}
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What a request gets where it says nothing: the model's generation_config.json, else greedy."""
+
+    stop_ids: frozenset[int]
+    sampling: dict[str, float]
+
+    @staticmethod
+    def load(folder: Path) -> Defaults:
+        path = folder / "generation_config.json"
+        values = read_json(path) if path.exists() else {}
+        config = read_json(folder / "config.json")
+        stop: Any = values.get("eos_token_id", config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id")))
+        stop = [] if stop is None else stop if isinstance(stop, list) else [stop]
+        if not all(type(token) is int for token in stop):
+            raise ModelFileError(f"{path}: eos_token_id: expected token ids, got {stop!r}")
+        sampling: dict[str, float] = {"temperature": 0.0}
+        if values.get("do_sample") is True:
+            sampling = {"temperature": 1.0} | {k: v for k in ("temperature", "top_k", "top_p", "min_p") if (v := values.get(k)) is not None}
+        if violations := check_ranges(cast("dict[str, float | int | None]", sampling)):
+            raise ModelFileError(f"{path}: {violations[0][0]}: {violations[0][1]}")
+        return Defaults(frozenset(cast("list[int]", stop)), sampling)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A loaded model: weights, vocabulary (None without a tokenizer.json) and defaults."""
+
+    folder: Path
+    weights: ModelWeights
+    vocabulary: Vocabulary | None
+    defaults: Defaults
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.weights.config
+
+
+def find_model(name: str) -> Path:
+    """The folder of a model: the name of a shipped one, or a path."""
+    folder = SHIPPED.get(name) or Path(name)
+    if not folder.is_dir():
+        raise ModelFileError(f"{name}: no such model; expected {', '.join(SHIPPED)} or a Hugging Face folder")
+    return folder
+
+
+def load_model(name: str, progress: Progress | None = None) -> Model:
+    """Loads a model. ModelFileError names the file and what was expected."""
+    folder = find_model(name)
+    weights = load_weights(folder, load_config(folder), ReferenceBackend(), progress)
+    vocabulary = Vocabulary(folder) if (folder / "tokenizer.json").exists() else None
+    return Model(folder, weights, vocabulary, Defaults.load(folder))
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatistics:
+    """A snapshot. Everything but the mailboxes' totals is zero when nothing runs."""
+
+    num_requests_running: int
+    num_requests_waiting: int
+    num_slots_used: int
+    num_slots: int
+    mailboxes: dict[str, MailboxStatistics]
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """What a request's task and its stream share."""
+
+    scope: anyio.CancelScope
+    done: anyio.Event = field(default_factory=anyio.Event)
+    error: ForerunError | None = None
+    result: Result | None = None
+
+
+class Stream:
+    """The answer to one request, as it comes. Iterate it, inside `async with` or not; leaving the block has cancelled the
+    work and returned the memory. A stream dropped half read raises ResourceWarning and is cancelled."""
+
+    def __init__(self, job: _Job, deltas: MemoryObjectReceiveStream[Delta], call_soon: Callable[[Callable[[], Any]], Any]) -> None:
+        self._job, self._deltas, self._call_soon = job, deltas, call_soon
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> Delta:
+        """The next piece; raises the request's error, if it ended with one, after all that came before it.
+        Cancelled: no piece is lost."""
+        try:
+            return await self._deltas.receive()
+        except (anyio.EndOfStream, anyio.ClosedResourceError):
+            await self._job.done.wait()
+            self._deltas.close()
+            if self._job.error is not None:
+                raise self._job.error from self._job.error.__cause__
+            raise StopAsyncIteration from None
+
+    async def __aenter__(self) -> Stream:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Cancels what is left of the work and waits until its memory is back, even when cancelled itself."""
+        self._deltas.close()
+        self._job.scope.cancel()
+        with anyio.CancelScope(shield=True):
+            await self._job.done.wait()
+
+    @property
+    def result(self) -> Result:
+        """The finished request, cancelled ones included. RuntimeError before the end; the request's error if it failed."""
+        if self._job.error is not None:
+            raise self._job.error
+        if self._job.result is None:
+            raise RuntimeError("the stream has not ended")
+        return self._job.result
+
+    def __del__(self) -> None:
+        if not self._job.done.is_set():
+            warnings.warn(f"unclosed {self!r}: use `async with`, or read it to its end", ResourceWarning, stacklevel=2, source=self)
+            self._call_soon(self._job.scope.cancel)  # the collector may run in any thread
+        self._deltas.close()
+
+
+class Engine:
+    """A running model. Made by open_engine."""
+
+    def __init__(self, model: Model, speculation: SpeculationParams, num_slots: int, queue_size: int) -> None:
+        """Private: use open_engine."""
+        self.model = model
+        self.speculation = speculation
+        self._pool = SequencePool(model.config, num_slots, CHUNK)
+        self._memory = MemoryManager(self._pool, queue_size)
+        self._tokenizer = TokenizerActor(model.vocabulary)
+        trunk = Trunk(model.weights, ReferenceBackend())
+        target = TargetDecoder(trunk, self._pool)
+        drafters: dict[DrafterName, Actor] = {}
+        for name in speculation.types:
+            if name == "draft-mtp":
+                drafters[name] = MtpDrafter(MtpHead(model.weights, ReferenceBackend()), self._pool)
+            else:
+                drafters[name] = NgramDrafter(speculation.ngram_size_n)
+        self._actors: list[Actor] = [self._tokenizer, self._memory, target, *drafters.values()]
+        self._neighbours = Neighbours(self._memory.mailbox, target.mailbox, {name: a.mailbox for name, a in drafters.items()})
+        self._jobs: set[_Job] = set()
+        self._num_started = 0
+        self._end: ForerunError | None = None
+        self._group: TaskGroup | None = None
+        self._call_soon = _call_soon()
+
+    # Life
+
+    def _start(self, group: TaskGroup) -> None:
+        self._group = group
+        for actor in self._actors:
+            group.start_soon(self._run_actor, actor, name=f"forerun {actor.name}")
+
+    async def _run_actor(self, actor: Actor) -> None:
+        try:
+            await actor.run()
+        except Exception as error:  # not handled here, only told to everybody; open_engine raises it at its end
+            dead = EngineDead(f"the {actor.name} failed")
+            dead.__cause__ = error
+            logger.error("the %s failed", actor.name, exc_info=error)
+            self._stop(dead)
+
+    def _stop(self, why: ForerunError) -> None:
+        """Ends every request with `why` and refuses new ones. The first reason stays."""
+        if self._end is None:
+            self._end = why
+            for actor in self._actors:
+                actor.mailbox.close(why)
+
+    async def _finish(self) -> None:
+        self._stop(EngineClosed("the engine is closed"))
+        with anyio.CancelScope(shield=True):
+            for job in list(self._jobs):
+                job.scope.cancel()
+                await job.done.wait()
+
+    # Requests
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int | None = None,
+        ignore_eos: bool = False,
+        prefill_progress: PrefillProgress | None = None,
+    ) -> Stream:
+        """Starts a request and returns its stream. The prompt is text, token ids, or a list of chat messages.
+
+        What is None comes from the model's generation_config.json, else: at most 256 tokens, greedy, a random seed.
+        InvalidRequest (every violation listed) and EngineClosed or EngineDead are raised here; everything that needs the
+        prompt's tokens, and Overloaded, by the stream."""
+        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        violations = check_ranges({"max_tokens": max_tokens, "seed": seed, **given})
+        if violations:
+            raise InvalidRequest(violations)
+        if self._end is not None:
+            raise self._end
+        assert self._group is not None
+        chosen: dict[str, Any] = self.model.defaults.sampling | {k: v for k, v in given.items() if v is not None}
+        sampling = SamplingParams(**chosen, seed=secrets.randbits(63) if seed is None else seed)
+        self._num_started += 1
+        job = _Job(anyio.CancelScope())
+        send, receive = anyio.create_memory_object_stream[Delta](OUTBOX)
+        self._jobs.add(job)
+
+        async def run() -> None:
+            request_id = f"request-{self._num_started}"
+            await self._run(job, send, prompt, request_id, max_tokens, sampling, ignore_eos, prefill_progress)
+
+        self._group.start_soon(run)
+        return Stream(job, receive, self._call_soon)
+
+    async def complete(self, prompt: Prompt, **options: Any) -> Result:
+        """`generate`, read to its end. Cancelled: the request is cancelled too."""
+        async with self.generate(prompt, **options) as stream:
+            async for _ in stream:
+                pass
+        return stream.result
+
+    async def _run(
+        self,
+        job: _Job,
+        send: MemoryObjectSendStream[Delta],
+        prompt: Prompt,
+        request_id: str,
+        max_tokens: int | None,
+        sampling: SamplingParams,
+        ignore_eos: bool,
+        progress: PrefillProgress | None,
+    ) -> None:
+        sequence: Sequence | None = None
+        try:
+            with job.scope, send:
+                ids = await self._tokenizer.mailbox.ask(Encode(prompt))
+                room = self.model.config.context - len(ids)
+                self._check_prompt(ids, room, max_tokens)
+                stop_ids = frozenset[int]() if ignore_eos else self.model.defaults.stop_ids
+                request = Request(request_id, ids, max_tokens or min(room, DEFAULT_MAX_TOKENS), sampling, stop_ids)
+                sequence = Sequence(request, self._neighbours, self.speculation, Detokenizer(self.model.vocabulary), send, progress)
+                await sequence.run()
+        except (anyio.BrokenResourceError, anyio.ClosedResourceError):
+            pass  # the reader has gone: a normal end
+        except ForerunError as error:
+            job.error = error
+        finally:
+            if job.error is None and self._end is not None and (sequence is None or not sequence.is_over):
+                job.error = self._end
+            if sequence is not None:
+                job.result = sequence.result()
+            elif job.error is None:
+                job.error = EngineClosed("cancelled before it began")
+            self._jobs.discard(job)
+            job.done.set()
+
+    def _check_prompt(self, ids: tuple[int, ...], room: int, max_tokens: int | None) -> None:
+        vocabulary = self.model.config.vocabulary
+        if not ids:
+            raise InvalidRequest([("prompt", "must not be empty")])
+        if bad := [token for token in ids if not 0 <= token < vocabulary]:
+            raise InvalidRequest([("prompt", f"token id {bad[0]} is not below the vocabulary's {vocabulary}")])
+        if room < 1:
+            raise InvalidRequest([("prompt", f"{len(ids)} tokens leave no room in a context of {self.model.config.context}")])
+        if max_tokens is not None and max_tokens > room:
+            raise InvalidRequest([("max_tokens", f"{max_tokens} after a prompt of {len(ids)} exceed the context of {len(ids) + room}")])
+
+    # Observation
+
+    def statistics(self) -> EngineStatistics:
+        """A snapshot of what runs, waits and is in use now."""
+        used = self._pool.num_slots - self._pool.num_free
+        return EngineStatistics(
+            num_requests_running=len(self._jobs),
+            num_requests_waiting=self._memory.num_waiting,
+            num_slots_used=used,
+            num_slots=self._pool.num_slots,
+            mailboxes={actor.name: actor.mailbox.statistics() for actor in self._actors},
+        )
+
+    async def _ask(self, actor: str, message: Ask[R]) -> R:
+        return await next(a for a in self._actors if a.name == actor).mailbox.ask(message)
+
+
+def _call_soon() -> Callable[[Callable[[], Any]], Any]:
+    """The running loop's thread-safe way to be called."""
+    try:
+        return asyncio.get_running_loop().call_soon_threadsafe
+    except RuntimeError:
+        import trio
+
+        return trio.lowlevel.current_trio_token().run_sync_soon
+
+
+@asynccontextmanager
+async def open_engine(
+    model: str | Model = "demo",
+    *,
+    spec_type: str | None = None,
+    draft_n_max: int = 3,
+    ngram_size_n: int = 12,
+    ngram_size_m: int = 48,
+    num_slots: int = 8,
+    queue_size: int = 256,
+    load_progress: Progress | None = None,
+) -> AsyncIterator[Engine]:
+    """A running engine for a shipped model's name, a Hugging Face folder, or a model already loaded.
+
+    `spec_type` is `none` or a comma list of `draft-mtp` and `ngram-simple`; by default all that the model can do.
+    `num_slots` requests run at once, `queue_size` more wait. Leaving the block ends what still runs with EngineClosed.
+    Raises ModelFileError, InvalidRequest; at the end, EngineDead if an actor failed and the block did not raise."""
+    if violations := check_ranges({"num_slots": num_slots, "queue_size": queue_size}):
+        raise InvalidRequest(violations)
+    types = None if spec_type is None else parse_spec_type(spec_type)
+    if isinstance(model, str):
+        name = model
+        model = await anyio.to_thread.run_sync(lambda: load_model(name, load_progress))
+    if types is None:
+        types = parse_spec_type("draft-mtp,ngram-simple" if model.weights.mtp is not None else "ngram-simple")
+    if "draft-mtp" in types and model.weights.mtp is None:
+        raise InvalidRequest([("spec_type", f"{model.folder} has no MTP head")])
+    engine = Engine(model, SpeculationParams(types, draft_n_max, ngram_size_n, ngram_size_m), num_slots, queue_size)
+    problem: BaseException | None = None
+    async with anyio.create_task_group() as group:
+        engine._start(group)  # pyright: ignore[reportPrivateUsage] - open_engine is Engine's constructor
+        try:
+            yield engine
+        except anyio.get_cancelled_exc_class():
+            raise
+        except BaseException as error:  # carried out of the task group by hand, which would wrap it
+            problem = error
+        finally:
+            await engine._finish()  # pyright: ignore[reportPrivateUsage]
+            group.cancel_scope.cancel()
+    if problem is not None:
+        raise problem
+    if isinstance(engine._end, EngineDead):  # pyright: ignore[reportPrivateUsage]
+        raise engine._end  # pyright: ignore[reportPrivateUsage]

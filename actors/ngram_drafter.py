@@ -1,0 +1,59 @@
+"""The ngram-simple drafter: what followed the newest earlier occurrence of the last n tokens. Host only, no weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..core.actor import Actor
+from ..core.channel import Envelope
+from ..core.errors import InternalBug
+from ..core.messages import Commit, Forget, Observe, Propose
+from ..core.vocabulary import Draft
+
+
+@dataclass(slots=True)
+class History:
+    """One sequence's tokens, and for each n-gram of them where its newest occurrence ends. One step a token, no rescans."""
+
+    size_n: int
+    tokens: list[int] = field(default_factory=list[int])
+    ends: dict[tuple[int, ...], int] = field(default_factory=dict[tuple[int, ...], int])
+
+    def extend(self, tokens: tuple[int, ...]) -> None:
+        for token in tokens:
+            self.tokens.append(token)
+            if len(self.tokens) >= self.size_n:
+                self.ends[tuple(self.tokens[-self.size_n :])] = len(self.tokens)
+
+    def continuation(self, last_token: int, limit: int) -> tuple[int, ...]:
+        """Up to `limit` tokens that followed the newest earlier occurrence of the last n tokens, `last_token` included;
+        nothing if fewer than n followed."""
+        key = (*self.tokens[len(self.tokens) - self.size_n + 1 :], last_token)
+        end = self.ends.get(key) if len(key) == self.size_n else None
+        if end is None or len(self.tokens) + 1 - end < self.size_n:
+            return ()
+        return (*self.tokens[end : end + limit], last_token)[:limit]
+
+
+class NgramDrafter(Actor):
+    def __init__(self, size_n: int) -> None:
+        super().__init__("n-gram drafter")
+        self._size_n = size_n
+        self._histories: dict[int, History] = {}
+
+    async def handle(self, batch: list[Envelope]) -> None:
+        for envelope in batch:
+            match envelope.message:
+                case Observe(slot, position, tokens) | Commit(slot, position, tokens):
+                    history = self._histories.setdefault(slot, History(self._size_n))
+                    if position != len(history.tokens):
+                        raise InternalBug(f"tokens at {position} after {len(history.tokens)}")
+                    history.extend(tokens)
+                    envelope.answer(None)
+                case Propose(slot, _, last_token, limit):
+                    envelope.answer(Draft("ngram-simple", self._histories[slot].continuation(last_token, limit)))
+                case Forget(slot):
+                    self._histories.pop(slot, None)
+                    envelope.answer(None)
+                case other:
+                    raise InternalBug(f"n-gram drafter got {other!r}")

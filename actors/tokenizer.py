@@ -1,0 +1,137 @@
+"""The tokenizer actor: prompts to token ids, and the incremental way back.
+
+User text never yields special tokens; only a chat template's own text may. Templates come from model files and are
+rendered by chat_template.py in a process of its own.
+"""
+
+from __future__ import annotations
+
+import codecs
+from pathlib import Path
+from typing import Any, cast
+
+import anyio
+from tokenizers import Tokenizer
+
+from ..core.actor import Actor, compute
+from ..core.channel import Envelope
+from ..core.errors import InvalidRequest, ModelFileError
+from ..core.messages import Encode
+from ..core.vocabulary import Message
+from ..kernels.model.config import read_json
+from . import chat_template
+
+#: encoding speed of byte-level BPE on one core, characters a second, rounded down
+CHARACTERS_PER_SECOND = 1e6
+
+
+def _bytes_of_characters() -> dict[str, int]:
+    """Byte-level BPE writes each byte as one printable character: itself where Latin-1 has a visible one, else the next
+    code point from 256 (GPT-2, `encoder.py`)."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_OF = _bytes_of_characters()
+
+
+class Vocabulary:
+    """tokenizer.json through the tokenizers package, as pure functions. Byte-level BPE, as all of the family."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        decoder: Any = read_json(path).get("decoder")
+        if not isinstance(decoder, dict) or decoder.get("type") != "ByteLevel":
+            raise ModelFileError(f"{path}: decoder: expected type ByteLevel, got {str(decoder)[:100]}")
+        try:
+            self._tokenizer: Any = Tokenizer.from_file(str(path))
+            self._plain: Any = Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises bare Exception
+            raise ModelFileError(f"{path}: {error}") from None
+        self._plain.encode_special_tokens = True
+        self._specials = {i: token.content for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._bytes: dict[int, bytes] = dict.fromkeys(self._specials, b"")
+        settings = folder / "tokenizer_config.json"
+        template: object = read_json(settings).get("chat_template") if settings.exists() else None
+        jinja = folder / "chat_template.jinja"
+        self.chat_template = jinja.read_text() if jinja.exists() else template if isinstance(template, str) else None
+
+    @property
+    def specials(self) -> list[str]:
+        return list(self._specials.values())
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """User text: what looks like a special token is encoded as plain text."""
+        return tuple(self._plain.encode(text, add_special_tokens=False).ids)
+
+    def encode_rendered(self, parts: list[tuple[bool, str]]) -> tuple[int, ...]:
+        """A rendered chat, as chat_template.render gives it."""
+        ids: list[int] = []
+        for has_specials, text in parts:
+            ids += (self._tokenizer if has_specials else self._plain).encode(text, add_special_tokens=False).ids
+        return tuple(ids)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes a token stands for; none for special tokens and ids beyond the vocabulary."""
+        if token not in self._bytes:
+            name: str = self._tokenizer.id_to_token(token) or ""
+            known = all(character in BYTE_OF for character in name)
+            self._bytes[token] = bytes(BYTE_OF[character] for character in name) if known else name.encode()
+        return self._bytes[token]
+
+
+class Detokenizer:
+    """Text of a growing token sequence, piece by piece. Concatenated, the pieces equal the decode of the whole, for every
+    split; a code point is never cut, and bytes that are no UTF-8 become U+FFFD. Runs in the sequence's own task: asking
+    the tokenizer would cost more than the work."""
+
+    def __init__(self, vocabulary: Vocabulary | None) -> None:
+        self._vocabulary = vocabulary
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, ids: tuple[int, ...], *, is_last: bool = False) -> str:
+        """The text that is certain once `ids` are known; all of it when they are the last. Empty without a vocabulary."""
+        if self._vocabulary is None:
+            return ""
+        return self._decoder.decode(b"".join(map(self._vocabulary.token_bytes, ids)), is_last)
+
+
+class TokenizerActor(Actor):
+    def __init__(self, vocabulary: Vocabulary | None) -> None:
+        super().__init__("tokenizer")
+        self._vocabulary = vocabulary
+
+    async def handle(self, batch: list[Envelope]) -> None:
+        async with anyio.create_task_group() as group:
+            for envelope in batch:
+                group.start_soon(self._encode, envelope)
+
+    async def _encode(self, envelope: Envelope) -> None:
+        message = envelope.message
+        assert isinstance(message, Encode)
+        assert envelope.reply is not None
+        try:
+            envelope.answer(await self._ids(message))
+        except InvalidRequest as error:
+            envelope.reply.fail(error)
+
+    async def _ids(self, message: Encode) -> tuple[int, ...]:
+        prompt = message.prompt
+        if isinstance(prompt, list) and all(isinstance(token, int) for token in prompt):
+            return tuple(cast("list[int]", prompt))
+        vocabulary = self._vocabulary
+        if vocabulary is None:
+            raise InvalidRequest([("prompt", "this model has no tokenizer.json, only token ids can be given")])
+        if isinstance(prompt, str):
+            try:
+                prompt.encode()
+            except UnicodeEncodeError:
+                raise InvalidRequest([("prompt", "contains lone surrogates, which no text has")]) from None
+            return await compute(lambda: vocabulary.encode(prompt), len(prompt) / CHARACTERS_PER_SECOND)
+        if vocabulary.chat_template is None:
+            raise InvalidRequest([("prompt", "this model has no chat template, give text or token ids")])
+        messages = cast("list[Message]", prompt)
+        parts = await chat_template.render(vocabulary.chat_template, messages, vocabulary.specials)
+        length = sum(len(text) for _, text in parts)
+        return await compute(lambda: vocabulary.encode_rendered(parts), length / CHARACTERS_PER_SECOND)

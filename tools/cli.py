@@ -1,0 +1,167 @@
+"""The command line. Flags are llama-server's where it has them; each has an environment twin, FORERUN_ and its long name."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from .. import DEFAULT_MAX_TOKENS, ForerunError, InvalidRequest, Prompt, Result, open_engine
+
+#: wrong or old flag -> what to use
+RENAMED = {
+    "--draft": "--spec-draft-n-max", "--draft-n": "--spec-draft-n-max", "--draft-max": "--spec-draft-n-max",
+    "--temperature": "--temp", "--n-predict": "--predict", "--max-tokens": "--predict", "--lookup": "--spec-type ngram-simple",
+}  # fmt: skip
+BAR_WIDTH = 30
+
+
+class Bar:
+    """A progress bar on stderr when that is a terminal, nothing otherwise. Gone when full."""
+
+    def __init__(self, label: str) -> None:
+        self._label, self._is_terminal = label, sys.stderr.isatty()
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._is_terminal:
+            filled = BAR_WIDTH * done // total
+            line = f"\r{self._label} [{'#' * filled}{'.' * (BAR_WIDTH - filled)}] {done}/{total}"
+            sys.stderr.write(line if done < total else "\r" + " " * len(line) + "\r")
+            sys.stderr.flush()
+
+
+def _option(parser: argparse.ArgumentParser, *names: str, help: str, **kwargs: Any) -> None:
+    """An option whose default comes from its environment twin when that is set."""
+    twin = "FORERUN_" + names[-1].lstrip("-").upper().replace("-", "_")
+    if twin in os.environ:
+        kwargs["default"] = os.environ[twin]  # argparse converts and checks text defaults as it does arguments
+    parser.add_argument(*names, help=f"{help} [{twin}]", **kwargs)
+
+
+def _token_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers with commas between, got {text!r}") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="forerun", description="Fast, exact, observable inference of hybrid language models.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    generate = commands.add_parser("generate", help="continue a prompt", allow_abbrev=False)
+    _option(generate, "-m", "--model", default="demo", help="demo, or a Hugging Face folder (default: demo)")
+    prompt = generate.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("-p", "--prompt", help="text to continue")
+    prompt.add_argument("-f", "--file", type=Path, help="file that holds the text, - for standard input")
+    prompt.add_argument("--prompt-ids", type=_token_ids, help="token ids, as 1,2,3; needs no tokenizer")
+    _option(generate, "-n", "--predict", type=int, help=f"most tokens to generate (default: {DEFAULT_MAX_TOKENS}, or what the context leaves)")
+    _option(generate, "--temp", type=float, help="temperature; 0 is greedy (default: the model's, else 0)")
+    _option(generate, "--top-k", type=int, help="keep the k likeliest tokens; 0 keeps all")
+    _option(generate, "--top-p", type=float, help="keep the likeliest tokens up to this share")
+    _option(generate, "--min-p", type=float, help="drop tokens less likely than this times the likeliest")
+    _option(generate, "-s", "--seed", type=int, help="seed of the noise that chooses tokens (default: random)")
+    generate.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-text token")
+    _option(generate, "--spec-type", help="none, or a comma list of draft-mtp, ngram-simple (default: all the model can do)")
+    _option(generate, "--spec-draft-n-max", type=int, default=3, help="most tokens the MTP head drafts at once (default: 3)")
+    _option(generate, "--spec-ngram-simple-size-n", type=int, default=12, help="tokens that must match (default: 12)")
+    _option(generate, "--spec-ngram-simple-size-m", type=int, default=48, help="most tokens a match drafts (default: 48)")
+    generate.add_argument("--format", choices=("text", "json"), default="text", help="text as it comes, or one JSON object")
+    return parser
+
+
+def _prompt(args: argparse.Namespace) -> Prompt:
+    if args.prompt_ids is not None:
+        return args.prompt_ids
+    if args.file is None:
+        return args.prompt
+    try:
+        raw = sys.stdin.buffer.read() if str(args.file) == "-" else args.file.read_bytes()
+        return raw.decode()
+    except OSError as error:
+        raise InvalidRequest([("--file", f"{args.file}: {error.strerror}")]) from error
+    except UnicodeDecodeError as error:
+        raise InvalidRequest([("--file", f"{args.file}: not UTF-8 at byte {error.start}")]) from None
+
+
+def figures(result: Result) -> str:
+    """One line: speeds, acceptance per drafter, mean accepted length."""
+    t, usage = result.timings, result.usage
+    decode = (usage.num_completion_tokens - 1) / t.decode_seconds if t.decode_seconds and usage.num_completion_tokens > 1 else 0.0
+    prefill = usage.num_prompt_tokens / t.prefill_seconds if t.prefill_seconds else 0.0
+    parts = [f"{usage.num_completion_tokens} tokens at {decode:.1f} tok/s, prompt of {usage.num_prompt_tokens} at {prefill:.0f} tok/s"]
+    for name, s in result.speculation.drafters.items():
+        if s.num_draft_tokens:
+            share = s.num_accepted_tokens / s.num_draft_tokens
+            parts.append(f"{name} accepted {s.num_accepted_tokens}/{s.num_draft_tokens} ({share:.0%})")
+    return "; ".join([*parts, f"mean accepted length {result.speculation.mean_acceptance_length:.2f}"])
+
+
+def to_json(result: Result) -> dict[str, Any]:
+    """A result as plain values, with tokens per second and mean accepted length worked out."""
+    speculation = asdict(result.speculation) | {"mean_acceptance_length": result.speculation.mean_acceptance_length}
+    return asdict(result) | {"finish_reason": result.finish_reason.value, "speculation": speculation}
+
+
+async def _generate(args: argparse.Namespace, write: Callable[[str], Any]) -> None:
+    prompt = _prompt(args)
+    engine = open_engine(
+        args.model,
+        spec_type=args.spec_type,
+        draft_n_max=args.spec_draft_n_max,
+        ngram_size_n=args.spec_ngram_simple_size_n,
+        ngram_size_m=args.spec_ngram_simple_size_m,
+        load_progress=Bar("loading"),
+    )
+    async with engine as opened:
+        stream = opened.generate(
+            prompt,
+            max_tokens=args.predict,
+            temperature=args.temp,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            min_p=args.min_p,
+            seed=args.seed,
+            ignore_eos=args.ignore_eos,
+            prefill_progress=Bar("prompt"),
+        )
+        async with stream:
+            async for delta in stream:
+                if args.format == "text":
+                    write(delta.text)
+    if args.format == "json":
+        write(json.dumps(to_json(stream.result)) + "\n")
+    else:
+        write("\n")
+        sys.stderr.write(figures(stream.result) + "\n")
+
+
+def main() -> None:
+    """Entry point of the `forerun` command. Exit codes: 0, 1 for our errors, 2 for wrong usage, 130 for Ctrl-C."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    parser = _parser()
+    for argument in sys.argv[1:]:
+        flag = argument.split("=")[0]
+        if flag in RENAMED:
+            parser.error(f"{flag} is not a flag here; use {RENAMED[flag]}")
+    args = parser.parse_args()
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    try:
+        anyio.run(_generate, args, write)
+    except ForerunError as error:
+        sys.exit(f"forerun: {error}")
+    except BrokenPipeError:  # the reader of our output has gone; keep the interpreter from flushing into it again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        sys.exit(130)
