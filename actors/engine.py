@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import anyio
 from anyio.abc import TaskGroup
@@ -20,7 +20,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 from ..core.actor import Actor
 from ..core.channel import MailboxStatistics
 from ..core.errors import EngineClosed, EngineDead, ForerunError, InvalidRequest, ModelFileError
-from ..core.messages import Ask, Encode
+from ..core.messages import Encode
 from ..core.protocol import CHUNK
 from ..core.vocabulary import (
     Delta,
@@ -47,7 +47,6 @@ from .target_decoder import TargetDecoder
 from .tokenizer import Detokenizer, TokenizerActor, Vocabulary
 
 logger = logging.getLogger("forerun")
-R = TypeVar("R")
 
 DEFAULT_MAX_TOKENS = 256
 #: Deltas a reader may be behind before its sequence waits for it.
@@ -343,9 +342,6 @@ class Engine:
             num_slots=self._pool.num_slots,
             mailboxes={actor.name: actor.mailbox.statistics() for actor in self._actors},
         )
-
-    async def _ask(self, actor: str, message: Ask[R]) -> R:
-        return await next(a for a in self._actors if a.name == actor).mailbox.ask(message)
 
 
 def _call_soon() -> Callable[[Callable[[], Any]], Any]:

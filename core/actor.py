@@ -10,7 +10,6 @@ from anyio.to_thread import run_sync
 
 from .channel import Envelope, Mailbox
 from .errors import ForerunError
-from .messages import Inspect
 
 T = TypeVar("T")
 
@@ -39,22 +38,15 @@ class Actor(ABC):
         self.mailbox = Mailbox(name, self.mailbox_capacity)
 
     async def run(self) -> None:
-        """Serves until cancelled. Cancelled: unanswered asks fail with ActorStopped."""
-        try:
-            while True:
-                batch = await self.mailbox.receive_all()
+        """Serves until cancelled. Whoever runs it closes the mailbox after it, with the reason."""
+        while True:
+            batch = await self.mailbox.receive_all()
+            try:
+                await self.handle(batch)
+            except ForerunError as error:
                 for envelope in batch:
-                    if isinstance(envelope.message, Inspect):
-                        envelope.answer(envelope.message.question())
-                rest = [envelope for envelope in batch if not isinstance(envelope.message, Inspect)]
-                try:
-                    await self.handle(rest)
-                except ForerunError as error:
-                    for envelope in rest:
-                        if envelope.reply is not None:
-                            envelope.reply.fail(error)
-        finally:
-            self.mailbox.close()
+                    if envelope.reply is not None:
+                        envelope.reply.fail(error)
 
     @abstractmethod
     async def handle(self, batch: list[Envelope]) -> None:

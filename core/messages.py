@@ -9,7 +9,6 @@ Every request names the absolute position it continues from, so rolling back is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -107,10 +106,3 @@ class Forget(Ask[None]):
     """Sequence to each drafter, once, before Release: drop what is known of the slot."""
 
     slot: int
-
-
-@dataclass(frozen=True, slots=True)
-class Inspect(Ask[object]):
-    """Engine or test to any actor: run `question` on the actor's own task, between two messages."""
-
-    question: Callable[[], object]

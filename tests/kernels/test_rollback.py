@@ -1,0 +1,125 @@
+"""Exact rollback: whatever was drafted and rejected, the rows that follow have the bits of a run that never drafted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from forerun.core.errors import PositionLost
+from forerun.core.protocol import CHUNK
+from forerun.kernels.model.memory import HiddenRows, SequenceMemory
+from forerun.kernels.model.trunk import Rows, Trunk
+from forerun.kernels.model.weights import ModelWeights
+from forerun.kernels.reference import ReferenceBackend
+from tests.checkpoints import LAYOUTS, prompt
+
+PROMPT = prompt(70)
+TEXT = prompt(40)
+WRONG = [(token + 1) % 250 for token in TEXT]
+MAX_ROWS = 9
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+class Run:
+    """One sequence after its prompt, verified step by step."""
+
+    def __init__(self, weights: ModelWeights) -> None:
+        self.trunk = Trunk(weights, ReferenceBackend())
+        self.memory = SequenceMemory(weights.config, len(PROMPT) + len(TEXT) + MAX_ROWS, MAX_ROWS, CHUNK)
+        for start in range(0, len(PROMPT), CHUNK):
+            self.trunk.prefill(Rows(self.memory, start, tuple(PROMPT[start : start + CHUNK])), is_last=False)
+
+    def verify(self, at: int, tokens: list[int]) -> Any:
+        """Logits of `tokens` from `at` positions after the prompt."""
+        return self.trunk.verify([Rows(self.memory, len(PROMPT) + at, tuple(tokens))])[0]
+
+
+@pytest.fixture
+def plain(weights: ModelWeights) -> Any:
+    """Logits of every row of TEXT, computed one row at a time: the truth."""
+    run = Run(weights)
+    return np.concatenate([run.verify(i, TEXT[i : i + 1]) for i in range(len(TEXT))])
+
+
+@pytest.mark.parametrize("length", range(1, MAX_ROWS + 1))
+def test_every_length_and_every_number_accepted(weights: ModelWeights, plain: Any, length: int) -> None:
+    for accepted in range(length + 1):
+        run = Run(weights)
+        run.verify(0, TEXT[:3])
+        rows = TEXT[3 : 3 + accepted] + WRONG[3 + accepted : 3 + length]
+        logits = run.verify(3, rows)
+        np.testing.assert_array_equal(logits[:accepted], plain[3 : 3 + accepted])
+        after = run.verify(3 + accepted, TEXT[3 + accepted : 6 + accepted])
+        np.testing.assert_array_equal(after, plain[3 + accepted : 6 + accepted])
+
+
+def test_the_whole_batch_twice_and_after_a_short_one(weights: ModelWeights, plain: Any) -> None:
+    run = Run(weights)
+    run.verify(0, TEXT[:5])
+    for rows in (WRONG[5:9], WRONG[5:14], WRONG[5:6]):  # each rolled back whole; the last one is short
+        run.verify(5, rows)
+    np.testing.assert_array_equal(run.verify(5, TEXT[5:8]), plain[5:8])
+
+
+def test_200_random_operations(weights: ModelWeights, plain: Any) -> None:
+    rng, run, at = np.random.default_rng(7), Run(weights), 0
+    for _ in range(200):
+        length = int(rng.integers(1, MAX_ROWS + 1))
+        right = int(rng.integers(0, length + 1))
+        rows = (TEXT[at : at + right] + WRONG[at + right :])[:length]
+        logits = run.verify(at, rows)
+        right = min(right, len(rows))
+        np.testing.assert_array_equal(logits[:right], plain[at : at + right])
+        at += int(rng.integers(0, right + 1))  # any held position, not only the furthest
+        if at > len(TEXT) - MAX_ROWS:
+            run, at = Run(weights), 0
+
+
+def test_a_decode_that_fails_leaves_its_start(weights: ModelWeights, plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(weights)
+    run.verify(0, TEXT[:4])
+    with monkeypatch.context() as patch:
+        def fail(*_: Any) -> Any:
+            raise FloatingPointError
+        patch.setattr(run.trunk.backend, "swiglu", fail)
+        with pytest.raises(FloatingPointError):
+            run.verify(2, WRONG[2:6])
+    np.testing.assert_array_equal(run.verify(2, TEXT[2:6]), plain[2:6])
+
+
+def test_a_position_that_is_gone_is_refused(weights: ModelWeights) -> None:
+    run = Run(weights)
+    run.verify(0, TEXT[:4])
+    run.verify(3, TEXT[3:5])
+    first = len(PROMPT) + 3
+    for at in (2, 6):
+        with pytest.raises(PositionLost, match=f"held: {first} to {first + 2}"):
+            run.verify(at, TEXT[:1])
+    with pytest.raises(PositionLost):
+        run.verify(5, TEXT * 2)
+
+
+def test_rows_have_the_same_bits_in_any_company(weights: ModelWeights, plain: Any) -> None:
+    runs = [Run(weights) for _ in range(5)]
+    rows = [Rows(run.memory, len(PROMPT), tuple(TEXT[: i + 1] + WRONG[i + 1 : i + 3])) for i, run in enumerate(runs)]
+    logits = runs[0].trunk.verify(rows)[0]
+    start = 0
+    for i, each in enumerate(rows):
+        np.testing.assert_array_equal(logits[start : start + i + 1], plain[: i + 1])
+        start += len(each.tokens)
+
+
+def test_hidden_rows_are_read_by_position_or_refused() -> None:
+    hidden = HiddenRows(2, 8)
+    hidden.write(0, np.arange(20, dtype=np.float32).reshape(10, 2)[:8])
+    hidden.write(8, np.full((3, 2), 9, np.float32))
+    np.testing.assert_array_equal(hidden.read(3, 6)[:, 0], [6, 8, 10, 12, 14, 9])
+    for position, count in ((0, 1), (2, 2), (10, 2), (20, 1)):
+        with pytest.raises(PositionLost):
+            hidden.read(position, count)

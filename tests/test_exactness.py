@@ -1,0 +1,55 @@
+"""The promise: with and without speculation, alone and in company, the same tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import anyio
+import pytest
+
+import forerun
+from tests.checkpoints import LAYOUTS, prompt
+
+SPEC_TYPES = ("draft-mtp", "ngram-simple", "draft-mtp,ngram-simple")
+SAMPLING = ({"temperature": 0.0}, {"temperature": 0.8, "seed": 7})
+HELD_OUT = [case["text"] for case in json.loads((Path(__file__).parent / "data" / "heldout_prompts.json").read_text())]
+
+pytestmark = pytest.mark.anyio
+
+
+async def all_tokens(
+    model: forerun.Model, prompts: list[list[int]] | list[str], num_tokens: int, options: dict[str, float], at_once: int, spec_type: str, n_max: int = 3
+) -> list[tuple[int, ...]]:
+    out: dict[int, tuple[int, ...]] = {}
+    async with forerun.open_engine(model, spec_type=spec_type, draft_n_max=n_max, ngram_size_n=3, num_slots=at_once) as engine:
+
+        async def one(i: int) -> None:
+            out[i] = (await engine.complete(prompts[i], max_tokens=num_tokens, **options)).token_ids
+
+        async with anyio.create_task_group() as group:
+            for i in range(len(prompts)):
+                group.start_soon(one, i)
+    return [out[i] for i in range(len(prompts))]
+
+
+@pytest.mark.parametrize("options", SAMPLING)
+@pytest.mark.parametrize("layout", LAYOUTS)
+async def test_random_checkpoints(layout: str, options: dict[str, float], checkpoints: dict[str, Path]) -> None:
+    model = forerun.load_model(str(checkpoints[layout]))
+    prompts = [prompt(length) for length in (1, 5, 63, 64, 65, 130)] + [prompt(9) * 6, [7] * 40]
+    plain = await all_tokens(model, prompts, 40, options, 1, "none")
+    assert await all_tokens(model, prompts, 40, options, 8, "none") == plain
+    for spec_type in SPEC_TYPES:
+        for n_max in (1, 3, 8):
+            for at_once in (1, 8):
+                assert await all_tokens(model, prompts, 40, options, at_once, spec_type, n_max) == plain, (spec_type, n_max, at_once)
+
+
+@pytest.mark.parametrize("options", SAMPLING)
+async def test_the_demo_model(options: dict[str, float]) -> None:
+    model = forerun.load_model("demo")
+    prompts = HELD_OUT[:8]
+    plain = await all_tokens(model, prompts, 64, options, 1, "none")
+    for spec_type in SPEC_TYPES:
+        assert await all_tokens(model, prompts, 64, options, 8, spec_type) == plain, spec_type

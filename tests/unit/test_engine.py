@@ -1,0 +1,174 @@
+"""The in-process API: streams, errors, cancellation, failure. On trio and asyncio alike."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+import forerun
+from forerun.kernels.model.trunk import Trunk
+from tests.checkpoints import prompt
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def model(checkpoints: dict[str, Path]) -> str:
+    return str(checkpoints["dense"])
+
+
+async def test_deltas_make_the_result(model: str) -> None:
+    async with forerun.open_engine(model) as engine:
+        async with engine.generate(prompt(70), max_tokens=30) as stream:
+            ids = [token async for delta in stream for token in delta.token_ids]
+        result = stream.result
+    assert tuple(ids) == result.token_ids
+    assert result.finish_reason in (forerun.FinishReason.LENGTH, forerun.FinishReason.STOP)
+    assert result.usage == forerun.Usage(70, len(ids))
+    accepted = sum(s.num_accepted_tokens for s in result.speculation.drafters.values())
+    assert 1 + result.speculation.num_rounds + accepted >= len(ids)
+
+
+async def test_text_deltas_make_the_text() -> None:
+    async with forerun.open_engine("demo") as engine:
+        stream = engine.generate("def add(a, b):\n", max_tokens=40)
+        text = "".join([delta.text async for delta in stream])
+        assert text == stream.result.text
+        assert text
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "field"),
+    [
+        ([], {}, "prompt"),
+        ([256], {}, "prompt"),
+        ([-1], {}, "prompt"),
+        ([1] * 1024, {}, "prompt"),
+        ([1], {"max_tokens": 1024}, "max_tokens"),
+        ([1], {"max_tokens": 0}, "max_tokens"),
+        ([1], {"temperature": float("nan")}, "temperature"),
+        ([1], {"top_k": 1.5}, "top_k"),
+        ([1], {"seed": -1}, "seed"),
+        ("text", {}, "prompt"),  # this model has no tokenizer
+        ([{"role": "user", "content": "x"}], {}, "prompt"),
+    ],
+)
+async def test_bad_requests_are_refused_and_harm_nobody(model: str, given: Any, options: Any, field: str) -> None:
+    async with forerun.open_engine(model) as engine:
+        with pytest.raises(forerun.InvalidRequest) as caught:
+            await engine.complete(given, **options)
+        assert caught.value.violations[0][0] == field
+        assert len((await engine.complete([1, 2], max_tokens=3, ignore_eos=True)).token_ids) == 3
+        assert engine.statistics().num_slots_used == 0
+
+
+@pytest.mark.parametrize("option", [{"spec_type": "draft-magic"}, {"num_slots": 0}, {"draft_n_max": 65}, {"ngram_size_n": 0}])
+async def test_bad_options_are_refused(model: str, option: Any) -> None:
+    with pytest.raises(forerun.InvalidRequest) as caught:
+        async with forerun.open_engine(model, **option):
+            pass
+    assert caught.value.violations[0][0] == next(iter(option))
+
+
+async def test_lone_surrogates_are_refused() -> None:
+    async with forerun.open_engine("demo") as engine:
+        with pytest.raises(forerun.InvalidRequest):
+            await engine.complete("x \ud800")
+
+
+async def test_leaving_the_block_gives_the_memory_back(model: str) -> None:
+    async with forerun.open_engine(model) as engine:
+        async with engine.generate(prompt(10), max_tokens=900, ignore_eos=True) as stream:
+            await anext(stream)
+            assert engine.statistics().num_slots_used == 1
+        statistics = engine.statistics()
+        assert (statistics.num_slots_used, statistics.num_requests_running) == (0, 0)
+        assert stream.result.finish_reason is forerun.FinishReason.CANCELLED
+
+
+async def test_a_reader_cancelled_at_any_point_gives_the_memory_back(model: str) -> None:
+    async with forerun.open_engine(model, num_slots=2) as engine:
+        alone = (await engine.complete(prompt(5), max_tokens=20, ignore_eos=True)).token_ids
+        for microseconds in range(0, 40_000, 1000):
+            with anyio.move_on_after(microseconds / 1e6):
+                await engine.complete(prompt(100), max_tokens=50, ignore_eos=True)
+            assert engine.statistics().num_slots_used == 0
+        assert (await engine.complete(prompt(5), max_tokens=20, ignore_eos=True)).token_ids == alone
+
+
+async def test_a_dropped_stream_warns_and_is_cancelled(model: str) -> None:
+    async with forerun.open_engine(model) as engine:
+        stream = engine.generate(prompt(10), max_tokens=900, ignore_eos=True)
+        await anext(stream)
+        with pytest.warns(ResourceWarning, match="unclosed"):
+            del stream
+            gc.collect()
+        with anyio.fail_after(5):
+            while engine.statistics().num_requests_running:
+                await anyio.sleep(0.001)
+        assert engine.statistics().num_slots_used == 0
+
+
+async def test_a_slow_reader_holds_up_itself_alone(model: str) -> None:
+    async with forerun.open_engine(model, spec_type="none") as engine:
+        async with engine.generate(prompt(10), max_tokens=900, ignore_eos=True) as slow:
+            await anext(slow)
+            other = await engine.complete(prompt(5), max_tokens=100, ignore_eos=True)
+            assert len(other.token_ids) == 100
+            assert engine.statistics().mailboxes["target decoder"].num_received < 150  # the slow one has stopped at its bound
+
+
+async def test_more_requests_than_slots_wait_their_turn_and_beyond_the_queue_are_refused(model: str) -> None:
+    async with forerun.open_engine(model, num_slots=2, queue_size=3) as engine:
+        outcomes: list[str] = []
+
+        async def one() -> None:
+            try:
+                await engine.complete(prompt(5), max_tokens=20, ignore_eos=True)
+                outcomes.append("done")
+            except forerun.Overloaded as error:
+                assert error.retry_after_seconds > 0
+                outcomes.append("refused")
+
+        async with anyio.create_task_group() as group:
+            for _ in range(9):
+                group.start_soon(one)
+        assert sorted(outcomes) == ["done"] * 5 + ["refused"] * 4
+
+
+async def test_closing_the_engine_ends_what_runs(model: str) -> None:
+    async with forerun.open_engine(model) as engine:
+        stream = engine.generate(prompt(10), max_tokens=900, ignore_eos=True)
+        await anext(stream)
+    with pytest.raises(forerun.EngineClosed):
+        async for _ in stream:
+            pass
+    with pytest.raises(forerun.EngineClosed):
+        engine.generate([1])
+
+
+async def test_an_actors_bug_ends_everybody_with_engine_dead(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise ZeroDivisionError
+
+    with pytest.raises(forerun.EngineDead) as caught:
+        async with forerun.open_engine(model) as engine:
+            stream = engine.generate(prompt(10), max_tokens=900, ignore_eos=True)
+            await anext(stream)
+            monkeypatch.setattr(Trunk, "verify", fail)
+            with anyio.fail_after(5), pytest.raises(forerun.EngineDead):
+                async for _ in stream:
+                    pass
+            with pytest.raises(forerun.EngineDead):
+                engine.generate([1])
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+async def test_the_blocks_own_error_comes_out_as_it_is(model: str) -> None:
+    with pytest.raises(KeyError):
+        async with forerun.open_engine(model):
+            raise KeyError
