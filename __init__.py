@@ -1,9 +1,9 @@
 """Forerun: async streaming inference of hybrid language models, with speculation that changes the speed and nothing else.
 
-    async with forerun.open_engine("demo") as engine:
-        async with engine.generate("def fibonacci(n):", max_tokens=64) as stream:
-            async for delta in stream:
-                print(delta.text, end="")
+async with forerun.open_engine("demo") as engine:
+    async with engine.generate("def fibonacci(n):", max_tokens=64) as stream:
+        async for delta in stream:
+            print(delta.text, end="")
 """
 
 from .actors.engine import DEFAULT_MAX_TOKENS, Engine, EngineStatistics, Model, Stream, load_model, open_engine

@@ -25,16 +25,20 @@ def _raise(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
+def _strftime_now(form: str) -> str:
+    return datetime.now().astimezone().strftime(form)
+
+
 def _tojson(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 def render(template: str, variables: dict[str, Any]) -> str:
     """The same settings as transformers' `utils/chat_template_utils.py`, which templates are written for."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols], autoescape=False)  # noqa: S701 - plain text, no markup
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    functions: dict[str, Any] = {"raise_exception": _raise, "strftime_now": _strftime_now}
+    environment.globals.update(functions)
     return environment.from_string(template).render(**variables)
 
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import warnings
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,15 +67,15 @@ class Defaults:
         values = read_json(path) if path.exists() else {}
         config = read_json(folder / "config.json")
         stop: Any = values.get("eos_token_id", config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id")))
-        stop = [] if stop is None else stop if isinstance(stop, list) else [stop]
+        stop = cast("list[Any]", [] if stop is None else stop if isinstance(stop, list) else [stop])
         if not all(type(token) is int for token in stop):
             raise ModelFileError(f"{path}: eos_token_id: expected token ids, got {stop!r}")
         sampling: dict[str, float] = {"temperature": 0.0}
         if values.get("do_sample") is True:
             sampling = {"temperature": 1.0} | {k: v for k in ("temperature", "top_k", "top_p", "min_p") if (v := values.get(k)) is not None}
-        if violations := check_ranges(cast("dict[str, float | int | None]", sampling)):
+        if violations := check_ranges(sampling):
             raise ModelFileError(f"{path}: {violations[0][0]}: {violations[0][1]}")
-        return Defaults(frozenset(cast("list[int]", stop)), sampling)
+        return Defaults(frozenset[int](stop), sampling)
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,7 +365,7 @@ async def open_engine(
     num_slots: int = 8,
     queue_size: int = 256,
     load_progress: Progress | None = None,
-) -> AsyncIterator[Engine]:
+) -> AsyncGenerator[Engine]:
     """A running engine for a shipped model's name, a Hugging Face folder, or a model already loaded.
 
     `spec_type` is `none` or a comma list of `draft-mtp` and `ngram-simple`; by default all that the model can do.

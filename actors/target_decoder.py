@@ -39,9 +39,7 @@ class TargetDecoder(Actor):
         def work() -> list[Verdict]:
             logits, _ = self._trunk.verify(batch)
             rows = iter(logits)
-            return [
-                Verdict(tuple(choose(next(rows), m.sampling, m.position + i + 1) for i in range(len(m.tokens)))) for _, m in verifies
-            ]
+            return [Verdict(tuple(choose(next(rows), m.sampling, m.position + i + 1) for i in range(len(m.tokens)))) for _, m in verifies]
 
         verdicts = await compute(work, self._seconds(sum(len(rows.tokens) for rows in batch)))
         for (envelope, _), verdict in zip(verifies, verdicts, strict=True):

@@ -42,8 +42,8 @@ class Vocabulary:
     def __init__(self, folder: Path) -> None:
         path = folder / "tokenizer.json"
         decoder: Any = read_json(path).get("decoder")
-        if not isinstance(decoder, dict) or decoder.get("type") != "ByteLevel":
-            raise ModelFileError(f"{path}: decoder: expected type ByteLevel, got {str(decoder)[:100]}")
+        if not isinstance(decoder, dict) or cast("dict[str, Any]", decoder).get("type") != "ByteLevel":
+            raise ModelFileError(f"{path}: decoder: expected type ByteLevel, got {decoder!r:.100}")
         try:
             self._tokenizer: Any = Tokenizer.from_file(str(path))
             self._plain: Any = Tokenizer.from_file(str(path))

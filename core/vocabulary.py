@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal, TypedDict
@@ -40,7 +41,7 @@ class Message(TypedDict):
 Prompt = str | list[int] | list[Message]
 
 
-def check_ranges(values: dict[str, float | int | None]) -> list[tuple[str, str]]:
+def check_ranges(values: Mapping[str, float | int | None]) -> list[tuple[str, str]]:
     """Every violation of RANGES among `values`; None means unset and is always fine."""
     violations: list[tuple[str, str]] = []
     for name, value in values.items():

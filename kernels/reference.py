@@ -6,13 +6,15 @@ axis of one row; a row attends over exactly the keys it may see; everything else
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 
 from .backend import F32, DeltaInputs, Experts
 
 
 def _sigmoid(x: F32) -> F32:
-    return 1 / (1 + np.exp(np.minimum(-x, np.float32(88))))  # exp(89) would overflow
+    return np.reciprocal(1 + np.exp(np.minimum(-x, np.float32(88))))  # exp(89) would overflow
 
 
 def _softmax(x: F32) -> F32:
@@ -95,7 +97,8 @@ class ReferenceBackend:
         system = np.matmul(weighted, k.swapaxes(1, 2)) * decay
         diagonal = np.arange(len(x.beta))
         system[:, diagonal, diagonal] = 1
-        solved = np.linalg.solve(system, np.concatenate([beta * v, weighted * since_start], -1))
+        right: F32 = np.concatenate([beta * v, weighted * since_start], -1)
+        solved = cast("F32", np.linalg.solve(system, right))
         write = solved[..., : v.shape[-1]] - np.matmul(solved[..., v.shape[-1] :], state)
         out = np.matmul(q * since_start, state) + np.matmul(np.matmul(q, k.swapaxes(1, 2)) * decay, write)
         last = total[:, -1:, None]

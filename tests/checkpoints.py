@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from forerun.kernels.formats import safetensors
 from forerun.kernels.model.config import load_config
 from forerun.kernels.model.weights import expected_tensors
@@ -95,9 +94,7 @@ def make(name: str, folder: Path) -> Path:
     (folder / "config.json").write_text(json.dumps(whole))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 255, "do_sample": False}))
     parsed = load_config(folder)
-    shapes = expected_tensors(
-        parsed, fused_experts=how.get("fused_experts", True), has_mtp=True, has_head=not parsed.is_tied
-    )
+    shapes = expected_tensors(parsed, fused_experts=how.get("fused_experts", True), has_mtp=True, has_head=not parsed.is_tied)
     rng = np.random.Generator(np.random.PCG64(sum(name.encode())))
     tensors: dict[str, tuple[str, np.ndarray[Any, Any]]] = {}
     for short, shape in shapes.items():

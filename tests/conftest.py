@@ -6,10 +6,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-
 from forerun.kernels.model.config import load_config
 from forerun.kernels.model.weights import ModelWeights, load_weights
 from forerun.kernels.reference import ReferenceBackend
+
 from tests.checkpoints import LAYOUTS, make
 
 

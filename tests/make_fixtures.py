@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as functional
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, Qwen3_5MoeForCausalLM
 
@@ -65,7 +66,7 @@ class Mtp:
         gate = w[at + "gate_proj.weight"] if gate is None else gate
         up = w[at + "up_proj.weight"] if up is None else up
         down = w[at + "down_proj.weight"] if down is None else down
-        return (F.silu(u @ gate.T) * (u @ up.T)) @ down.T
+        return (functional.silu(u @ gate.T) * (u @ up.T)) @ down.T
 
     def ffn(self, u):
         at, w = "mtp.layers.0.mlp.", self.w
@@ -96,10 +97,10 @@ class Mtp:
 
 
 @torch.no_grad()
-def record(name: str, folder: Path) -> dict[str, np.ndarray]:
+def record(name: str, folder: Path) -> dict[str, Any]:
     kind = Qwen3_5MoeForCausalLM if name == "moe" else AutoModelForCausalLM
     model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    out: dict[str, np.ndarray] = {}
+    out: dict[str, Any] = {}
     for length in LENGTHS:
         ids = prompt(length)
         logits, tokens = [], []

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import anyio
+import forerun
 import pytest
 
-import forerun
 from tests.checkpoints import LAYOUTS, prompt
 
 SPEC_TYPES = ("draft-mtp", "ngram-simple", "draft-mtp,ngram-simple")
@@ -19,7 +19,13 @@ pytestmark = pytest.mark.anyio
 
 
 async def all_tokens(
-    model: forerun.Model, prompts: list[list[int]] | list[str], num_tokens: int, options: dict[str, float], at_once: int, spec_type: str, n_max: int = 3
+    model: forerun.Model,
+    prompts: list[list[int]] | list[str],
+    num_tokens: int,
+    options: dict[str, float],
+    at_once: int,
+    spec_type: str,
+    n_max: int = 3,
 ) -> list[tuple[int, ...]]:
     out: dict[int, tuple[int, ...]] = {}
     async with forerun.open_engine(model, spec_type=spec_type, draft_n_max=n_max, ngram_size_n=3, num_slots=at_once) as engine:

@@ -62,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     prompt.add_argument("-p", "--prompt", help="text to continue")
     prompt.add_argument("-f", "--file", type=Path, help="file that holds the text, - for standard input")
     prompt.add_argument("--prompt-ids", type=_token_ids, help="token ids, as 1,2,3; needs no tokenizer")
-    _option(generate, "-n", "--predict", type=int, help=f"most tokens to generate (default: {DEFAULT_MAX_TOKENS}, or what the context leaves)")
+    _option(
+        generate, "-n", "--predict", type=int, help=f"most tokens to generate (default: {DEFAULT_MAX_TOKENS}, or what the context leaves)"
+    )
     _option(generate, "--temp", type=float, help="temperature; 0 is greedy (default: the model's, else 0)")
     _option(generate, "--top-k", type=int, help="keep the k likeliest tokens; 0 keeps all")
     _option(generate, "--top-p", type=float, help="keep the likeliest tokens up to this share")

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as functional
 from torch import Tensor, nn
 
 CHUNK = 64
@@ -94,32 +94,28 @@ class GatedDeltaNet(nn.Module):
         s = self.s
         batch, length, _ = u.shape
         key = s.key_heads * s.key_dim
-        qkv = F.linear(u, self.in_proj_qkv).transpose(1, 2)
-        padded = F.pad(qkv.float(), (3, 0))
-        qkv = F.silu(sum(padded[..., i : i + length] * self.conv1d[:, :, i] for i in range(4)))
-        q, k = (
-            x.view(batch, s.key_heads, s.key_dim, length).transpose(2, 3) for x in (qkv[:, :key], qkv[:, key : 2 * key])
-        )
+        qkv = functional.linear(u, self.in_proj_qkv).transpose(1, 2)
+        padded = functional.pad(qkv.float(), (3, 0))
+        qkv = functional.silu(sum(padded[..., i : i + length] * self.conv1d[:, :, i] for i in range(4)))
+        q, k = (x.view(batch, s.key_heads, s.key_dim, length).transpose(2, 3) for x in (qkv[:, :key], qkv[:, key : 2 * key]))
         v = qkv[:, 2 * key :].view(batch, s.value_heads, s.value_dim, length).transpose(2, 3)
         q = q * torch.rsqrt(q.square().sum(-1, keepdim=True) + 1e-6) * s.key_dim**-0.5
         k = k * torch.rsqrt(k.square().sum(-1, keepdim=True) + 1e-6)
         repeat = s.value_heads // s.key_heads
         q, k = q.repeat_interleave(repeat, 1), k.repeat_interleave(repeat, 1)
-        beta = torch.sigmoid(F.linear(u, self.in_proj_b).float()).transpose(1, 2)
-        g = -self.A_log.exp() * F.softplus(F.linear(u, self.in_proj_a).float() + self.dt_bias)
+        beta = torch.sigmoid(functional.linear(u, self.in_proj_b).float()).transpose(1, 2)
+        g = -self.A_log.exp() * functional.softplus(functional.linear(u, self.in_proj_a).float() + self.dt_bias)
         o = delta_rule(q, k, v, beta, g.transpose(1, 2))
         o = o.transpose(1, 2)  # [batch, length, value heads, value dim]
         o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + 1e-6) * self.norm
-        z = F.linear(u, self.in_proj_z).float().view(o.shape)
-        return F.linear((o * F.silu(z)).reshape(batch, length, -1), self.out_proj)
+        z = functional.linear(u, self.in_proj_z).float().view(o.shape)
+        return functional.linear((o * functional.silu(z)).reshape(batch, length, -1), self.out_proj)
 
 
 def delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor) -> Tensor:
     """q, k [B, H, T, dk], v [B, H, T, dv], beta and g [B, H, T], float32; T a multiple of CHUNK. Returns [B, H, T, dv]."""
     batch, heads, length, _ = q.shape
-    q, k, v, beta, g = (
-        x.reshape(batch, heads, length // CHUNK, CHUNK, *x.shape[3:]) for x in (q, k, v, beta, g)
-    )
+    q, k, v, beta, g = (x.reshape(batch, heads, length // CHUNK, CHUNK, *x.shape[3:]) for x in (q, k, v, beta, g))
     total = g.cumsum(-1)
     lower = torch.ones(CHUNK, CHUNK, device=q.device).tril()
     # Masked before exp, not after: above the diagonal the exponent is positive and may overflow to inf * 0.
@@ -162,9 +158,9 @@ class GatedAttention(nn.Module):
         """`chain` is the MTP cache: its first entry holds the exact rows, the others one row per chain (see Mtp)."""
         s = self.s
         batch, length, _ = u.shape
-        q, gate = F.linear(u, self.q_proj).view(batch, length, s.heads, 2, s.head_dim).float().unbind(3)
-        k = F.linear(u, self.k_proj).view(batch, length, s.kv_heads, s.head_dim).float()
-        v = F.linear(u, self.v_proj).view(batch, length, s.kv_heads, s.head_dim).transpose(1, 2).float()
+        q, gate = functional.linear(u, self.q_proj).view(batch, length, s.heads, 2, s.head_dim).float().unbind(3)
+        k = functional.linear(u, self.k_proj).view(batch, length, s.kv_heads, s.head_dim).float()
+        v = functional.linear(u, self.v_proj).view(batch, length, s.kv_heads, s.head_dim).transpose(1, 2).float()
         inverse = s.rope_theta ** (-torch.arange(0, s.rotary, 2, device=u.device) / s.rotary)
         angle = torch.arange(offset, offset + length, device=u.device)[:, None] * inverse
         cos, sin = angle.cos(), angle.sin()
@@ -175,7 +171,7 @@ class GatedAttention(nn.Module):
         if not chain:
             if chain is not None:
                 chain.append((k, v))
-            o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            o = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             chain.append((k, v))
             (exact_k, exact_v), drafted = chain[0], chain[1:]
@@ -187,7 +183,7 @@ class GatedAttention(nn.Module):
             for i, (_, value) in enumerate(drafted):
                 o = o + share[..., length + i, None] * value
         o = o.transpose(1, 2) * torch.sigmoid(gate)
-        return F.linear(o.reshape(batch, length, -1), self.o_proj)
+        return functional.linear(o.reshape(batch, length, -1), self.o_proj)
 
 
 class Layer(nn.Module):
@@ -205,7 +201,9 @@ class Layer(nn.Module):
         u = self.input_layernorm(x)
         x = x + (self.self_attn(u, offset, chain) if hasattr(self, "self_attn") else self.linear_attn(u))
         u = self.post_attention_layernorm(x)
-        return x + F.linear(F.silu(F.linear(u, self.gate_proj)) * F.linear(u, self.up_proj), self.down_proj)
+        return x + functional.linear(
+            functional.silu(functional.linear(u, self.gate_proj)) * functional.linear(u, self.up_proj), self.down_proj
+        )
 
 
 class Mtp(nn.Module):
@@ -218,7 +216,7 @@ class Mtp(nn.Module):
 
     def forward(self, embedded: Tensor, hidden: Tensor, offset: int, chain: list[tuple[Tensor, Tensor]]) -> Tensor:
         both = torch.cat([self.pre_fc_norm_embedding(embedded), self.pre_fc_norm_hidden(hidden)], -1)
-        return self.norm(self.layer(F.linear(both, self.fc), offset, chain))
+        return self.norm(self.layer(functional.linear(both, self.fc), offset, chain))
 
 
 class Model(nn.Module):
@@ -231,21 +229,21 @@ class Model(nn.Module):
         self.mtp = Mtp(s)
 
     def trunk(self, ids: Tensor) -> Tensor:
-        x = F.embedding(ids, self.embed)
+        x = functional.embedding(ids, self.embed)
         for layer in self.layers:
             x = layer(x)
         return self.norm(x)
 
     def head(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.embed).float()
+        return functional.linear(hidden, self.embed).float()
 
     def drafts(self, hidden: Tensor, ids: Tensor, depth: int) -> list[Tensor]:
         """Logits of each chained draft. Chain i starts from token i and the hidden row of position i - 1 (zeros for the
         first); its draft j (from 0) predicts token i + j + 1. hidden [B, T, hidden], ids [B, T + depth - 1 or more]."""
         length, chain, out = hidden.shape[1], [], []
-        hidden = F.pad(hidden[:, :-1], (0, 0, 1, 0))
+        hidden = functional.pad(hidden[:, :-1], (0, 0, 1, 0))
         for step in range(depth):
-            hidden = self.mtp(F.embedding(ids[:, step : step + length], self.embed), hidden, step, chain)
+            hidden = self.mtp(functional.embedding(ids[:, step : step + length], self.embed), hidden, step, chain)
             out.append(self.head(hidden))
         return out
 
@@ -255,7 +253,7 @@ def loss(model: Model, ids: Tensor, depth: int, mtp_share: float) -> tuple[Tenso
     length = ids.shape[1] - 1 - depth
     hidden = model.trunk(ids[:, :length])
     logits = model.head(hidden)
-    trunk = F.cross_entropy(logits.flatten(0, 1), ids[:, 1 : length + 1].flatten())
+    trunk = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1 : length + 1].flatten())
     rows = max(1, round(len(ids) * mtp_share))
     teacher = logits[:rows].detach().softmax(-1)
     total = torch.zeros(())
@@ -302,9 +300,7 @@ def optimizers(model: Model) -> list[torch.optim.Optimizer]:
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and n != "embed" and min(p.shape) >= 32]
     chosen = {id(p) for p in matrices}
     others = [p for n, p in model.named_parameters() if id(p) not in chosen and n != "embed"]
-    adam = torch.optim.AdamW(
-        [{"params": [model.embed], "lr": 4e-3}, {"params": others, "lr": 4e-3}], betas=(0.9, 0.95), weight_decay=0.0
-    )
+    adam = torch.optim.AdamW([{"params": [model.embed], "lr": 4e-3}, {"params": others, "lr": 4e-3}], betas=(0.9, 0.95), weight_decay=0.0)
     return [Muon(matrices, lr=0.02), adam]
 
 
@@ -324,7 +320,7 @@ def evaluate(model: Model, data: np.ndarray, num_bytes: int, depth: int, length:
         usable = (length - 1) // CHUNK * CHUNK
         hidden = model.trunk(ids[:, :usable])
         logits = model.head(hidden)
-        nats += float(F.cross_entropy(logits.flatten(0, 1), ids[:, 1 : usable + 1].flatten(), reduction="sum"))
+        nats += float(functional.cross_entropy(logits.flatten(0, 1), ids[:, 1 : usable + 1].flatten(), reduction="sum"))
         tokens += ids.shape[0] * usable
         choice = logits.argmax(-1)
         kept = torch.ones(ids.shape[0], usable - depth, dtype=torch.bool)
@@ -400,7 +396,7 @@ A hybrid language model (gated delta net, gated attention, MTP head; the `qwen3_
 completes Python. It exists to show and test Forerun: it is small enough to ship and too small to trust.
 
 Trained by `tools/train_demo.py` on the Python source below, {facts["num_tokens"]:,} tokens in {facts["minutes"]} minutes on
-{facts["device"]}. On held-out files (one in about 43, chosen by the hash of the file's name): {facts["heldout_bits_per_byte"]} bits per byte;
+{facts["device"]}. On held-out files (one in about 43, by the hash of the name): {facts["heldout_bits_per_byte"]} bits per byte;
 the chained MTP drafts 1, 2, 3 equal the trunk's greedy choice, all before them included, at a share of {agreement} of positions.
 
 Tokenizer: byte-level BPE of {model.s.vocab} tokens trained on the same text, with the pre-tokenizer of Qwen3.5.

@@ -121,12 +121,15 @@ def load_config(folder: Path) -> ModelConfig:
     family = MODEL_TYPES[model_type]
     read = _Reader(path, values)
     layers = read.integer("num_hidden_layers", highest=10_000)
-    types = values.get("layer_types")
-    if types is None:
+    given: Any = values.get("layer_types")
+    if given is None:
         interval = read.integer("full_attention_interval", 4)
-        types = ["full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(layers)]
-    if not isinstance(types, list) or len(cast("list[Any]", types)) != layers or not set(types) <= {"full_attention", "linear_attention"}:
-        raise read.fail("layer_types", f"expected {layers} entries, each full_attention or linear_attention")
+        is_full = tuple((i + 1) % interval == 0 for i in range(layers))
+    else:
+        types = cast("list[Any]", given if isinstance(given, list) else [])
+        if len(types) != layers or not all(kind in ("full_attention", "linear_attention") for kind in types):
+            raise read.fail("layer_types", f"expected {layers} entries, each full_attention or linear_attention")
+        is_full = tuple(kind == "full_attention" for kind in types)
     moe, is_moe = None, (False,) * layers
     if family != "qwen3_5":
         moe = MoeConfig(
@@ -154,7 +157,7 @@ def load_config(folder: Path) -> ModelConfig:
         vocabulary=read.integer("vocab_size"),
         hidden=read.integer("hidden_size"),
         intermediate=read.integer("intermediate_size", 1 if family == "qwen3_5_moe" else None),
-        is_full_attention=tuple(kind == "full_attention" for kind in cast("list[str]", types)),
+        is_full_attention=is_full,
         is_moe=is_moe,
         heads=read.integer("num_attention_heads"),
         kv_heads=read.integer("num_key_value_heads"),

@@ -65,9 +65,7 @@ class LayerGraph:
         shared = self.backend.sigmoid_gate(self.ffn(u, w.shared, is_chunk), linear(u, w.shared_gate))
         return self.backend.mixture(u, linear(u, w.router), w.experts) + shared
 
-    def attention(
-        self, u: F32, w: AttentionWeights, spans: Sequence[tuple[KeyValues, int, int]], layer: int, is_chunk: bool
-    ) -> F32:
+    def attention(self, u: F32, w: AttentionWeights, spans: Sequence[tuple[KeyValues, int, int]], layer: int, is_chunk: bool) -> F32:
         """`spans` says, in order of rows: whose keys and values, from which position, how many rows."""
         c, linear, backend = self.config, self.linear(is_chunk), self.backend
         both = linear(u, w.q).reshape(len(u), c.heads, 2, c.head_dim)

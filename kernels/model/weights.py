@@ -222,7 +222,9 @@ def _dense_shapes(prefix: str, hidden: int, intermediate: int) -> Iterator[tuple
 
 
 class _Loader:
-    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, backend: Backend, fused: bool, total: int, progress: Progress | None) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, config: ModelConfig, backend: Backend, fused: bool, total: int, progress: Progress | None
+    ) -> None:
         self._checkpoint, self._c, self._backend, self._fused = checkpoint, config, backend, fused
         self._total, self._progress, self._done = total, progress, 0
 
@@ -278,13 +280,15 @@ class _Loader:
             gate_up = [matrix(expert) for expert in self.raw(prefix + "experts.gate_up_proj")]
             down = [matrix(expert) for expert in self.raw(prefix + "experts.down_proj")]
         else:
-            gate_up, down = [], []
+            gate_up, down = list[Matrix](), list[Matrix]()
             for i in range(moe.num_experts):
                 both = [self.raw(f"{prefix}experts.{i}.{x}_proj.weight") for x in ("gate", "up")]
                 gate_up.append(matrix(np.concatenate(both)))
                 down.append(self.matrix(f"{prefix}experts.{i}.down_proj"))
         experts = Experts(gate_up, down, moe.num_used)
-        return MoeWeights(self.matrix(prefix + "gate"), experts, self.dense(prefix + "shared_expert."), self.matrix(prefix + "shared_expert_gate"))
+        return MoeWeights(
+            self.matrix(prefix + "gate"), experts, self.dense(prefix + "shared_expert."), self.matrix(prefix + "shared_expert_gate")
+        )
 
 
 def load_weights(folder: Path, config: ModelConfig, backend: Backend, progress: Progress | None = None) -> ModelWeights:

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from forerun.core.protocol import CHUNK
 from forerun.kernels.model.memory import SequenceMemory
 from forerun.kernels.model.mtp import MtpHead, MtpRows
 from forerun.kernels.model.trunk import Rows, Trunk
 from forerun.kernels.model.weights import ModelWeights
 from forerun.kernels.reference import ReferenceBackend
+
 from tests.checkpoints import DRAFT_FROM, LAYOUTS, LENGTHS, NUM_DRAFTS, STEPS, prompt
 
 DATA = Path(__file__).parents[1] / "data"

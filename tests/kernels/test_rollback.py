@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from forerun.core.errors import PositionLost
 from forerun.core.protocol import CHUNK
 from forerun.kernels.model.memory import HiddenRows, SequenceMemory
 from forerun.kernels.model.trunk import Rows, Trunk
 from forerun.kernels.model.weights import ModelWeights
 from forerun.kernels.reference import ReferenceBackend
+
 from tests.checkpoints import LAYOUTS, prompt
 
 PROMPT = prompt(70)
@@ -85,8 +85,10 @@ def test_a_decode_that_fails_leaves_its_start(weights: ModelWeights, plain: Any,
     run = Run(weights)
     run.verify(0, TEXT[:4])
     with monkeypatch.context() as patch:
+
         def fail(*_: Any) -> Any:
             raise FloatingPointError
+
         patch.setattr(run.trunk.backend, "swiglu", fail)
         with pytest.raises(FloatingPointError):
             run.verify(2, WRONG[2:6])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from forerun.core.errors import InvalidRequest
 from forerun.core.vocabulary import SamplingParams
 from forerun.kernels.model.sampling import choose
@@ -64,7 +63,9 @@ def test_a_choice_depends_on_seed_and_position_alone() -> None:
     assert len(set(first)) > 40
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 1.1}, {"top_k": -1}, {"seed": 2**64}, {"min_p": float("inf")}])
+@pytest.mark.parametrize(
+    "bad", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 1.1}, {"top_k": -1}, {"seed": 2**64}, {"min_p": float("inf")}]
+)
 def test_values_out_of_range_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(InvalidRequest) as caught:
         SamplingParams(**bad)  # pyright: ignore[reportArgumentType]

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import anyio
 import pytest
-
 from forerun.core.channel import Mailbox
 from forerun.core.errors import ActorStopped, InternalBug
 from forerun.core.messages import Ask, Tell

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-import pytest
-
 import forerun
+import pytest
 from forerun.kernels.model.trunk import Trunk
+
 from tests.checkpoints import prompt
 
 pytestmark = pytest.mark.anyio

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
-
 from forerun.core.errors import InternalBug
 from forerun.core.protocol import CHUNK, TRANSITIONS, Event, SequenceProtocol, State
 from forerun.core.vocabulary import Draft, FinishReason, Request, SamplingParams, Verdict
@@ -64,7 +64,7 @@ def test_never_more_than_max_tokens() -> None:
 
 
 def test_what_is_not_in_the_table_is_refused_and_changes_nothing() -> None:
-    calls = {
+    calls: dict[Event, Callable[[SequenceProtocol], object]] = {
         Event.ADMITTED: lambda p: p.admitted(),
         Event.DRAFTED: lambda p: p.drafted(None),
         Event.VERIFIED: lambda p: p.verified(Verdict((1,))),

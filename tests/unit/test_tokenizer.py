@@ -6,7 +6,6 @@ import random
 from pathlib import Path
 
 import pytest
-
 from forerun.actors import chat_template
 from forerun.actors.engine import find_model
 from forerun.actors.tokenizer import Detokenizer, Vocabulary

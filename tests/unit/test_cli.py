@@ -1,0 +1,65 @@
+"""The command line as a user types it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def forerun(*args: str, env: dict[str, str] | None = None, stdin: str = "") -> Any:
+    code = "from forerun.tools.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, *args], capture_output=True, text=True, timeout=60, env=env, input=stdin
+    )
+
+
+def test_json_is_one_object_with_everything() -> None:
+    done = forerun("generate", "-p", "def f(", "-n", "12", "--temp", "0.8", "--seed", "7", "--format", "json")
+    answer = json.loads(done.stdout)
+    assert {"text", "token_ids", "finish_reason", "usage", "timings", "speculation"} <= set(answer)
+    assert len(answer["token_ids"]) == answer["usage"]["num_completion_tokens"] == 12
+    assert answer["sampling"]["seed"] == 7
+    assert done.stderr == ""
+
+
+def test_every_way_to_give_a_prompt(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    (tmp_path / "prompt").write_text("import os\n")
+    texts = {
+        forerun("generate", "-n", "8", *args, stdin="import os\n").stdout
+        for args in (("-p", "import os\n"), ("-f", str(tmp_path / "prompt")), ("-f", "-"))
+    }
+    assert len(texts) == 1
+    done = forerun("generate", "-m", str(checkpoints["moe"]), "--prompt-ids", "1,2,3", "-n", "4", "--ignore-eos", "--format", "json")
+    assert len(json.loads(done.stdout)["token_ids"]) == 4
+    assert "left out the vision tower" in done.stderr
+
+
+def test_an_environment_twin_is_a_default_and_a_flag_wins() -> None:
+    env = {"FORERUN_PREDICT": "3", "FORERUN_SPEC_TYPE": "none"}
+    answer = json.loads(forerun("generate", "-p", "x", "--format", "json", env=env).stdout)
+    assert (len(answer["token_ids"]), answer["speculation"]["drafters"]) == (3, {})
+    assert len(json.loads(forerun("generate", "-p", "x", "-n", "5", "--format", "json", env=env).stdout)["token_ids"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "says"),
+    [
+        (("-p", "x", "-m", "nowhere"), 1, "nowhere: no such model"),
+        (("-p", "x", "--temp", "-1"), 1, "temperature: must be between"),
+        (("-p", "x", "--spec-type", "magic"), 1, "expected none, or a comma list of"),
+        (("-p", "x", "--draft-max", "4"), 2, "use --spec-draft-n-max"),
+        (("-f", "/nowhere/at/all"), 1, "No such file"),
+        (("--prompt-ids", "1,x"), 2, "whole numbers"),
+        ((), 2, "one of the arguments -p/--prompt -f/--file --prompt-ids is required"),
+    ],
+)
+def test_mistakes_are_answered_with_what_to_do(args: tuple[str, ...], status: int, says: str) -> None:
+    done = forerun("generate", *args)
+    assert done.returncode == status
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
