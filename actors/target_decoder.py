@@ -24,14 +24,20 @@ class TargetDecoder(Actor):
     async def handle(self, batch: list[Envelope]) -> None:
         # Who has gone away must not cost the others time; its memory is released by its own sequence.
         wanted = [envelope for envelope in batch if envelope.reply is not None and not envelope.reply.is_abandoned]
-        verifies = [(envelope, envelope.message) for envelope in wanted if isinstance(envelope.message, Verify)]
+        verifies: list[tuple[Envelope, Verify]] = []
+        prefills: list[tuple[Envelope, Prefill]] = []
+        for envelope in wanted:
+            match envelope.message:
+                case Verify() as message:
+                    verifies.append((envelope, message))
+                case Prefill() as message:
+                    prefills.append((envelope, message))
+                case other:
+                    raise InternalBug(f"target decoder got {other!r}")
         if verifies:
             await self._verify(verifies)
-        for envelope in wanted:
-            if isinstance(envelope.message, Prefill):
-                await self._prefill(envelope, envelope.message)
-            elif not isinstance(envelope.message, Verify):
-                raise InternalBug(f"target decoder got {envelope.message!r}")
+        for envelope, message in prefills:
+            await self._prefill(envelope, message)
 
     async def _verify(self, verifies: list[tuple[Envelope, Verify]]) -> None:
         batch = [Rows(self._pool[message.slot], message.position, message.tokens) for _, message in verifies]

@@ -13,6 +13,10 @@ from forerun.kernels.reference import ReferenceBackend
 from tests.checkpoints import LAYOUTS, make
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="the demo model's exactness over every held-out prompt and draft length (minutes)")
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Layout name -> its folder."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 import anyio
@@ -39,23 +40,27 @@ async def all_tokens(
     return [out[i] for i in range(len(prompts))]
 
 
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"  # the other tests run on both; these are long
+
+
 @pytest.mark.parametrize("options", SAMPLING)
 @pytest.mark.parametrize("layout", LAYOUTS)
 async def test_random_checkpoints(layout: str, options: dict[str, float], checkpoints: dict[str, Path]) -> None:
     model = forerun.load_model(str(checkpoints[layout]))
     prompts = [prompt(length) for length in (1, 5, 63, 64, 65, 130)] + [prompt(9) * 6, [7] * 40]
-    plain = await all_tokens(model, prompts, 40, options, 1, "none")
-    assert await all_tokens(model, prompts, 40, options, 8, "none") == plain
-    for spec_type in SPEC_TYPES:
-        for n_max in (1, 3, 8):
-            for at_once in (1, 8):
-                assert await all_tokens(model, prompts, 40, options, at_once, spec_type, n_max) == plain, (spec_type, n_max, at_once)
+    plain = await all_tokens(model, prompts, 32, options, 1, "none")
+    assert await all_tokens(model, prompts, 32, options, 8, "none") == plain
+    for spec_type, n_max, at_once in product(SPEC_TYPES, (1, 3, 8), (1, 8)):
+        assert await all_tokens(model, prompts, 32, options, at_once, spec_type, n_max) == plain, (spec_type, n_max, at_once)
 
 
 @pytest.mark.parametrize("options", SAMPLING)
-async def test_the_demo_model(options: dict[str, float]) -> None:
+async def test_the_demo_model(options: dict[str, float], request: pytest.FixtureRequest) -> None:
+    is_full = request.config.getoption("--full")
     model = forerun.load_model("demo")
-    prompts = HELD_OUT[:8]
-    plain = await all_tokens(model, prompts, 64, options, 1, "none")
-    for spec_type in SPEC_TYPES:
-        assert await all_tokens(model, prompts, 64, options, 8, spec_type) == plain, spec_type
+    prompts, num_tokens = (HELD_OUT, 128) if is_full else (HELD_OUT[:8], 64)
+    plain = await all_tokens(model, prompts, num_tokens, options, 1, "none")
+    for spec_type, n_max, at_once in product(SPEC_TYPES, (1, 3, 8) if is_full else (3,), (1, 8) if is_full else (8,)):
+        assert await all_tokens(model, prompts, num_tokens, options, at_once, spec_type, n_max) == plain, (spec_type, n_max, at_once)

@@ -30,6 +30,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 CHUNK = 64
+REPEATED = 7
 
 
 @dataclass(frozen=True)
@@ -305,8 +306,14 @@ def optimizers(model: Model) -> list[torch.optim.Optimizer]:
 
 
 def batch(data: np.ndarray, generator: np.random.Generator, rows: int, length: int, device: str) -> Tensor:
-    starts = generator.integers(0, len(data) - length, rows)
-    return torch.from_numpy(np.stack([data[s : s + length] for s in starts]).astype(np.int64)).to(device)
+    """Random windows of the corpus. One in REPEATED is an excerpt over and over, as when somebody asks for a file again:
+    so small a model sees too little text to learn to copy from ordinary windows alone."""
+    out = np.empty((rows, length), np.int64)
+    for row in out:
+        start = generator.integers(0, len(data) - length)
+        period = generator.integers(40, length // 2) if generator.integers(REPEATED) == 0 else length
+        row[:] = np.resize(data[start : start + period], length)
+    return torch.from_numpy(out).to(device)
 
 
 @torch.no_grad()

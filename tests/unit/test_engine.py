@@ -140,6 +140,21 @@ async def test_more_requests_than_slots_wait_their_turn_and_beyond_the_queue_are
         assert sorted(outcomes) == ["done"] * 5 + ["refused"] * 4
 
 
+async def test_requests_at_once_share_batches(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    verify = Trunk.verify
+
+    def counted(self: Trunk, batch: Any) -> Any:
+        sizes.append(len(batch))
+        return verify(self, batch)
+
+    monkeypatch.setattr(Trunk, "verify", counted)
+    async with forerun.open_engine(model, spec_type="draft-mtp") as engine, anyio.create_task_group() as group:
+        for length in range(3, 11):
+            group.start_soon(lambda n=length: engine.complete(prompt(n), max_tokens=60, ignore_eos=True))
+    assert sum(sizes) / len(sizes) > 4
+
+
 async def test_closing_the_engine_ends_what_runs(model: str) -> None:
     async with forerun.open_engine(model) as engine:
         stream = engine.generate(prompt(10), max_tokens=900, ignore_eos=True)
