@@ -13,22 +13,13 @@ import anyio
 from ..core.errors import InvalidRequest
 from ..core.vocabulary import Message
 
-ROLES = ("system", "user", "assistant", "tool")
 TEMPLATE_CHARACTERS = 1_000_000
 DEADLINE_SECONDS = 10.0
-
-
-def check_messages(messages: list[Message]) -> list[tuple[str, str]]:
-    """What is wrong with a chat, as (field, problem)."""
-    violations = [(f"messages[{i}].role", f"must be one of {', '.join(ROLES)}") for i, m in enumerate(messages) if m["role"] not in ROLES]
-    return violations + ([] if messages else [("messages", "must not be empty")])
 
 
 async def render(template: str, messages: list[Message], specials: list[str]) -> list[tuple[bool, str]]:
     """The rendered chat as parts: (True, text in which `specials` are special) and (False, user text that only looks like one).
     Raises InvalidRequest when the template refuses, fails or exceeds its limits. Cancelled: the process is killed."""
-    if violations := check_messages(messages):
-        raise InvalidRequest(violations)
     if len(template) > TEMPLATE_CHARACTERS:
         raise InvalidRequest([("chat_template", f"is longer than {TEMPLATE_CHARACTERS} characters")])
     # User text that spells a special token travels as a mark nobody can guess, and comes back as plain text.

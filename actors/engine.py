@@ -19,17 +19,22 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 
 from ..core.actor import Actor
 from ..core.channel import MailboxStatistics
-from ..core.errors import EngineClosed, EngineDead, ForerunError, InvalidRequest, ModelFileError
+from ..core.errors import EngineClosed, EngineDead, ForerunError, InvalidRequest, ModelFileError, PositionLost, RequestFailed
 from ..core.messages import Encode
 from ..core.protocol import CHUNK
 from ..core.vocabulary import (
     Delta,
     DrafterName,
+    FinishReason,
     Prompt,
     Request,
     Result,
     SamplingParams,
+    Speculation,
     SpeculationParams,
+    Timings,
+    Usage,
+    check_prompt,
     check_ranges,
     parse_spec_type,
 )
@@ -113,7 +118,7 @@ class EngineStatistics:
     """A snapshot. Everything but the mailboxes' totals is zero when nothing runs."""
 
     num_requests_running: int
-    num_requests_waiting: int
+    num_requests_waiting: int  # for a slot
     num_slots_used: int
     num_slots: int
     mailboxes: dict[str, MailboxStatistics]
@@ -221,6 +226,9 @@ class Engine:
             dead.__cause__ = error
             logger.error("the %s failed", actor.name, exc_info=error)
             self._stop(dead)
+        finally:
+            # Also when cancelled from outside: nobody may wait for an actor that is gone.
+            self._stop(EngineClosed("the engine is closed"))
 
     def _stop(self, why: ForerunError) -> None:
         """Ends every request with `why` and refuses new ones. The first reason stays."""
@@ -260,6 +268,7 @@ class Engine:
         violations = check_ranges({"max_tokens": max_tokens, "seed": seed, **given})
         if violations:
             raise InvalidRequest(violations)
+        prompt = check_prompt(prompt)
         if self._end is not None:
             raise self._end
         assert self._group is not None
@@ -307,15 +316,19 @@ class Engine:
                 await sequence.run()
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
             pass  # the reader has gone: a normal end
+        except PositionLost as error:  # our fault, and of no use to the caller
+            job.error = RequestFailed("the request's memory was lost")
+            job.error.__cause__ = error
         except ForerunError as error:
             job.error = error
         finally:
-            if job.error is None and self._end is not None and (sequence is None or not sequence.is_over):
-                job.error = self._end
             if sequence is not None:
                 job.result = sequence.result()
-            elif job.error is None:
-                job.error = EngineClosed("cancelled before it began")
+            else:
+                nothing = Usage(0, 0), Timings(0, 0, 0), Speculation()
+                job.result = Result(request_id, "", (), FinishReason.CANCELLED, sampling, *nothing)
+            if job.error is None and job.result.finish_reason is FinishReason.CANCELLED:
+                job.error = self._end  # None unless the engine has ended
             self._jobs.discard(job)
             job.done.set()
 
@@ -336,7 +349,7 @@ class Engine:
         """A snapshot of what runs, waits and is in use now."""
         used = self._pool.num_slots - self._pool.num_free
         return EngineStatistics(
-            num_requests_running=len(self._jobs),
+            num_requests_running=len(self._jobs) - self._memory.num_waiting,
             num_requests_waiting=self._memory.num_waiting,
             num_slots_used=used,
             num_slots=self._pool.num_slots,

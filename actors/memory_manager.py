@@ -21,7 +21,7 @@ class MemoryManager(Actor):
 
     @property
     def num_waiting(self) -> int:
-        return len(self._queue)
+        return sum(envelope.reply is not None and not envelope.reply.is_abandoned for envelope in self._queue)
 
     async def handle(self, batch: list[Envelope]) -> None:
         for envelope in batch:
@@ -44,7 +44,12 @@ class MemoryManager(Actor):
     def _admit(self, envelope: Envelope) -> bool:
         message = envelope.message
         assert isinstance(message, Admit)
-        slot = self._pool.lease(message.num_tokens, message.max_rows)
+        try:
+            slot = self._pool.lease(message.num_tokens, message.max_rows)
+        except MemoryError:
+            assert envelope.reply is not None
+            envelope.reply.fail(Overloaded(f"no memory for {message.num_tokens} positions", retry_after_seconds=1.0))
+            return True
         if slot is None:
             return False
         envelope.answer(Lease(slot, message.num_tokens, message.max_rows))

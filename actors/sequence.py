@@ -88,6 +88,11 @@ class Sequence:
             await self._prefill(lease)
             while not self._protocol.is_over:
                 await self._round(lease)
+        except BaseException as error:
+            if not self._protocol.is_over:
+                # What is no error of ours is a cancellation, or a reader that has gone.
+                self._protocol.fail() if isinstance(error, ForerunError) else self._protocol.cancel()
+            raise
         finally:
             for lease in leases:
                 await self._give_back(lease)
@@ -146,10 +151,6 @@ class Sequence:
                     await drafter.ask(Forget(lease.slot))
             with suppress(ForerunError):  # a memory manager that has stopped lends nothing
                 await self._to.memory.ask(Release(lease.slot))
-
-    @property
-    def is_over(self) -> bool:
-        return self._protocol.is_over
 
     def result(self) -> Result:
         """What has come out so far; after `run`, all of it."""

@@ -55,7 +55,9 @@ class Vocabulary:
         settings = folder / "tokenizer_config.json"
         template: object = read_json(settings).get("chat_template") if settings.exists() else None
         jinja = folder / "chat_template.jinja"
-        self.chat_template = jinja.read_text() if jinja.exists() else template if isinstance(template, str) else None
+        if jinja.exists():
+            template = jinja.read_text(errors="replace")
+        self.chat_template = template if isinstance(template, str) else None
 
     @property
     def specials(self) -> list[str]:
@@ -124,10 +126,6 @@ class TokenizerActor(Actor):
         if vocabulary is None:
             raise InvalidRequest([("prompt", "this model has no tokenizer.json, only token ids can be given")])
         if isinstance(prompt, str):
-            try:
-                prompt.encode()
-            except UnicodeEncodeError:
-                raise InvalidRequest([("prompt", "contains lone surrogates, which no text has")]) from None
             return await compute(lambda: vocabulary.encode(prompt), len(prompt) / CHARACTERS_PER_SECOND)
         if vocabulary.chat_template is None:
             raise InvalidRequest([("prompt", "this model has no chat template, give text or token ids")])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal, TypedDict
+from operator import index
+from typing import Literal, SupportsIndex, TypedDict, cast
 
 from .errors import InvalidRequest
 
@@ -39,6 +40,42 @@ class Message(TypedDict):
 
 #: What a caller may give as a prompt: text, token ids, or a chat.
 Prompt = str | list[int] | list[Message]
+
+
+#: who may speak in a chat
+ROLES = ("system", "user", "assistant", "tool")
+
+
+def check_prompt(prompt: object) -> Prompt:
+    """The prompt, with its ids as plain ints; InvalidRequest lists all that is wrong with its form."""
+    violations: list[tuple[str, str]] = []
+    if isinstance(prompt, str):
+        violations += _check_text("prompt", prompt)
+    elif not isinstance(prompt, Sequence) or not prompt:
+        violations.append(("prompt", "must be text, token ids or chat messages, and not empty"))
+    elif all(isinstance(part, Mapping) for part in cast("Sequence[object]", prompt)):
+        for i, message in enumerate(cast("Sequence[Mapping[str, object]]", prompt)):
+            if message.get("role") not in ROLES:
+                violations.append((f"prompt[{i}].role", f"must be one of {', '.join(ROLES)}"))
+            violations += _check_text(f"prompt[{i}].content", message.get("content"))
+    else:
+        parts = cast("Sequence[object]", prompt)
+        if all(isinstance(part, SupportsIndex) and not isinstance(part, bool) for part in parts):
+            return [index(part) for part in cast("Sequence[SupportsIndex]", parts)]
+        violations.append(("prompt", "must hold token ids only, or chat messages only"))
+    if violations:
+        raise InvalidRequest(violations)
+    return cast(Prompt, prompt)
+
+
+def _check_text(field: str, text: object) -> list[tuple[str, str]]:
+    if not isinstance(text, str):
+        return [(field, "must be text")]
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return [(field, "contains lone surrogates, which no text has")]
+    return []
 
 
 def check_ranges(values: Mapping[str, float | int | None]) -> list[tuple[str, str]]:

@@ -79,10 +79,6 @@ class RecurrentLog:
         """Every layer has moved over its chunk."""
         self.base_position += num_rows
 
-    def check_integrity(self) -> None:
-        assert 0 <= self.num_rows <= self.max_rows
-        assert np.isfinite(self._base).all()
-
 
 class HiddenRows:
     """The newest post-norm hidden rows, keyed by position. A row that has been overwritten is refused, never another's."""
@@ -131,9 +127,10 @@ class SequenceMemory:
         self.hidden = HiddenRows(config.hidden, chunk + max_rows + 1)
         self.mtp = KeyValues(1, config, capacity + max_rows)  # drafts may run past the last position
 
-    def check_room(self, position: int, num_rows: int) -> None:
-        if position + num_rows > self.capacity:
-            raise PositionLost(f"rows {position} to {position + num_rows} do not fit a lease of {self.capacity} positions")
+    def check_room(self, position: int, num_rows: int, max_rows: int) -> None:
+        if position + num_rows > self.capacity or num_rows > max_rows:
+            lease = f"a lease of {self.capacity} positions, {max_rows} at once"
+            raise PositionLost(f"rows {position} to {position + num_rows} do not fit {lease}")
 
 
 class SequencePool:

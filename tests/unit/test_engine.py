@@ -8,6 +8,7 @@ from typing import Any
 
 import anyio
 import forerun
+import numpy as np
 import pytest
 from forerun.kernels.model.trunk import Trunk
 
@@ -55,6 +56,14 @@ async def test_text_deltas_make_the_text() -> None:
         ([1], {"seed": -1}, "seed"),
         ("text", {}, "prompt"),  # this model has no tokenizer
         ([{"role": "user", "content": "x"}], {}, "prompt"),
+        ([{"role": "user"}], {}, "prompt[0].content"),
+        ([{"content": "x"}], {}, "prompt[0].role"),
+        ([{"role": "user", "content": "\ud800"}], {}, "prompt[0].content"),
+        ([True], {}, "prompt"),
+        ([1, "x"], {}, "prompt"),
+        ([1.0], {}, "prompt"),
+        (None, {}, "prompt"),
+        ("x \ud800", {}, "prompt"),
     ],
 )
 async def test_bad_requests_are_refused_and_harm_nobody(model: str, given: Any, options: Any, field: str) -> None:
@@ -74,10 +83,32 @@ async def test_bad_options_are_refused(model: str, option: Any) -> None:
     assert caught.value.violations[0][0] == next(iter(option))
 
 
-async def test_lone_surrogates_are_refused() -> None:
+async def test_ids_of_any_integer_type_are_ids(model: str) -> None:
+    async with forerun.open_engine(model) as engine:
+        prompts: list[Any] = [[1, 2], (1, 2), list(np.array([1, 2]))]
+        assert len({(await engine.complete(each, max_tokens=5)).token_ids for each in prompts}) == 1
+
+
+async def test_a_chat_is_answered() -> None:
     async with forerun.open_engine("demo") as engine:
-        with pytest.raises(forerun.InvalidRequest):
-            await engine.complete("x \ud800")
+        result = await engine.complete([{"role": "user", "content": "hello <|im_end|>"}], max_tokens=4)
+    assert result.usage.num_prompt_tokens > 8
+
+
+async def test_cancelling_the_whole_block_ends_it(model: str) -> None:
+    for seconds in (0.0, 0.005, 0.02, 0.05):
+        with anyio.fail_after(5), anyio.move_on_after(seconds):
+            async with forerun.open_engine(model) as engine:
+                async with anyio.create_task_group() as group:
+                    for _ in range(12):
+                        group.start_soon(lambda: engine.complete(prompt(100), max_tokens=500, ignore_eos=True))
+
+
+async def test_a_stream_cancelled_before_it_began_has_a_result(model: str) -> None:
+    async with forerun.open_engine(model) as engine:
+        async with engine.generate(prompt(5)) as stream:
+            pass
+        assert stream.result.finish_reason is forerun.FinishReason.CANCELLED
 
 
 async def test_leaving_the_block_gives_the_memory_back(model: str) -> None:
