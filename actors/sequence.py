@@ -72,6 +72,9 @@ class Sequence:
         self._clock = _Clock(anyio.current_time())
         self._text: list[str] = []
         self._num_rounds = 0
+        # How long a looked-up draft may be now. Twelve rows cost five times one here, and a match says little about how far
+        # it reaches: so twice as far after a draft accepted whole, and just beyond the miss after one that was not.
+        self._ngram_reach = speculation.ngram_size_n
         self._statistics: dict[DrafterName, DrafterStatistics] = {name: DrafterStatistics() for name in neighbours.drafters}
 
     async def run(self) -> None:
@@ -120,7 +123,10 @@ class Sequence:
         done = protocol.verified(verdict)
         self._num_rounds += 1
         if draft is not None:
-            self._statistics[draft.drafter] = self._statistics[draft.drafter].after(len(draft.tokens), done.num_accepted)
+            num_drafted = len(rows) - 1
+            self._statistics[draft.drafter] = self._statistics[draft.drafter].after(num_drafted, done.num_accepted)
+            if draft.drafter == "ngram-simple":
+                self._ngram_reach = 2 * num_drafted if done.num_accepted == num_drafted else done.num_accepted + 1
         for drafter in self._to.drafters.values():
             await drafter.tell(Commit(lease.slot, done.position, done.computed))
         await self._deliver(done.tokens, draft.drafter if draft is not None and done.num_accepted else None)
@@ -130,6 +136,7 @@ class Sequence:
         the n-gram drafter first saves the head's work when they match."""
         for name, drafter in self._to.drafters.items():
             limit = min(self._params.limit(name), self._protocol.draft_limit)
+            limit = min(limit, self._ngram_reach) if name == "ngram-simple" else limit
             if limit > 0:
                 draft = await drafter.ask(Propose(lease.slot, self._protocol.position, self._protocol.last_token, limit))
                 if draft.tokens:

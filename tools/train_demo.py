@@ -30,7 +30,7 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 CHUNK = 64
-REPEATED = 7
+REPEATED = 20
 
 
 @dataclass(frozen=True)
