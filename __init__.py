@@ -6,7 +6,8 @@ async with forerun.open_engine("demo") as engine:
             print(delta.text, end="")
 """
 
-from .actors.engine import DEFAULT_MAX_TOKENS, Engine, EngineStatistics, Model, Stream, load_model, open_engine
+from .actors.engine import Engine, EngineStatistics, Model, load_model, open_engine
+from .actors.stream import DEFAULT_MAX_TOKENS, Options, Stream
 from .core.errors import (
     EngineClosed,
     EngineDead,
@@ -45,6 +46,7 @@ __all__ = [
     "Message",
     "Model",
     "ModelFileError",
+    "Options",
     "Overloaded",
     "Prompt",
     "RequestFailed",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import anyio
 
-from ..core.errors import InvalidRequest
+from ..core.errors import InvalidRequest, RequestFailed
 from ..core.vocabulary import Message
 
 TEMPLATE_CHARACTERS = 1_000_000
@@ -36,11 +36,19 @@ async def render(template: str, messages: list[Message], specials: list[str]) ->
     text: str | None = None
     problem = "exceeded its time or memory"
     with anyio.move_on_after(DEADLINE_SECONDS):
-        done = await anyio.run_process([sys.executable, "-I", worker], input=json.dumps(job).encode(), check=False)
+        try:
+            done = await anyio.run_process([sys.executable, "-P", worker], input=json.dumps(job).encode(), check=False)
+        except (OSError, anyio.BrokenResourceError) as error:
+            raise RequestFailed("the chat template's process could not be run") from error
         if done.returncode == 0:
             answer: dict[str, str] = json.loads(done.stdout)
             text, problem = answer.get("text"), answer.get("error", problem)
+        elif done.returncode > 0 and b"MemoryError" not in done.stderr:  # below zero: killed by a limit
+            raise RequestFailed(f"the chat template's process failed: {done.stderr.decode(errors='replace')[-500:]}")
+    mark = re.compile(f"\ue000{nonce}-(\\d+)\ue001")
+    if text is not None and nonce in mark.sub("", text).lower():
+        text, problem = None, "changes text that looks like a special token"
     if text is None:
         raise InvalidRequest([("chat_template", problem)])
-    parts = re.split(f"\ue000{nonce}-(\\d+)\ue001", text)
+    parts = mark.split(text)
     return [(i % 2 == 0, found[int(part)] if i % 2 else part) for i, part in enumerate(parts) if part]

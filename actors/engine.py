@@ -5,24 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import warnings
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import anyio
 from anyio.abc import TaskGroup
-from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+from anyio.streams.memory import MemoryObjectSendStream
 
 from ..core.actor import Actor
 from ..core.channel import MailboxStatistics
 from ..core.errors import EngineClosed, EngineDead, ForerunError, InvalidRequest, ModelFileError, PositionLost, RequestFailed
 from ..core.messages import Encode
-from ..core.protocol import CHUNK
 from ..core.vocabulary import (
+    RANGES,
     Delta,
     DrafterName,
     FinishReason,
@@ -47,13 +45,13 @@ from ..kernels.reference import ReferenceBackend
 from .memory_manager import MemoryManager
 from .mtp_drafter import MtpDrafter
 from .ngram_drafter import NgramDrafter
-from .sequence import Neighbours, PrefillProgress, Sequence
+from .sequence import Neighbours, Sequence
+from .stream import DEFAULT_MAX_TOKENS, Job, Options, Stream
 from .target_decoder import TargetDecoder
 from .tokenizer import Detokenizer, TokenizerActor, Vocabulary
 
 logger = logging.getLogger("forerun")
 
-DEFAULT_MAX_TOKENS = 256
 #: Deltas a reader may be behind before its sequence waits for it.
 OUTBOX = 16
 SHIPPED = {"demo": Path(__file__).parents[1] / "kernels" / "model" / "demo"}
@@ -71,7 +69,8 @@ class Defaults:
         path = folder / "generation_config.json"
         values = read_json(path) if path.exists() else {}
         config = read_json(folder / "config.json")
-        stop: Any = values.get("eos_token_id", config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id")))
+        found: list[Any] = [source.get("eos_token_id") for source in (values, config, config.get("text_config") or {})]
+        stop: Any = next((each for each in found if each is not None), None)
         stop = cast("list[Any]", [] if stop is None else stop if isinstance(stop, list) else [stop])
         if not all(type(token) is int for token in stop):
             raise ModelFileError(f"{path}: eos_token_id: expected token ids, got {stop!r}")
@@ -124,67 +123,6 @@ class EngineStatistics:
     mailboxes: dict[str, MailboxStatistics]
 
 
-@dataclass(slots=True, eq=False)
-class _Job:
-    """What a request's task and its stream share."""
-
-    scope: anyio.CancelScope
-    done: anyio.Event = field(default_factory=anyio.Event)
-    error: ForerunError | None = None
-    result: Result | None = None
-
-
-class Stream:
-    """The answer to one request, as it comes. Iterate it, inside `async with` or not; leaving the block has cancelled the
-    work and returned the memory. A stream dropped half read raises ResourceWarning and is cancelled."""
-
-    def __init__(self, job: _Job, deltas: MemoryObjectReceiveStream[Delta], call_soon: Callable[[Callable[[], Any]], Any]) -> None:
-        self._job, self._deltas, self._call_soon = job, deltas, call_soon
-
-    def __aiter__(self) -> Stream:
-        return self
-
-    async def __anext__(self) -> Delta:
-        """The next piece; raises the request's error, if it ended with one, after all that came before it.
-        Cancelled: no piece is lost."""
-        try:
-            return await self._deltas.receive()
-        except (anyio.EndOfStream, anyio.ClosedResourceError):
-            await self._job.done.wait()
-            self._deltas.close()
-            if self._job.error is not None:
-                raise self._job.error from self._job.error.__cause__
-            raise StopAsyncIteration from None
-
-    async def __aenter__(self) -> Stream:
-        return self
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        await self.aclose()
-
-    async def aclose(self) -> None:
-        """Cancels what is left of the work and waits until its memory is back, even when cancelled itself."""
-        self._deltas.close()
-        self._job.scope.cancel()
-        with anyio.CancelScope(shield=True):
-            await self._job.done.wait()
-
-    @property
-    def result(self) -> Result:
-        """The finished request, cancelled ones included. RuntimeError before the end; the request's error if it failed."""
-        if self._job.error is not None:
-            raise self._job.error
-        if self._job.result is None:
-            raise RuntimeError("the stream has not ended")
-        return self._job.result
-
-    def __del__(self) -> None:
-        if not self._job.done.is_set():
-            warnings.warn(f"unclosed {self!r}: use `async with`, or read it to its end", ResourceWarning, stacklevel=2, source=self)
-            self._call_soon(self._job.scope.cancel)  # the collector may run in any thread
-        self._deltas.close()
-
-
 class Engine:
     """A running model. Made by open_engine."""
 
@@ -192,7 +130,7 @@ class Engine:
         """Private: use open_engine."""
         self.model = model
         self.speculation = speculation
-        self._pool = SequencePool(model.config, num_slots, CHUNK)
+        self._pool = SequencePool(model.config, num_slots)
         self._memory = MemoryManager(self._pool, queue_size)
         self._tokenizer = TokenizerActor(model.vocabulary)
         trunk = Trunk(model.weights, ReferenceBackend())
@@ -205,7 +143,7 @@ class Engine:
                 drafters[name] = NgramDrafter(speculation.ngram_size_n)
         self._actors: list[Actor] = [self._tokenizer, self._memory, target, *drafters.values()]
         self._neighbours = Neighbours(self._memory.mailbox, target.mailbox, {name: a.mailbox for name, a in drafters.items()})
-        self._jobs: set[_Job] = set()
+        self._jobs: set[Job] = set()
         self._num_started = 0
         self._end: ForerunError | None = None
         self._group: TaskGroup | None = None
@@ -221,14 +159,18 @@ class Engine:
     async def _run_actor(self, actor: Actor) -> None:
         try:
             await actor.run()
-        except Exception as error:  # not handled here, only told to everybody; open_engine raises it at its end
-            dead = EngineDead(f"the {actor.name} failed")
-            dead.__cause__ = error
-            logger.error("the %s failed", actor.name, exc_info=error)
-            self._stop(dead)
+        except Exception as error:
+            self._die(actor.name, error)
         finally:
             # Also when cancelled from outside: nobody may wait for an actor that is gone.
             self._stop(EngineClosed("the engine is closed"))
+
+    def _die(self, who: str, error: Exception) -> None:
+        """A bug of ours in `who`: told to everybody, and raised by open_engine at its end."""
+        dead = EngineDead(f"the {who} failed")
+        dead.__cause__ = error
+        logger.error("the %s failed", who, exc_info=error)
+        self._stop(dead)
 
     def _stop(self, why: ForerunError) -> None:
         """Ends every request with `why` and refuses new ones. The first reason stays."""
@@ -246,74 +188,57 @@ class Engine:
 
     # Requests
 
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        seed: int | None = None,
-        ignore_eos: bool = False,
-        prefill_progress: PrefillProgress | None = None,
-    ) -> Stream:
+    def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
         """Starts a request and returns its stream. The prompt is text, token ids, or a list of chat messages.
 
-        What is None comes from the model's generation_config.json, else: at most 256 tokens, greedy, a random seed.
         InvalidRequest (every violation listed) and EngineClosed or EngineDead are raised here; everything that needs the
         prompt's tokens, and Overloaded, by the stream."""
-        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        violations = check_ranges({"max_tokens": max_tokens, "seed": seed, **given})
-        if violations:
+        if unknown := options.keys() - Options.__annotations__.keys():
+            raise TypeError(f"generate() got an unexpected keyword argument {min(unknown)!r}")
+        numbers = {name: value for name, value in options.items() if name in RANGES}
+        if violations := check_ranges(cast("dict[str, float | int | None]", numbers)):
             raise InvalidRequest(violations)
         prompt = check_prompt(prompt)
         if self._end is not None:
-            raise self._end
+            raise self._end.with_traceback(None)
         assert self._group is not None
-        chosen: dict[str, Any] = self.model.defaults.sampling | {k: v for k, v in given.items() if v is not None}
-        sampling = SamplingParams(**chosen, seed=secrets.randbits(63) if seed is None else seed)
         self._num_started += 1
-        job = _Job(anyio.CancelScope())
+        job = Job(f"request-{self._num_started}", prompt, options, self._sampling(options), anyio.CancelScope())
         send, receive = anyio.create_memory_object_stream[Delta](OUTBOX)
         self._jobs.add(job)
-
-        async def run() -> None:
-            request_id = f"request-{self._num_started}"
-            await self._run(job, send, prompt, request_id, max_tokens, sampling, ignore_eos, prefill_progress)
-
-        self._group.start_soon(run)
+        self._group.start_soon(self._run, job, send)
         return Stream(job, receive, self._call_soon)
 
-    async def complete(self, prompt: Prompt, **options: Any) -> Result:
+    async def complete(self, prompt: Prompt, **options: Unpack[Options]) -> Result:
         """`generate`, read to its end. Cancelled: the request is cancelled too."""
         async with self.generate(prompt, **options) as stream:
             async for _ in stream:
                 pass
         return stream.result
 
-    async def _run(
-        self,
-        job: _Job,
-        send: MemoryObjectSendStream[Delta],
-        prompt: Prompt,
-        request_id: str,
-        max_tokens: int | None,
-        sampling: SamplingParams,
-        ignore_eos: bool,
-        progress: PrefillProgress | None,
-    ) -> None:
+    def _sampling(self, options: Options) -> SamplingParams:
+        chosen: dict[str, Any] = {**self.model.defaults.sampling, "seed": secrets.randbits(63)}
+        for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
+            if options.get(name) is not None:
+                chosen[name] = options.get(name)
+        return SamplingParams(**chosen)
+
+    async def _run(self, job: Job, send: MemoryObjectSendStream[Delta]) -> None:
         sequence: Sequence | None = None
+        is_delivered = False
         try:
             with job.scope, send:
-                ids = await self._tokenizer.mailbox.ask(Encode(prompt))
-                room = self.model.config.context - len(ids)
-                self._check_prompt(ids, room, max_tokens)
-                stop_ids = frozenset[int]() if ignore_eos else self.model.defaults.stop_ids
-                request = Request(request_id, ids, max_tokens or min(room, DEFAULT_MAX_TOKENS), sampling, stop_ids)
-                sequence = Sequence(request, self._neighbours, self.speculation, Detokenizer(self.model.vocabulary), send, progress)
+                ids = await self._tokenizer.mailbox.ask(Encode(job.prompt))
+                sequence = Sequence(
+                    self._request(job, ids),
+                    self._neighbours,
+                    self.speculation,
+                    Detokenizer(self.model.vocabulary),
+                    send,
+                    job.options.get("prefill_progress"),
+                )
                 await sequence.run()
+                is_delivered = True
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
             pass  # the reader has gone: a normal end
         except PositionLost as error:  # our fault, and of no use to the caller
@@ -321,27 +246,33 @@ class Engine:
             job.error.__cause__ = error
         except ForerunError as error:
             job.error = error
+        except Exception as error:
+            self._die(f"sequence of {job.request_id}", error)
         finally:
             if sequence is not None:
                 job.result = sequence.result()
             else:
                 nothing = Usage(0, 0), Timings(0, 0, 0), Speculation()
-                job.result = Result(request_id, "", (), FinishReason.CANCELLED, sampling, *nothing)
-            if job.error is None and job.result.finish_reason is FinishReason.CANCELLED:
-                job.error = self._end  # None unless the engine has ended
+                job.result = Result(job.request_id, "", (), FinishReason.CANCELLED, job.sampling, *nothing)
+            if job.error is None and not is_delivered:
+                job.error = self._end  # None when only this request was cancelled
             self._jobs.discard(job)
             job.done.set()
 
-    def _check_prompt(self, ids: tuple[int, ...], room: int, max_tokens: int | None) -> None:
+    def _request(self, job: Job, ids: tuple[int, ...]) -> Request:
+        max_tokens, context = job.options.get("max_tokens"), self.model.config.context
+        room = context - len(ids)
         vocabulary = self.model.config.vocabulary
         if not ids:
             raise InvalidRequest([("prompt", "must not be empty")])
         if bad := [token for token in ids if not 0 <= token < vocabulary]:
             raise InvalidRequest([("prompt", f"token id {bad[0]} is not below the vocabulary's {vocabulary}")])
         if room < 1:
-            raise InvalidRequest([("prompt", f"{len(ids)} tokens leave no room in a context of {self.model.config.context}")])
+            raise InvalidRequest([("prompt", f"{len(ids)} tokens leave no room in a context of {context}")])
         if max_tokens is not None and max_tokens > room:
-            raise InvalidRequest([("max_tokens", f"{max_tokens} after a prompt of {len(ids)} exceed the context of {len(ids) + room}")])
+            raise InvalidRequest([("max_tokens", f"{max_tokens} after a prompt of {len(ids)} exceed the context of {context}")])
+        stop_ids = frozenset[int]() if job.options.get("ignore_eos") else self.model.defaults.stop_ids
+        return Request(job.request_id, ids, max_tokens or min(room, DEFAULT_MAX_TOKENS), job.sampling, stop_ids)
 
     # Observation
 
@@ -359,17 +290,16 @@ class Engine:
 
 def _call_soon() -> Callable[[Callable[[], Any]], Any]:
     """The running loop's thread-safe way to be called."""
-    try:
+    if anyio.get_cancelled_exc_class() is asyncio.CancelledError:
         return asyncio.get_running_loop().call_soon_threadsafe
-    except RuntimeError:
-        import trio
+    import trio
 
-        return trio.lowlevel.current_trio_token().run_sync_soon
+    return trio.lowlevel.current_trio_token().run_sync_soon
 
 
 @asynccontextmanager
 async def open_engine(
-    model: str | Model = "demo",
+    model: str | Path | Model = "demo",
     *,
     spec_type: str | None = None,
     draft_n_max: int = 3,
@@ -384,11 +314,12 @@ async def open_engine(
     `spec_type` is `none` or a comma list of `draft-mtp` and `ngram-simple`; by default all that the model can do.
     `num_slots` requests run at once, `queue_size` more wait. Leaving the block ends what still runs with EngineClosed.
     Raises ModelFileError, InvalidRequest; at the end, EngineDead if an actor failed and the block did not raise."""
-    if violations := check_ranges({"num_slots": num_slots, "queue_size": queue_size}):
+    sizes: dict[str, object] = {"num_slots": num_slots, "queue_size": queue_size}
+    if violations := check_ranges(sizes) or [(name, "must be given") for name, size in sizes.items() if size is None]:
         raise InvalidRequest(violations)
     types = None if spec_type is None else parse_spec_type(spec_type)
-    if isinstance(model, str):
-        name = model
+    if isinstance(model, str | Path):
+        name = str(model)
         model = await anyio.to_thread.run_sync(lambda: load_model(name, load_progress))
     if types is None:
         types = parse_spec_type("draft-mtp,ngram-simple" if model.weights.mtp is not None else "ngram-simple")

@@ -21,7 +21,7 @@ class MemoryManager(Actor):
 
     @property
     def num_waiting(self) -> int:
-        return sum(envelope.reply is not None and not envelope.reply.is_abandoned for envelope in self._queue)
+        return sum(not envelope.is_abandoned for envelope in self._queue)
 
     async def handle(self, batch: list[Envelope]) -> None:
         for envelope in batch:
@@ -33,13 +33,12 @@ class MemoryManager(Actor):
             else:
                 raise InternalBug(f"memory manager got {envelope.message!r}")
         # Who gave up waiting must not keep its place, nor be lent a slot nobody would give back.
-        self._queue = deque(envelope for envelope in self._queue if envelope.reply is not None and not envelope.reply.is_abandoned)
+        self._queue = deque(envelope for envelope in self._queue if not envelope.is_abandoned)
         while self._queue and self._admit(self._queue[0]):
             self._queue.popleft()
         while len(self._queue) > self._queue_size:
-            newest = self._queue.pop()
-            if newest.reply is not None:
-                newest.reply.fail(Overloaded(f"{self._queue_size} requests are waiting already", retry_after_seconds=1.0))
+            error = Overloaded(f"{self._queue_size} requests are waiting already", retry_after_seconds=1.0)
+            self._queue.pop().fail(error)
 
     def _admit(self, envelope: Envelope) -> bool:
         message = envelope.message
@@ -47,8 +46,7 @@ class MemoryManager(Actor):
         try:
             slot = self._pool.lease(message.num_tokens, message.max_rows)
         except MemoryError:
-            assert envelope.reply is not None
-            envelope.reply.fail(Overloaded(f"no memory for {message.num_tokens} positions", retry_after_seconds=1.0))
+            envelope.fail(Overloaded(f"no memory for {message.num_tokens} positions", retry_after_seconds=1.0))
             return True
         if slot is None:
             return False

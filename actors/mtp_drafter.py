@@ -51,15 +51,13 @@ class MtpDrafter(Actor):
         proposals: list[tuple[Envelope, Propose]] = []
         for envelope in batch:
             match envelope.message:
-                case Observe() as message:
-                    if envelope.reply is not None and not envelope.reply.is_abandoned:
+                case Observe() | Commit() as message:
+                    if not envelope.is_abandoned:
                         self._learn(message)
-                        await self._catch_up_alone(message.slot)
+                        # A round's few tokens wait for the next draft, to share its pass; a chunk's hidden rows do not last.
+                        if isinstance(message, Observe) or len(self._sequences[message.slot].behind) >= CHUNK:
+                            await self._catch_up_alone(message.slot)
                         envelope.answer(None)
-                case Commit() as message:
-                    self._learn(message)
-                    if len(self._sequences[message.slot].behind) >= CHUNK:  # hidden rows are kept for little longer
-                        await self._catch_up_alone(message.slot)
                 case Propose() as message:
                     proposals.append((envelope, message))
                 case Forget(slot):
@@ -67,7 +65,7 @@ class MtpDrafter(Actor):
                     envelope.answer(None)
                 case other:
                     raise InternalBug(f"MTP drafter got {other!r}")
-        wanted = [(e, m) for e, m in proposals if e.reply is not None and not e.reply.is_abandoned]
+        wanted = [(e, m) for e, m in proposals if not e.is_abandoned]
         if wanted:
             rows = sum(m.limit + len(self._sequences[m.slot].behind) for _, m in wanted)
             drafts = await compute(lambda: self._draft([m for _, m in wanted]), self._seconds(rows))

@@ -13,24 +13,24 @@ from ..core.vocabulary import Draft
 
 @dataclass(slots=True)
 class History:
-    """One sequence's tokens, and for each n-gram of them where its newest occurrence ends. One step a token, no rescans."""
+    """One sequence's tokens, and for the hash of each n-gram of them where its newest occurrence ends. No rescans."""
 
     size_n: int
     tokens: list[int] = field(default_factory=list[int])
-    ends: dict[tuple[int, ...], int] = field(default_factory=dict[tuple[int, ...], int])
+    ends: dict[int, int] = field(default_factory=dict[int, int])
 
     def extend(self, tokens: tuple[int, ...]) -> None:
         for token in tokens:
             self.tokens.append(token)
             if len(self.tokens) >= self.size_n:
-                self.ends[tuple(self.tokens[-self.size_n :])] = len(self.tokens)
+                self.ends[hash(tuple(self.tokens[-self.size_n :]))] = len(self.tokens)
 
     def continuation(self, last_token: int, limit: int) -> tuple[int, ...]:
         """Up to `limit` tokens that followed the newest earlier occurrence of the last n tokens, `last_token` included;
         nothing if fewer than n followed."""
         key = (*self.tokens[len(self.tokens) - self.size_n + 1 :], last_token)
-        end = self.ends.get(key) if len(key) == self.size_n else None
-        if end is None or len(self.tokens) + 1 - end < self.size_n:
+        end = self.ends.get(hash(key)) if len(key) == self.size_n else None
+        if end is None or len(self.tokens) + 1 - end < self.size_n or tuple(self.tokens[end - self.size_n : end]) != key:
             return ()
         return (*self.tokens[end : end + limit], last_token)[:limit]
 

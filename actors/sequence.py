@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from ..core.vocabulary import (
     Usage,
 )
 from .tokenizer import Detokenizer
+
+logger = logging.getLogger("forerun")
 
 #: called with (prompt tokens computed, prompt tokens in all)
 PrefillProgress = Callable[[int, int], None]
@@ -109,11 +112,18 @@ class Sequence:
             for drafter in self._to.drafters.values():
                 await drafter.ask(Observe(lease.slot, position, chunk))
             tokens = protocol.chunk_computed(verdict)
-            if self._progress is not None:
-                self._progress(end, len(prompt))
+            self._report(end)
             if end == len(prompt):
                 self._clock.first_token = anyio.current_time()
                 await self._deliver(tokens, None)
+
+    def _report(self, num_computed: int) -> None:
+        if self._progress is not None:
+            try:
+                self._progress(num_computed, len(self._request.prompt_ids))
+            except Exception:  # the caller's code; it is told no more, and the request goes on
+                logger.exception("prefill_progress of %s failed", self._request.request_id)
+                self._progress = None
 
     async def _round(self, lease: Lease) -> None:
         protocol = self._protocol
@@ -128,7 +138,7 @@ class Sequence:
             if draft.drafter == "ngram-simple":
                 self._ngram_reach = 2 * num_drafted if done.num_accepted == num_drafted else done.num_accepted + 1
         for drafter in self._to.drafters.values():
-            await drafter.tell(Commit(lease.slot, done.position, done.computed))
+            await drafter.ask(Commit(lease.slot, done.position, done.computed))
         await self._deliver(done.tokens, draft.drafter if draft is not None and done.num_accepted else None)
 
     async def _draft(self, lease: Lease) -> Draft | None:

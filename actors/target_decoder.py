@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..core.actor import Actor, compute
 from ..core.channel import Envelope
-from ..core.errors import InternalBug
+from ..core.errors import InternalBug, PositionLost
 from ..core.messages import Prefill, Verify
 from ..core.vocabulary import Verdict
 from ..kernels.model.memory import SequencePool
@@ -22,38 +22,54 @@ class TargetDecoder(Actor):
         return num_rows * self._trunk.weights.num_parameters / self._trunk.backend.operations_per_second
 
     async def handle(self, batch: list[Envelope]) -> None:
-        # Who has gone away must not cost the others time; its memory is released by its own sequence.
-        wanted = [envelope for envelope in batch if envelope.reply is not None and not envelope.reply.is_abandoned]
-        verifies: list[tuple[Envelope, Verify]] = []
-        prefills: list[tuple[Envelope, Prefill]] = []
-        for envelope in wanted:
-            match envelope.message:
-                case Verify() as message:
-                    verifies.append((envelope, message))
-                case Prefill() as message:
-                    prefills.append((envelope, message))
-                case other:
-                    raise InternalBug(f"target decoder got {other!r}")
+        verifies: list[tuple[Envelope, Verify, Rows]] = []
+        prefills: list[tuple[Envelope, Prefill, Rows]] = []
+        for envelope in batch:
+            message = envelope.message
+            if not isinstance(message, Verify | Prefill):
+                raise InternalBug(f"target decoder got {message!r}")
+            rows = self._rows(envelope, message)
+            if rows is None:
+                continue
+            if isinstance(message, Verify):
+                verifies.append((envelope, message, rows))
+            else:
+                prefills.append((envelope, message, rows))
         if verifies:
             await self._verify(verifies)
-        for envelope, message in prefills:
-            await self._prefill(envelope, message)
+        for envelope, message, rows in prefills:
+            if not envelope.is_abandoned:
+                await self._prefill(envelope, message, rows)
 
-    async def _verify(self, verifies: list[tuple[Envelope, Verify]]) -> None:
-        batch = [Rows(self._pool[message.slot], message.position, message.tokens) for _, message in verifies]
+    def _rows(self, envelope: Envelope, message: Verify | Prefill) -> Rows | None:
+        """What to compute, or None when the sender has gone away or its memory cannot go there. Memory is looked up once,
+        while the slot is surely the sender's: later it may be another's, and what was looked up then is nobody's."""
+        if envelope.is_abandoned:
+            return None
+        try:
+            memory = self._pool[message.slot]
+            memory.check(message.position, len(message.tokens), is_chunk=isinstance(message, Prefill))
+        except PositionLost as error:
+            envelope.fail(error)
+            return None
+        return Rows(memory, message.position, message.tokens)
+
+    async def _verify(self, verifies: list[tuple[Envelope, Verify, Rows]]) -> None:
+        batch = [rows for _, _, rows in verifies]
 
         def work() -> list[Verdict]:
-            logits, _ = self._trunk.verify(batch)
-            rows = iter(logits)
-            return [Verdict(tuple(choose(next(rows), m.sampling, m.position + i + 1) for i in range(len(m.tokens)))) for _, m in verifies]
+            logits = iter(self._trunk.verify(batch)[0])
+            verdicts: list[Verdict] = []
+            for _, message, _ in verifies:
+                positions = range(message.position + 1, message.position + 1 + len(message.tokens))
+                verdicts.append(Verdict(tuple(choose(next(logits), message.sampling, position) for position in positions)))
+            return verdicts
 
         verdicts = await compute(work, self._seconds(sum(len(rows.tokens) for rows in batch)))
-        for (envelope, _), verdict in zip(verifies, verdicts, strict=True):
+        for (envelope, _, _), verdict in zip(verifies, verdicts, strict=True):
             envelope.answer(verdict)
 
-    async def _prefill(self, envelope: Envelope, message: Prefill) -> None:
-        rows = Rows(self._pool[message.slot], message.position, message.tokens)
-
+    async def _prefill(self, envelope: Envelope, message: Prefill, rows: Rows) -> None:
         def work() -> Verdict:
             logits = self._trunk.prefill(rows, message.is_last)
             return Verdict(() if logits is None else (choose(logits[0], message.sampling, message.position + len(message.tokens)),))

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from ..core.actor import Actor, compute
 from ..core.channel import Envelope
-from ..core.errors import InvalidRequest, ModelFileError
+from ..core.errors import ForerunError, InternalBug, InvalidRequest, ModelFileError
 from ..core.messages import Encode
 from ..core.vocabulary import Message
 from ..kernels.model.config import read_json
@@ -23,6 +23,8 @@ from . import chat_template
 
 #: encoding speed of byte-level BPE on one core, characters a second, rounded down
 CHARACTERS_PER_SECOND = 1e6
+#: prompts encoded at once; each chat among them is a process of its own
+NUM_AT_ONCE = 4
 
 
 def _bytes_of_characters() -> dict[str, int]:
@@ -100,23 +102,32 @@ class Detokenizer:
 
 
 class TokenizerActor(Actor):
+    """Prompts are encoded side by side, so that a slow chat template holds up its own request alone."""
+
     def __init__(self, vocabulary: Vocabulary | None) -> None:
         super().__init__("tokenizer")
         self._vocabulary = vocabulary
 
-    async def handle(self, batch: list[Envelope]) -> None:
+    async def run(self) -> None:
         async with anyio.create_task_group() as group:
-            for envelope in batch:
-                group.start_soon(self._encode, envelope)
+            self._group, self._limit = group, anyio.CapacityLimiter(NUM_AT_ONCE)
+            await super().run()
+
+    async def handle(self, batch: list[Envelope]) -> None:
+        for envelope in batch:
+            self._group.start_soon(self._encode, envelope)
 
     async def _encode(self, envelope: Envelope) -> None:
         message = envelope.message
-        assert isinstance(message, Encode)
-        assert envelope.reply is not None
-        try:
-            envelope.answer(await self._ids(message))
-        except InvalidRequest as error:
-            envelope.reply.fail(error)
+        if not isinstance(message, Encode):
+            raise InternalBug(f"tokenizer got {message!r}")
+        async with self._limit:
+            if envelope.is_abandoned:
+                return
+            try:
+                envelope.answer(await self._ids(message))
+            except ForerunError as error:
+                envelope.fail(error)
 
     async def _ids(self, message: Encode) -> tuple[int, ...]:
         prompt = message.prompt

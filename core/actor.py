@@ -9,7 +9,6 @@ from typing import TypeVar
 from anyio.to_thread import run_sync
 
 from .channel import Envelope, Mailbox
-from .errors import ForerunError
 
 T = TypeVar("T")
 
@@ -27,8 +26,8 @@ async def compute(work: Callable[[], T], seconds: float) -> T:
 
 
 class Actor(ABC):
-    """Takes all waiting messages as one batch. A ForerunError raised by `handle` answers every ask of the batch that has
-    no answer yet; any other exception is a bug of ours and ends `run`, and with it the engine."""
+    """Takes all waiting messages as one batch. What is wrong with one message is answered to that one; an exception that
+    leaves `handle` is a bug of ours and ends `run`, and with it the engine."""
 
     #: More than every sequence of a full engine can have outstanding at one actor (one ask each, at most 1024 slots).
     mailbox_capacity = 2048
@@ -40,14 +39,8 @@ class Actor(ABC):
     async def run(self) -> None:
         """Serves until cancelled. Whoever runs it closes the mailbox after it, with the reason."""
         while True:
-            batch = await self.mailbox.receive_all()
-            try:
-                await self.handle(batch)
-            except ForerunError as error:
-                for envelope in batch:
-                    if envelope.reply is not None:
-                        envelope.reply.fail(error)
+            await self.handle(await self.mailbox.receive_all())
 
     @abstractmethod
     async def handle(self, batch: list[Envelope]) -> None:
-        """Answers every ask in `batch`, now or later."""
+        """Answers every ask in `batch`, now or later, but those that are abandoned."""

@@ -31,10 +31,11 @@ class Reply(Generic[R]):
         self._error: ForerunError | None = None
         self._undo = undo
         self._unanswered = unanswered
-        self._unanswered.add(self)
         self.is_abandoned = False
 
     def set(self, value: R) -> None:
+        if self._error is not None:
+            return  # the mailbox has closed meanwhile
         if self._event.is_set():
             raise InternalBug("a message was answered twice")
         self._value = value
@@ -54,11 +55,12 @@ class Reply(Generic[R]):
             await self._event.wait()
         except anyio.get_cancelled_exc_class():
             self.is_abandoned = True
+            self._unanswered.discard(self)
             if self._event.is_set() and self._error is None and self._undo is not None:
                 self._undo(cast(R, self._value))
             raise
         if self._error is not None:
-            raise self._error
+            raise self._error.with_traceback(None)  # one error may end many asks; none keeps another's frames
         return cast(R, self._value)
 
 
@@ -68,6 +70,15 @@ class Envelope:
 
     message: Ask[Any] | Tell
     reply: Reply[Any] | None
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether the asker has gone away."""
+        return self.reply is not None and self.reply.is_abandoned
+
+    def fail(self, error: ForerunError) -> None:
+        if self.reply is not None:
+            self.reply.fail(error)
 
     def answer(self, value: object) -> None:
         if self.reply is not None:
@@ -112,13 +123,15 @@ class Mailbox:
     async def _put(self, envelope: Envelope) -> None:
         while True:
             if self._closed is not None:
-                raise self._closed
+                raise self._closed.with_traceback(None)
             if len(self._waiting) < self._capacity:
                 break
             if self._room.is_set():
                 self._room = anyio.Event()
             await self._room.wait()
         self._waiting.append(envelope)
+        if envelope.reply is not None:
+            self._unanswered.add(envelope.reply)
         self._num_received += 1
         self._peak = max(self._peak, len(self._waiting))
         self._arrived.set()

@@ -93,8 +93,9 @@ class Propose(Ask[Draft]):
 
 
 @dataclass(frozen=True, slots=True)
-class Commit(Tell):
-    """Sequence to each drafter, once a round, whoever drafted: `tokens` now stand for good at `position`, computed by the target."""
+class Commit(Ask[None]):
+    """Sequence to each drafter, once a round, whoever drafted: `tokens` now stand for good at `position`, computed by the target.
+    Waited for, because memory keeps hidden rows for one round only: a drafter that is busy must not fall further behind."""
 
     slot: int
     position: int

@@ -131,6 +131,7 @@ class SequenceProtocol:
         while num_accepted < len(drafts) and drafts[num_accepted] == verdict.choices[num_accepted]:
             num_accepted += 1
         tokens, reason = self._take(verdict.choices[: num_accepted + 1])
+        num_accepted = min(num_accepted, len(tokens))  # what lies beyond a stop token helped nobody
         self._move(Event.VERIFIED, State.FINISHED if reason else State.DRAFTING)
         position, computed = self._num_computed, (self.last_token, *drafts[:num_accepted])
         self._num_computed += num_accepted + 1

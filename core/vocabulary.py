@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -24,7 +23,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "min_p": (0.0, 1.0),
     "seed": (0, 2**64 - 1),
     "draft_n_max": (1, 64),
-    "ngram_size_n": (1, 1024),
+    "ngram_size_n": (1, 64),
     "ngram_size_m": (1, 64),
     "num_slots": (1, 1024),
     "queue_size": (0, 100_000),
@@ -51,13 +50,14 @@ def check_prompt(prompt: object) -> Prompt:
     violations: list[tuple[str, str]] = []
     if isinstance(prompt, str):
         violations += _check_text("prompt", prompt)
-    elif not isinstance(prompt, Sequence) or not prompt:
+    elif not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray) or not prompt:
         violations.append(("prompt", "must be text, token ids or chat messages, and not empty"))
     elif all(isinstance(part, Mapping) for part in cast("Sequence[object]", prompt)):
         for i, message in enumerate(cast("Sequence[Mapping[str, object]]", prompt)):
             if message.get("role") not in ROLES:
                 violations.append((f"prompt[{i}].role", f"must be one of {', '.join(ROLES)}"))
             violations += _check_text(f"prompt[{i}].content", message.get("content"))
+            violations += [(f"prompt[{i}].{key}", "is not part of a message") for key in message if key not in ("role", "content")]
     else:
         parts = cast("Sequence[object]", prompt)
         if all(isinstance(part, SupportsIndex) and not isinstance(part, bool) for part in parts):
@@ -78,17 +78,18 @@ def _check_text(field: str, text: object) -> list[tuple[str, str]]:
     return []
 
 
-def check_ranges(values: Mapping[str, float | int | None]) -> list[tuple[str, str]]:
+def check_ranges(values: Mapping[str, object]) -> list[tuple[str, str]]:
     """Every violation of RANGES among `values`; None means unset and is always fine."""
     violations: list[tuple[str, str]] = []
     for name, value in values.items():
         lowest, highest = RANGES[name]
         if value is None:
             continue
-        if isinstance(lowest, int) and isinstance(highest, int) and not isinstance(value, int):
-            violations.append((name, f"must be a whole number, got {value!r}"))
-        elif isinstance(value, bool) or not math.isfinite(value) or not lowest <= value <= highest:
-            violations.append((name, f"must be between {lowest} and {highest}, got {value!r}"))
+        is_whole = isinstance(lowest, int)
+        if not isinstance(value, int if is_whole else int | float) or isinstance(value, bool):
+            violations.append((name, f"must be a {'whole ' if is_whole else ''}number, got {value!r:.50}"))
+        elif not lowest <= value <= highest:  # NaN is not, either
+            violations.append((name, f"must be between {lowest} and {highest}, got {value!r:.50}"))
     return violations
 
 
@@ -140,7 +141,8 @@ class SpeculationParams:
 
     def __post_init__(self) -> None:
         names = ("draft_n_max", "ngram_size_n", "ngram_size_m")
-        if violations := check_ranges({name: getattr(self, name) for name in names}):
+        values = {name: getattr(self, name) for name in names}
+        if violations := check_ranges(values) or [(name, "must be given") for name in names if values[name] is None]:
             raise InvalidRequest(violations)
 
     def limit(self, drafter: DrafterName) -> int:
@@ -153,7 +155,7 @@ def parse_spec_type(text: str) -> tuple[DrafterName, ...]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     if names == ["none"]:
         return ()
-    if unknown := [name for name in names if name not in DRAFTERS]:
+    if unknown := [name for name in names if name not in DRAFTERS] or ([] if names else ["nothing"]):
         raise InvalidRequest([("spec_type", f"{', '.join(unknown)}: expected none, or a comma list of {', '.join(DRAFTERS)}")])
     return tuple(name for name in DRAFTERS if name in names)
 

@@ -13,7 +13,7 @@ import pytest
 from tests.checkpoints import LAYOUTS, prompt
 
 SPEC_TYPES = ("draft-mtp", "ngram-simple", "draft-mtp,ngram-simple")
-SAMPLING = ({"temperature": 0.0}, {"temperature": 0.8, "seed": 7})
+SAMPLING: tuple[forerun.Options, ...] = ({"temperature": 0.0}, {"temperature": 0.8, "seed": 7})
 HELD_OUT = [case["text"] for case in json.loads((Path(__file__).parent / "data" / "heldout_prompts.json").read_text())]
 
 pytestmark = pytest.mark.anyio
@@ -23,16 +23,17 @@ async def all_tokens(
     model: forerun.Model,
     prompts: list[list[int]] | list[str],
     num_tokens: int,
-    options: dict[str, float],
+    options: forerun.Options,
     at_once: int,
     spec_type: str,
     n_max: int = 3,
 ) -> list[tuple[int, ...]]:
     out: dict[int, tuple[int, ...]] = {}
     async with forerun.open_engine(model, spec_type=spec_type, draft_n_max=n_max, ngram_size_n=3, num_slots=at_once) as engine:
+        options = {**options, "max_tokens": num_tokens}
 
         async def one(i: int) -> None:
-            out[i] = (await engine.complete(prompts[i], max_tokens=num_tokens, **options)).token_ids
+            out[i] = (await engine.complete(prompts[i], **options)).token_ids
 
         async with anyio.create_task_group() as group:
             for i in range(len(prompts)):
@@ -47,7 +48,7 @@ def anyio_backend() -> str:
 
 @pytest.mark.parametrize("options", SAMPLING)
 @pytest.mark.parametrize("layout", LAYOUTS)
-async def test_random_checkpoints(layout: str, options: dict[str, float], checkpoints: dict[str, Path]) -> None:
+async def test_random_checkpoints(layout: str, options: forerun.Options, checkpoints: dict[str, Path]) -> None:
     model = forerun.load_model(str(checkpoints[layout]))
     prompts = [prompt(length) for length in (1, 5, 63, 64, 65, 130)] + [prompt(9) * 6, [7] * 40]
     plain = await all_tokens(model, prompts, 32, options, 1, "none")
@@ -57,7 +58,7 @@ async def test_random_checkpoints(layout: str, options: dict[str, float], checkp
 
 
 @pytest.mark.parametrize("options", SAMPLING)
-async def test_the_demo_model(options: dict[str, float], request: pytest.FixtureRequest) -> None:
+async def test_the_demo_model(options: forerun.Options, request: pytest.FixtureRequest) -> None:
     is_full = request.config.getoption("--full")
     model = forerun.load_model("demo")
     prompts, num_tokens = (HELD_OUT, 128) if is_full else (HELD_OUT[:8], 64)

@@ -1,4 +1,4 @@
-"""The command line. Flags are llama-server's where it has them; each has an environment twin, FORERUN_ and its long name."""
+"""The command line. Flags are llama-server's where it has them; those with a default have an environment twin (FORERUN_PREDICT)."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def figures(result: Result) -> str:
 
 
 def to_json(result: Result) -> dict[str, Any]:
-    """A result as plain values, with tokens per second and mean accepted length worked out."""
+    """A result as plain values, with the mean accepted length worked out."""
     speculation = asdict(result.speculation) | {"mean_acceptance_length": result.speculation.mean_acceptance_length}
     return asdict(result) | {"finish_reason": result.finish_reason.value, "speculation": speculation}
 

@@ -76,16 +76,16 @@ class _Reader:
     def fail(self, key: str, problem: str) -> ModelFileError:
         return ModelFileError(f"{self._path}: {key}: {problem}")
 
-    def integer(self, key: str, default: int | None = None, highest: int = 10_000_000) -> int:
+    def integer(self, key: str, default: int | None = None, *, lowest: int = 1, highest: int = 10_000_000) -> int:
         value = self._values.get(key, default)
-        if type(value) is not int or not 0 < value <= highest:
-            raise self.fail(key, f"expected a whole number from 1 to {highest}, got {value!r}")
+        if type(value) is not int or not lowest <= value <= highest:
+            raise self.fail(key, f"expected a whole number from {lowest} to {highest}, got {value!r:.50}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self._values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise self.fail(key, f"expected a positive number, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+            raise self.fail(key, f"expected a positive number, got {value!r:.50}")
         return float(value)
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -116,7 +116,7 @@ def load_config(folder: Path) -> ModelConfig:
         raise ModelFileError(f"{path}: text_config: expected an object")
     values = cast("dict[str, Any]", text)
     model_type = values.get("model_type", outer.get("model_type"))
-    if model_type not in MODEL_TYPES:
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
         raise ModelFileError(f"{path}: model_type {model_type!r} is unknown; expected one of {', '.join(MODEL_TYPES)}")
     family = MODEL_TYPES[model_type]
     read = _Reader(path, values)
@@ -140,16 +140,22 @@ def load_config(folder: Path) -> ModelConfig:
         )
         if moe.num_used > moe.num_experts:
             raise read.fail("num_experts_per_tok", f"expected at most num_experts = {moe.num_experts}, got {moe.num_used}")
-        dense, every = cast("list[int]", read.get("mlp_only_layers") or []), read.integer("decoder_sparse_step", 1)
+        listed: Any = read.get("mlp_only_layers") or []
+        every = read.integer("decoder_sparse_step", 1)
+        if not isinstance(listed, list):
+            raise read.fail("mlp_only_layers", "expected a list of layers")
+        dense = cast("list[Any]", listed)
         is_moe = tuple(i not in dense and (i + 1) % every == 0 for i in range(layers))
     if read.get("norm_topk_prob", True) is not True:
         raise read.fail("norm_topk_prob", "expected true: no model of the family leaves expert weights unnormalised")
     for key, only in (("hidden_act", "silu"), ("attention_bias", False)):
         if read.get(key, only) != only:
             raise read.fail(key, f"expected {only!r}, got {read.get(key)!r}")
-    rope = _Reader(path, cast("dict[str, Any]", {**values, **(values.get("rope_parameters") or {})}))
-    if rope.get("rope_type", "default") != "default":
-        raise rope.fail("rope_type", f"only 'default' is implemented, got {rope.get('rope_type')!r}")
+    for key in ("rope_parameters", "rope_scaling"):
+        part: Any = values.get(key) or {}
+        if not isinstance(part, dict) or any(_Reader(path, part).get(name, "default") != "default" for name in ("rope_type", "type")):
+            raise read.fail(key, f"expected an object of type 'default', got {part!r:.100}")
+    rope = _Reader(path, {**values, **(values.get("rope_parameters") or {})})
     head_dim = read.integer("head_dim", 256)
     rotary = int(head_dim * rope.number("partial_rotary_factor", 0.25))
     config = ModelConfig(
@@ -169,7 +175,7 @@ def load_config(folder: Path) -> ModelConfig:
         value_heads=read.integer("linear_num_value_heads"),
         key_dim=read.integer("linear_key_head_dim"),
         value_dim=read.integer("linear_value_head_dim"),
-        conv_width=read.integer("linear_conv_kernel_dim", 4, highest=64),
+        conv_width=read.integer("linear_conv_kernel_dim", 4, lowest=2, highest=64),
         context=read.integer("max_position_embeddings", 32768),
         is_tied=bool(outer.get("tie_word_embeddings", values.get("tie_word_embeddings", False))),
         num_mtp_layers=_mtp_layers(read),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from ...core.errors import PositionLost
+from ...core.protocol import CHUNK
 from ..backend import F32, Backend, DeltaInputs
 from .config import ModelConfig
 
@@ -34,12 +35,16 @@ class RecurrentLog:
         self._v = np.zeros((*heads, c.value_dim), np.float32)
         self._decay, self._beta = np.zeros(heads, np.float32), np.zeros(heads, np.float32)
 
-    def seek(self, position: int, backend: Backend) -> None:
-        """Makes `position` the base and empties the log. PositionLost when memory does not hold it exactly."""
-        num_kept = position - self.base_position
-        if not 0 <= num_kept <= self.num_rows:
+    def check(self, position: int) -> None:
+        """PositionLost unless memory can go to `position` exactly. Changes nothing."""
+        if not self.base_position <= position <= self.base_position + self.num_rows:
             held = f"{self.base_position} to {self.base_position + self.num_rows}"
             raise PositionLost(f"recurrent state at position {position} is gone; held: {held}")
+
+    def seek(self, position: int, backend: Backend) -> None:
+        """Makes `position` the base and empties the log. PositionLost when memory does not hold it exactly."""
+        self.check(position)
+        num_kept = position - self.base_position
         if num_kept and num_kept == self.num_rows:
             self._base, self._latest = self._latest, self._base
         else:
@@ -119,15 +124,19 @@ class KeyValues:
 class SequenceMemory:
     """All of one sequence: room for `capacity` positions and for `max_rows` rows in one verify."""
 
-    def __init__(self, config: ModelConfig, capacity: int, max_rows: int, chunk: int) -> None:
+    def __init__(self, config: ModelConfig, capacity: int, max_rows: int) -> None:
         self.capacity = capacity
         self.trunk = KeyValues(config.num_attention, config, capacity)
         self.recurrent = RecurrentLog(config, max_rows)
-        # A drafter lags at most one chunk and one verify behind, and needs the row before its first.
-        self.hidden = HiddenRows(config.hidden, chunk + max_rows + 1)
+        # A drafter hears of every round before the next begins. It lags at most a chunk and a verify behind, and needs the
+        # row before its first.
+        self.hidden = HiddenRows(config.hidden, CHUNK + max_rows + 1)
         self.mtp = KeyValues(1, config, capacity + max_rows)  # drafts may run past the last position
 
-    def check_room(self, position: int, num_rows: int, max_rows: int) -> None:
+    def check(self, position: int, num_rows: int, *, is_chunk: bool) -> None:
+        """PositionLost unless `num_rows` rows can be computed from `position`. Changes nothing."""
+        self.recurrent.check(position)
+        max_rows = CHUNK if is_chunk else self.recurrent.max_rows
         if position + num_rows > self.capacity or num_rows > max_rows:
             lease = f"a lease of {self.capacity} positions, {max_rows} at once"
             raise PositionLost(f"rows {position} to {position + num_rows} do not fit {lease}")
@@ -136,8 +145,8 @@ class SequenceMemory:
 class SequencePool:
     """Slots by number, the handle that messages carry. The memory manager fills and empties it, the actors that compute read it."""
 
-    def __init__(self, config: ModelConfig, num_slots: int, chunk: int) -> None:
-        self._config, self._chunk = config, chunk
+    def __init__(self, config: ModelConfig, num_slots: int) -> None:
+        self._config = config
         self._slots: list[SequenceMemory | None] = [None] * num_slots
 
     def __getitem__(self, slot: int) -> SequenceMemory:
@@ -159,7 +168,7 @@ class SequencePool:
         if None not in self._slots:
             return None
         slot = self._slots.index(None)
-        self._slots[slot] = SequenceMemory(self._config, capacity, max_rows, self._chunk)
+        self._slots[slot] = SequenceMemory(self._config, capacity, max_rows)
         return slot
 
     def release(self, slot: int) -> None:

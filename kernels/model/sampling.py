@@ -26,7 +26,8 @@ def choose(logits: F32, params: SamplingParams, position: int) -> int:
     `generation/logits_process.py`: temperature, top-k (ties with the k-th stay), top-p (at least one stays), min-p."""
     if params.temperature == 0:
         return int(logits.argmax())
-    x = logits.astype(np.float64) / params.temperature
+    x = logits.astype(np.float64)
+    x = (x - x.max()) / max(params.temperature, 1e-6)  # which is greedy but for ties, and does not overflow
     if 0 < params.top_k < len(x):
         x[x < np.partition(x, -params.top_k)[-params.top_k]] = -np.inf
     if params.top_p < 1:

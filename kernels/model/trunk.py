@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...core.protocol import CHUNK
 from ..backend import F32, Backend, Matrix
 from .memory import KeyValues, SequenceMemory
 from .weights import AttentionWeights, DeltaWeights, DenseWeights, LayerWeights, ModelWeights, MoeWeights
@@ -92,7 +91,8 @@ class Trunk(LayerGraph):
         bits whatever else is in the batch. Returns logits [R, V] and post-norm hidden rows [R, hidden], in batch order.
         PositionLost, before anything is written, when a memory cannot go to the position asked for."""
         for rows in batch:
-            rows.memory.check_room(rows.position, len(rows.tokens), rows.memory.recurrent.max_rows)
+            rows.memory.check(rows.position, len(rows.tokens), is_chunk=False)
+        for rows in batch:
             rows.memory.recurrent.seek(rows.position, self.backend)
         hidden = self._forward(batch, is_chunk=False)
         for rows in batch:
@@ -101,7 +101,7 @@ class Trunk(LayerGraph):
 
     def prefill(self, rows: Rows, is_last: bool) -> F32 | None:
         """Computes one chunk of a prompt. Returns the logits [1, V] after its last row when it is the prompt's last."""
-        rows.memory.check_room(rows.position, len(rows.tokens), CHUNK)
+        rows.memory.check(rows.position, len(rows.tokens), is_chunk=True)
         rows.memory.recurrent.seek(rows.position, self.backend)
         hidden = self._forward([rows], is_chunk=True)
         rows.memory.recurrent.advance(len(rows.tokens))

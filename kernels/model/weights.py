@@ -129,8 +129,13 @@ class Checkpoint:
         if skipped:
             logger.warning("%s: left out the vision tower (%d tensors): only text is served", folder, skipped)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
+    @property
+    def has_fused_experts(self) -> bool:
+        return not any(".experts.0." in name for name in self._files)
+
+    @property
+    def has_head(self) -> bool:
+        return "lm_head.weight" in self._files
 
     @property
     def has_mtp(self) -> bool:
@@ -294,13 +299,14 @@ class _Loader:
 def load_weights(folder: Path, config: ModelConfig, backend: Backend, progress: Progress | None = None) -> ModelWeights:
     """Loads a Hugging Face folder. ModelFileError names the tensor and what was expected of it."""
     checkpoint = Checkpoint(folder)
-    fused = not any(f"{at}experts.0.gate_proj.weight" in checkpoint for at in ("layers.0.mlp.", "layers.1.mlp."))
+    fused = checkpoint.has_fused_experts
     has_mtp = checkpoint.has_mtp if config.num_mtp_layers is None else config.num_mtp_layers > 0
     # Some tied files repeat the embedding as lm_head; the config decides which is used.
-    has_head = not config.is_tied or "lm_head.weight" in checkpoint
+    has_head = not config.is_tied or checkpoint.has_head
     expected = expected_tensors(config, fused_experts=fused, has_mtp=has_mtp, has_head=has_head)
     checkpoint.check(expected)
-    load = _Loader(checkpoint, config, backend, fused, len(expected), progress)
+    num_read = len(expected) - (config.is_tied and has_head)
+    load = _Loader(checkpoint, config, backend, fused, num_read, progress)
     embedding = load.matrix("embed_tokens")
     moe_of = [config.moe if is_moe else None for is_moe in config.is_moe]
     layers = [load.layer(f"layers.{i}.", is_full, moe_of[i]) for i, is_full in enumerate(config.is_full_attention)]

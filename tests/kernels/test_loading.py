@@ -109,6 +109,10 @@ def test_hostile_headers(tmp_path: Path, entry: Any) -> None:
         ("linear_num_value_heads", 3, "3 is not a multiple of linear_num_key_heads = 2"),
         ("rms_norm_eps", -1, "rms_norm_eps: expected a positive number"),
         ("hidden_act", "gelu", "hidden_act: expected 'silu'"),
+        ("model_type", [], "model_type"),
+        ("rope_parameters", "x", "rope_parameters: expected an object"),
+        ("rope_scaling", {"rope_type": "yarn"}, "rope_scaling: expected an object of type 'default'"),
+        ("linear_conv_kernel_dim", 1, "linear_conv_kernel_dim: expected a whole number from 2"),
         ("mtp_num_hidden_layers", 3, "mtp_num_hidden_layers: expected 0 or 1"),
     ],
 )

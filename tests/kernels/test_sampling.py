@@ -55,6 +55,10 @@ def test_greedy_takes_the_lowest_of_ties() -> None:
     assert choose(np.array([1, 3, 3], np.float32), SamplingParams(), 5) == 1
 
 
+def test_the_smallest_temperature_is_greedy() -> None:
+    assert choose(LOGITS[::-1].copy(), SamplingParams(1e-310), 0) == len(LOGITS) - 1
+
+
 def test_a_choice_depends_on_seed_and_position_alone() -> None:
     flat = np.zeros(1000, np.float32)
     first = [choose(flat, SamplingParams(1.0, seed=1), p) for p in range(50)]

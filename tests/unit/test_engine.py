@@ -62,6 +62,10 @@ async def test_text_deltas_make_the_text() -> None:
         ([True], {}, "prompt"),
         ([1, "x"], {}, "prompt"),
         ([1.0], {}, "prompt"),
+        (b"x", {}, "prompt"),
+        ([{"role": "user", "content": "x", "name": "y"}], {}, "prompt[0].name"),
+        ([1], {"temperature": "0.5"}, "temperature"),
+        ([1], {"temperature": 10**400}, "temperature"),
         (None, {}, "prompt"),
         ("x \ud800", {}, "prompt"),
     ],
@@ -75,7 +79,18 @@ async def test_bad_requests_are_refused_and_harm_nobody(model: str, given: Any, 
         assert engine.statistics().num_slots_used == 0
 
 
-@pytest.mark.parametrize("option", [{"spec_type": "draft-magic"}, {"num_slots": 0}, {"draft_n_max": 65}, {"ngram_size_n": 0}])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"spec_type": "draft-magic"},
+        {"num_slots": 0},
+        {"draft_n_max": 65},
+        {"ngram_size_n": 0},
+        {"draft_n_max": None},
+        {"num_slots": None},
+        {"spec_type": ""},
+    ],
+)
 async def test_bad_options_are_refused(model: str, option: Any) -> None:
     with pytest.raises(forerun.InvalidRequest) as caught:
         async with forerun.open_engine(model, **option):
@@ -218,3 +233,55 @@ async def test_the_blocks_own_error_comes_out_as_it_is(model: str) -> None:
     with pytest.raises(KeyError):
         async with forerun.open_engine(model):
             raise KeyError
+
+
+async def test_an_observer_that_raises_is_dropped_and_the_request_goes_on(model: str, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(done: int, total: int) -> None:
+        raise ZeroDivisionError
+
+    async with forerun.open_engine(model) as engine:
+        result = await engine.complete(prompt(130), max_tokens=5, ignore_eos=True, prefill_progress=fail)
+    assert len(result.token_ids) == 5
+    assert [record.message for record in caplog.records] == ["prefill_progress of request-1 failed"]
+
+
+async def test_an_unknown_option_is_a_type_error(model: str) -> None:
+    async with forerun.open_engine(model) as engine:
+        options: Any = {"temprature": 1.0}
+        with pytest.raises(TypeError, match="temprature"):
+            engine.generate([1], **options)
+
+
+async def test_a_stream_whose_end_was_cut_off_says_so(model: str) -> None:
+    async with forerun.open_engine(model, spec_type="none") as engine:
+        stream = engine.generate(prompt(5), max_tokens=17, ignore_eos=True)  # one more than the outbox holds
+        while engine.statistics().mailboxes["target decoder"].num_received < 17:
+            await anyio.sleep(0.001)
+    with pytest.raises(forerun.EngineClosed):
+        async for _ in stream:
+            pass
+
+
+@pytest.mark.parametrize("inline", [1e9, -1.0])
+async def test_cancelled_work_never_reaches_the_slots_next_owner(model: str, inline: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything in worker threads, or nothing: requests are cancelled at all points while others take over their slots."""
+    monkeypatch.setattr("forerun.core.actor.INLINE_SECONDS", inline)
+    async with forerun.open_engine(model, num_slots=3) as engine:
+        alone = (await engine.complete(prompt(100), max_tokens=20, ignore_eos=True)).token_ids
+        answers: list[tuple[int, ...]] = []
+
+        async def cancelled(milliseconds: int) -> None:
+            with anyio.move_on_after(milliseconds / 1000):
+                await engine.complete(prompt(130), max_tokens=60, ignore_eos=True)
+
+        async def kept() -> None:
+            answers.append((await engine.complete(prompt(100), max_tokens=20, ignore_eos=True)).token_ids)
+
+        async with anyio.create_task_group() as group:
+            for i in range(24):
+                group.start_soon(cancelled, 3 * i)
+                group.start_soon(kept)
+        assert answers == [alone] * 24
+        assert engine.statistics().num_slots_used == 0
+        target: Any = engine._actors  # pyright: ignore[reportPrivateUsage]
+        assert all(not actor.mailbox._unanswered for actor in target)

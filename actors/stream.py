@@ -1,0 +1,96 @@
+"""The answer to one request, as its reader sees it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, TypedDict
+
+import anyio
+from anyio.streams.memory import MemoryObjectReceiveStream
+
+from ..core.errors import ForerunError
+from ..core.vocabulary import Delta, Prompt, Result, SamplingParams
+from .sequence import PrefillProgress
+
+DEFAULT_MAX_TOKENS = 256
+
+
+class Options(TypedDict, total=False):
+    """What a request may say. Left out or None: the model's generation_config.json decides, else the value in brackets."""
+
+    max_tokens: int | None  # most tokens to generate [256, or what the context leaves]
+    temperature: float | None  # [0: greedy]
+    top_k: int | None  # keep the k likeliest tokens [0: all]
+    top_p: float | None  # keep the likeliest tokens up to this share [1]
+    min_p: float | None  # drop tokens less likely than this times the likeliest [0]
+    seed: int | None  # of the noise that chooses tokens [random]
+    ignore_eos: bool  # go on after an end-of-text token [False]
+    prefill_progress: PrefillProgress | None  # called with (prompt tokens computed, prompt tokens in all)
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """What a request's task and its stream share."""
+
+    request_id: str
+    prompt: Prompt
+    options: Options
+    sampling: SamplingParams  # in effect
+    scope: anyio.CancelScope
+    done: anyio.Event = field(default_factory=anyio.Event)
+    error: ForerunError | None = None
+    result: Result | None = None
+
+
+class Stream:
+    """The answer to one request, as it comes. Iterate it, inside `async with` or not; leaving the block has cancelled the
+    work and returned the memory. A stream dropped half read raises ResourceWarning and is cancelled."""
+
+    def __init__(self, job: Job, deltas: MemoryObjectReceiveStream[Delta], call_soon: Callable[[Callable[[], Any]], Any]) -> None:
+        self._job, self._deltas, self._call_soon = job, deltas, call_soon
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> Delta:
+        """The next piece; raises the request's error, if it ended with one, after all that came before it.
+        Cancelled through anyio or trio: no piece is lost. (asyncio's own Task.cancel may lose the one on its way.)"""
+        try:
+            return await self._deltas.receive()
+        except (anyio.EndOfStream, anyio.ClosedResourceError):
+            await self._job.done.wait()
+            self._deltas.close()
+            if self._job.error is not None:
+                raise self._job.error.with_traceback(None) from self._job.error.__cause__
+            raise StopAsyncIteration from None
+
+    async def __aenter__(self) -> Stream:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Cancels what is left of the work and waits until its memory is back, even when cancelled itself."""
+        self._deltas.close()
+        self._job.scope.cancel()
+        with anyio.CancelScope(shield=True):
+            await self._job.done.wait()
+
+    @property
+    def result(self) -> Result:
+        """The finished request, cancelled ones included. RuntimeError before the end; the request's error if it failed."""
+        if self._job.error is not None:
+            raise self._job.error.with_traceback(None)
+        if self._job.result is None:
+            raise RuntimeError("the stream has not ended")
+        return self._job.result
+
+    def __del__(self) -> None:
+        if not self._job.done.is_set():
+            self._call_soon(self._job.scope.cancel)  # the collector may run in any thread
+            self._call_soon(self._deltas.close)
+            warnings.warn(f"unclosed {self!r}: use `async with`, or read it to its end", ResourceWarning, stacklevel=2, source=self)
