@@ -153,7 +153,9 @@ def load_config(folder: Path) -> ModelConfig:
             raise read.fail(key, f"expected {only!r}, got {read.get(key)!r}")
     for key in ("rope_parameters", "rope_scaling"):
         part: Any = values.get(key) or {}
-        if not isinstance(part, dict) or any(_Reader(path, part).get(name, "default") != "default" for name in ("rope_type", "type")):
+        if not isinstance(part, dict) or any(
+            _Reader(path, cast("dict[str, Any]", part)).get(name, "default") != "default" for name in ("rope_type", "type")
+        ):
             raise read.fail(key, f"expected an object of type 'default', got {part!r:.100}")
     rope = _Reader(path, {**values, **(values.get("rope_parameters") or {})})
     head_dim = read.integer("head_dim", 256)
