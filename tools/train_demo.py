@@ -6,7 +6,7 @@
     python tools/train_demo.py --data DATA --out RUN --export FOLDER      # an ordinary Hugging Face folder
 
 `--minutes` counts training time over all runs; the learning rate is constant until the last 30 % and then falls to
-zero, so a longer second run first undoes nothing and then lands again. RUN/log.txt holds one line a hundred steps.
+zero, so a longer second run first undoes nothing and then lands again. RUN/log.txt holds one line for every 20 steps.
 
 The MTP head learns as it will be used: the chain of drafts from every position, each step reading the head's own
 output of the step before and attending to the exact rows of its cache up to the chain's start plus the chain itself
