@@ -50,7 +50,7 @@ class NgramDrafter(Actor):
                         raise InternalBug(f"tokens at {position} after {len(history.tokens)}")
                     history.extend(tokens)
                     envelope.answer(None)
-                case Propose(slot, _, last_token, limit):
+                case Propose(slot, _, last_token, limit, _):
                     envelope.answer(Draft("ngram-simple", self._histories[slot].continuation(last_token, limit)))
                 case Forget(slot):
                     self._histories.pop(slot, None)

@@ -148,7 +148,8 @@ class Sequence:
             limit = min(self._params.limit(name), self._protocol.draft_limit)
             limit = min(limit, self._ngram_reach) if name == "ngram-simple" else limit
             if limit > 0:
-                draft = await drafter.ask(Propose(lease.slot, self._protocol.position, self._protocol.last_token, limit))
+                last_token, sampling = self._protocol.last_token, self._request.sampling
+                draft = await drafter.ask(Propose(lease.slot, self._protocol.position, last_token, limit, sampling))
                 if draft.tokens:
                     return draft
         return None

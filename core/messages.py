@@ -84,12 +84,14 @@ class Observe(Ask[None]):
 
 @dataclass(frozen=True, slots=True)
 class Propose(Ask[Draft]):
-    """Sequence to a drafter, once a round: what follows `last_token`, which stands at `position`? At most `limit` tokens."""
+    """Sequence to a drafter, once a round: what follows `last_token`, which stands at `position`? At most `limit` tokens,
+    chosen as the target will choose where the drafter has logits of its own."""
 
     slot: int
     position: int
     last_token: int
     limit: int
+    sampling: SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
