@@ -6,9 +6,11 @@ async with forerun.open_engine("demo") as engine:
             print(delta.text, end="")
 """
 
-from .actors.engine import Engine, EngineStatistics, Model, load_model, open_engine
+from .actors.engine import ActorStatistics, Engine, EngineStatistics, open_engine
+from .actors.model import Model, load_model
 from .actors.stream import DEFAULT_MAX_TOKENS, Options, Stream
 from .core.errors import (
+    DeadlineExceeded,
     EngineClosed,
     EngineDead,
     ForerunError,
@@ -17,6 +19,7 @@ from .core.errors import (
     Overloaded,
     RequestFailed,
 )
+from .core.trace import Counter, Flow, Notice, Span, Subscription
 from .core.vocabulary import (
     Delta,
     DrafterStatistics,
@@ -34,6 +37,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DEFAULT_MAX_TOKENS",
+    "ActorStatistics",
+    "Counter",
+    "DeadlineExceeded",
     "Delta",
     "DrafterStatistics",
     "Engine",
@@ -41,19 +47,23 @@ __all__ = [
     "EngineDead",
     "EngineStatistics",
     "FinishReason",
+    "Flow",
     "ForerunError",
     "InvalidRequest",
     "Message",
     "Model",
     "ModelFileError",
+    "Notice",
     "Options",
     "Overloaded",
     "Prompt",
     "RequestFailed",
     "Result",
     "SamplingParams",
+    "Span",
     "Speculation",
     "Stream",
+    "Subscription",
     "Timings",
     "Usage",
     "load_model",

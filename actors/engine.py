@@ -1,27 +1,40 @@
-"""Puts the actors together, and is the in-process API: open_engine, generate, complete. Works the same on trio and asyncio."""
+"""Puts the actors together under their supervisor, and is the in-process API: open_engine, generate, complete.
+Works the same on trio and asyncio."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack, cast
 
 import anyio
 from anyio.abc import TaskGroup
-from anyio.streams.memory import MemoryObjectSendStream
 
-from ..core.actor import Actor
-from ..core.channel import MailboxStatistics
-from ..core.errors import EngineClosed, EngineDead, ForerunError, InvalidRequest, ModelFileError, PositionLost, RequestFailed
+from ..core.actor import Actor, Executor, in_place, in_thread
+from ..core.channel import Mailbox, MailboxStatistics
+from ..core.errors import (
+    ActorRestarted,
+    DeadlineExceeded,
+    EngineClosed,
+    EngineDead,
+    ForerunError,
+    InvalidRequest,
+    PositionLost,
+    ReaderGone,
+    RequestFailed,
+)
 from ..core.messages import Encode
+from ..core.outbox import Outbox
+from ..core.supervisor import ChildSpec, Group, Supervisor, WhenExhausted
+from ..core.trace import Flow, Subscription, Trace
 from ..core.vocabulary import (
     RANGES,
-    Delta,
     DrafterName,
     FinishReason,
     Prompt,
@@ -36,148 +49,145 @@ from ..core.vocabulary import (
     check_ranges,
     parse_spec_type,
 )
-from ..kernels.model.config import ModelConfig, load_config, read_json
-from ..kernels.model.memory import SequencePool
-from ..kernels.model.mtp import MtpHead
-from ..kernels.model.trunk import Trunk
-from ..kernels.model.weights import ModelWeights, Progress, load_weights
-from ..kernels.reference import ReferenceBackend
+from ..kernels.model.weights import Progress
 from .memory_manager import MemoryManager
+from .model import Model, load_model
 from .mtp_drafter import MtpDrafter
 from .ngram_drafter import NgramDrafter
 from .sequence import Neighbours, Sequence
 from .stream import DEFAULT_MAX_TOKENS, Job, Options, Stream
 from .target_decoder import TargetDecoder
-from .tokenizer import Detokenizer, TokenizerActor, Vocabulary
+from .tokenizer import Detokenizer, TokenizerActor
 
 logger = logging.getLogger("forerun")
 
-#: Deltas a reader may be behind before its sequence waits for it.
-OUTBOX = 16
-SHIPPED = {"demo": Path(__file__).parents[1] / "kernels" / "model" / "demo"}
+#: More than every sequence of a full engine can have outstanding at one actor (at most 1024 slots, two messages each).
+MAILBOX = 2048
+#: Restarts a group is allowed, and within how many seconds. More than a sequence's MAX_FRUITLESS_REPLAYS, so that a request
+#: which kills the target whenever it is worked on is found out before the engine gives up.
+RESTARTS, PERIOD_SECONDS = 5, 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Defaults:
-    """What a request gets where it says nothing: the model's generation_config.json, else greedy."""
+class ActorStatistics:
+    """One actor: its mailbox, how often it was restarted, whether it was switched off for failing too often."""
 
-    stop_ids: frozenset[int]
-    sampling: dict[str, float]
-
-    @staticmethod
-    def load(folder: Path) -> Defaults:
-        path = folder / "generation_config.json"
-        values = read_json(path) if path.exists() else {}
-        config = read_json(folder / "config.json")
-        found: list[Any] = [source.get("eos_token_id") for source in (values, config, config.get("text_config") or {})]
-        stop: Any = next((each for each in found if each is not None), None)
-        stop = cast("list[Any]", [] if stop is None else stop if isinstance(stop, list) else [stop])
-        if not all(type(token) is int for token in stop):
-            raise ModelFileError(f"{path}: eos_token_id: expected token ids, got {stop!r}")
-        sampling: dict[str, float] = {"temperature": 0.0}
-        if values.get("do_sample") is True:
-            sampling = {"temperature": 1.0} | {k: v for k in ("temperature", "top_k", "top_p", "min_p") if (v := values.get(k)) is not None}
-        if violations := check_ranges(sampling):
-            raise ModelFileError(f"{path}: {violations[0][0]}: {violations[0][1]}")
-        return Defaults(frozenset[int](stop), sampling)
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """A loaded model: weights, vocabulary (None without a tokenizer.json) and defaults."""
-
-    folder: Path
-    weights: ModelWeights
-    vocabulary: Vocabulary | None
-    defaults: Defaults
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.weights.config
-
-
-def find_model(name: str) -> Path:
-    """The folder of a model: the name of a shipped one, or a path."""
-    folder = SHIPPED.get(name) or Path(name)
-    if not folder.is_dir():
-        raise ModelFileError(f"{name}: no such model; expected {', '.join(SHIPPED)} or a Hugging Face folder")
-    return folder
-
-
-def load_model(name: str, progress: Progress | None = None) -> Model:
-    """Loads a model. ModelFileError names the file and what was expected."""
-    folder = find_model(name)
-    weights = load_weights(folder, load_config(folder), ReferenceBackend(), progress)
-    vocabulary = Vocabulary(folder) if (folder / "tokenizer.json").exists() else None
-    return Model(folder, weights, vocabulary, Defaults.load(folder))
+    mailbox: MailboxStatistics
+    num_restarts: int
+    is_switched_off: bool
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStatistics:
-    """A snapshot. Everything but the mailboxes' totals is zero when nothing runs."""
+    """A snapshot. Everything but the actors' totals is zero when nothing runs."""
 
     num_requests_running: int
-    num_requests_waiting: int  # for a slot
+    num_requests_waiting: int  # for memory
     num_slots_used: int
     num_slots: int
-    mailboxes: dict[str, MailboxStatistics]
+    actors: dict[str, ActorStatistics]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParams:
+    """What open_engine was given; what it sets no value for is how simulations get in. `instrument` sees every actor as it is made."""
+
+    speculation: SpeculationParams
+    num_slots: int
+    queue_size: int
+    overlap: bool
+    executor: Executor = in_thread
+    instrument: Callable[[Actor], None] = lambda actor: None
+    trace: Trace | None = None
+    mailbox_capacity: int = MAILBOX
 
 
 class Engine:
     """A running model. Made by open_engine."""
 
-    def __init__(self, model: Model, speculation: SpeculationParams, num_slots: int, queue_size: int) -> None:
+    def __init__(self, model: Model, params: EngineParams) -> None:
         """Private: use open_engine."""
         self.model = model
-        self.speculation = speculation
-        self._pool = SequencePool(model.config, num_slots)
-        self._memory = MemoryManager(self._pool, queue_size)
-        self._tokenizer = TokenizerActor(model.vocabulary)
-        trunk = Trunk(model.weights, ReferenceBackend())
-        target = TargetDecoder(trunk, self._pool)
-        drafters: dict[DrafterName, Actor] = {}
-        for name in speculation.types:
-            if name == "draft-mtp":
-                drafters[name] = MtpDrafter(MtpHead(model.weights, ReferenceBackend()), self._pool)
-            else:
-                drafters[name] = NgramDrafter(speculation.ngram_size_n)
-        self._actors: list[Actor] = [self._tokenizer, self._memory, target, *drafters.values()]
-        self._neighbours = Neighbours(self._memory.mailbox, target.mailbox, {name: a.mailbox for name, a in drafters.items()})
-        self._jobs: set[Job] = set()
+        self.speculation = params.speculation
+        self._params = params
+        self._trace = params.trace or Trace()
+        self._pool = model.pool(params.num_slots)
+        self._memory: MemoryManager | None = None  # in its present life
+        self._jobs: dict[Job, None] = {}
         self._num_started = 0
         self._end: ForerunError | None = None
+        self._is_draining = False
+        self._idle = anyio.Event()
         self._group: TaskGroup | None = None
         self._call_soon = _call_soon()
+        self._mailboxes: dict[str, Mailbox] = {}
+        groups = self._groups()
+        self.supervisor = Supervisor(groups, self._trace, self._die)
 
-    # Life
+    # What runs
+
+    def _groups(self) -> list[Group]:
+        """The supervision tree. Target and memory live and die together: what one knows of memory is worth nothing without the other."""
+        model, params, pool, trace = self.model, self._params, self._pool, self._trace
+
+        def child(name: str, make: Callable[[Mailbox], Actor]) -> ChildSpec:
+            mailbox = self._mailboxes[name] = Mailbox(name, params.mailbox_capacity, trace)
+
+            def begin() -> Actor:
+                actor = make(mailbox)
+                params.instrument(actor)
+                return actor
+
+            return ChildSpec(mailbox, begin)
+
+        def memory_manager(mailbox: Mailbox) -> Actor:
+            self._memory = MemoryManager(mailbox, pool, params.queue_size, trace)
+            return self._memory
+
+        executor = params.executor if params.overlap else in_place
+        tokenizer = child("tokenizer", lambda mailbox: TokenizerActor(mailbox, model.vocabulary, executor))
+        memory = child("memory manager", memory_manager)
+        trunk = model.target()
+        target = child("target decoder", lambda mailbox: TargetDecoder(mailbox, trunk, pool, executor))
+        types = params.speculation.types
+        drafters: dict[DrafterName, ChildSpec] = {}
+        if "ngram-simple" in types:
+            drafters["ngram-simple"] = child("n-gram drafter", lambda mailbox: NgramDrafter(mailbox, params.speculation.ngram_size_n))
+        if "draft-mtp" in types:
+            head = model.draft_head()
+            drafters["draft-mtp"] = child("MTP drafter", lambda mailbox: MtpDrafter(mailbox, head, pool, executor))
+        self._neighbours = Neighbours(memory.mailbox, target.mailbox, {name: spec.mailbox for name, spec in drafters.items()})
+        limits = RESTARTS, PERIOD_SECONDS
+        return [
+            Group((tokenizer,), *limits, WhenExhausted.ESCALATE),
+            Group((memory, target), *limits, WhenExhausted.ESCALATE, reset=pool.reset),
+            *(Group((drafter,), *limits, WhenExhausted.SWITCH_OFF) for drafter in drafters.values()),
+        ]
 
     def _start(self, group: TaskGroup) -> None:
         self._group = group
-        for actor in self._actors:
-            group.start_soon(self._run_actor, actor, name=f"forerun {actor.name}")
+        group.start_soon(self._supervise, name="forerun supervisor")
 
-    async def _run_actor(self, actor: Actor) -> None:
+    async def _supervise(self) -> None:
         try:
-            await actor.run()
-        except Exception as error:
-            self._die(actor.name, error)
+            await self.supervisor.run()
         finally:
             # Also when cancelled from outside: nobody may wait for an actor that is gone.
             self._stop(EngineClosed("the engine is closed"))
 
     def _die(self, who: str, error: Exception) -> None:
-        """A bug of ours in `who`: told to everybody, and raised by open_engine at its end."""
+        """What cannot be put right in `who`: told to everybody, and raised by open_engine at its end."""
         dead = EngineDead(f"the {who} failed")
         dead.__cause__ = error
-        logger.error("the %s failed", who, exc_info=error)
+        logger.error("the %s failed, and the engine with it", who, exc_info=error)
         self._stop(dead)
 
     def _stop(self, why: ForerunError) -> None:
         """Ends every request with `why` and refuses new ones. The first reason stays."""
         if self._end is None:
             self._end = why
-            for actor in self._actors:
-                actor.mailbox.close(why)
+            for mailbox in self._mailboxes.values():
+                mailbox.close(why)
 
     async def _finish(self) -> None:
         self._stop(EngineClosed("the engine is closed"))
@@ -185,6 +195,7 @@ class Engine:
             for job in list(self._jobs):
                 job.scope.cancel()
                 await job.done.wait()
+        self.supervisor.leave_work()  # nobody needs its result, and it may never end
 
     # Requests
 
@@ -192,7 +203,7 @@ class Engine:
         """Starts a request and returns its stream. The prompt is text, token ids, or a list of chat messages.
 
         InvalidRequest (every violation listed) and EngineClosed or EngineDead are raised here; everything that needs the
-        prompt's tokens, and Overloaded, by the stream."""
+        prompt's tokens, Overloaded and DeadlineExceeded, by the stream."""
         if unknown := options.keys() - Options.__annotations__.keys():
             raise TypeError(f"generate() got an unexpected keyword argument {min(unknown)!r}")
         numbers = {name: value for name, value in options.items() if name in RANGES}
@@ -201,13 +212,17 @@ class Engine:
         prompt = check_prompt(prompt)
         if self._end is not None:
             raise self._end.with_traceback(None)
+        if self._is_draining:
+            raise EngineClosed("the engine is draining: what runs is finished, nothing new begins")
         assert self._group is not None
         self._num_started += 1
-        job = Job(f"request-{self._num_started}", prompt, options, self._sampling(options), anyio.CancelScope())
-        send, receive = anyio.create_memory_object_stream[Delta](OUTBOX)
-        self._jobs.add(job)
-        self._group.start_soon(self._run, job, send)
-        return Stream(job, receive, self._call_soon)
+        request_id, timeout = f"request-{self._num_started}", options.get("timeout_seconds")
+        deadline = math.inf if timeout is None else anyio.current_time() + timeout
+        outbox = Outbox(request_id, self._trace)
+        job = Job(request_id, prompt, options, self._sampling(options), outbox, anyio.CancelScope(deadline=deadline))
+        self._jobs[job] = None
+        self._group.start_soon(self._run, job, name=f"forerun {request_id}")
+        return Stream(job, self._call_soon)
 
     async def complete(self, prompt: Prompt, **options: Unpack[Options]) -> Result:
         """`generate`, read to its end. Cancelled: the request is cancelled too."""
@@ -216,6 +231,14 @@ class Engine:
                 pass
         return stream.result
 
+    async def drain(self) -> None:
+        """Refuses new requests with EngineClosed from now on, and waits until those that run have ended. Cancelled: goes on refusing."""
+        self._is_draining = True
+        while self._jobs:
+            if self._idle.is_set():
+                self._idle = anyio.Event()
+            await self._idle.wait()
+
     def _sampling(self, options: Options) -> SamplingParams:
         chosen: dict[str, Any] = {**self.model.defaults.sampling, "seed": secrets.randbits(63)}
         for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
@@ -223,24 +246,19 @@ class Engine:
                 chosen[name] = options.get(name)
         return SamplingParams(**chosen)
 
-    async def _run(self, job: Job, send: MemoryObjectSendStream[Delta]) -> None:
-        sequence: Sequence | None = None
+    async def _run(self, job: Job) -> None:
         is_delivered = False
         try:
-            with job.scope, send:
-                ids = await self._tokenizer.mailbox.ask(Encode(job.prompt))
-                sequence = Sequence(
-                    self._request(job, ids),
-                    self._neighbours,
-                    self.speculation,
-                    Detokenizer(self.model.vocabulary),
-                    send,
-                    job.options.get("prefill_progress"),
+            with job.scope:
+                request = self._request(job, await self._encode(job))
+                detokenizer, progress = Detokenizer(self.model.vocabulary), job.options.get("prefill_progress")
+                job.sequence = Sequence(
+                    request, self._neighbours, self.speculation, detokenizer, job.outbox, self._trace, self._params.overlap, progress
                 )
-                await sequence.run()
+                await job.sequence.run()
                 is_delivered = True
-        except (anyio.BrokenResourceError, anyio.ClosedResourceError):
-            pass  # the reader has gone: a normal end
+        except ReaderGone:
+            pass  # a normal end
         except PositionLost as error:  # our fault, and of no use to the caller
             job.error = RequestFailed("the request's memory was lost")
             job.error.__cause__ = error
@@ -249,20 +267,37 @@ class Engine:
         except Exception as error:
             self._die(f"sequence of {job.request_id}", error)
         finally:
-            if sequence is not None:
-                job.result = sequence.result()
+            if job.sequence is not None:
+                job.result = job.sequence.result()
             else:
                 nothing = Usage(0, 0), Timings(0, 0, 0), Speculation()
                 job.result = Result(job.request_id, "", (), FinishReason.CANCELLED, job.sampling, *nothing)
             if job.error is None and not is_delivered:
                 job.error = self._end  # None when only this request was cancelled
-            self._jobs.discard(job)
+                if job.error is None and not job.is_left and anyio.current_time() >= job.scope.deadline:
+                    job.error = DeadlineExceeded(f"not finished after {job.options.get('timeout_seconds')} s")
+            job.outbox.end()
+            del self._jobs[job]
+            if not self._jobs:
+                self._idle.set()
             job.done.set()
 
+    async def _encode(self, job: Job) -> tuple[int, ...]:
+        """The prompt's ids. A tokenizer that dies is asked once more; twice may be this prompt's doing."""
+        mailbox, message = self._mailboxes["tokenizer"], Encode(Flow(job.request_id, 0), job.prompt)
+        try:
+            return await mailbox.ask(message)
+        except ActorRestarted:
+            pass
+        try:
+            return await mailbox.ask(message)
+        except ActorRestarted as error:
+            raise RequestFailed("the tokenizer failed twice on this request") from error
+
     def _request(self, job: Job, ids: tuple[int, ...]) -> Request:
-        max_tokens, context = job.options.get("max_tokens"), self.model.config.context
+        max_tokens, context = job.options.get("max_tokens"), self.model.context
         room = context - len(ids)
-        vocabulary = self.model.config.vocabulary
+        vocabulary = self.model.num_token_ids
         if not ids:
             raise InvalidRequest([("prompt", "must not be empty")])
         if bad := [token for token in ids if not 0 <= token < vocabulary]:
@@ -272,20 +307,24 @@ class Engine:
         if max_tokens is not None and max_tokens > room:
             raise InvalidRequest([("max_tokens", f"{max_tokens} after a prompt of {len(ids)} exceed the context of {context}")])
         stop_ids = frozenset[int]() if job.options.get("ignore_eos") else self.model.defaults.stop_ids
-        return Request(job.request_id, ids, max_tokens or min(room, DEFAULT_MAX_TOKENS), job.sampling, stop_ids)
+        return Request(job.request_id, ids, max_tokens or min(room, DEFAULT_MAX_TOKENS), job.sampling, stop_ids, vocabulary)
 
     # Observation
 
+    def trace(self) -> Subscription:
+        """What happens from now on: `with engine.trace() as events: async for event in events`. Bounded and lossy: what is not read
+        in time is counted in `num_missed`."""
+        return self._trace.subscribe()
+
     def statistics(self) -> EngineStatistics:
         """A snapshot of what runs, waits and is in use now."""
+        num_waiting = self._memory.num_waiting if self._memory is not None else 0
+        actors = {
+            name: ActorStatistics(mailbox.statistics(), self.supervisor.num_restarts[name], name in self.supervisor.switched_off)
+            for name, mailbox in self._mailboxes.items()
+        }
         used = self._pool.num_slots - self._pool.num_free
-        return EngineStatistics(
-            num_requests_running=len(self._jobs) - self._memory.num_waiting,
-            num_requests_waiting=self._memory.num_waiting,
-            num_slots_used=used,
-            num_slots=self._pool.num_slots,
-            mailboxes={actor.name: actor.mailbox.statistics() for actor in self._actors},
-        )
+        return EngineStatistics(len(self._jobs) - num_waiting, num_waiting, used, self._pool.num_slots, actors)
 
 
 def _call_soon() -> Callable[[Callable[[], Any]], Any]:
@@ -307,13 +346,15 @@ async def open_engine(
     ngram_size_m: int = 48,
     num_slots: int = 8,
     queue_size: int = 256,
+    overlap: bool = True,
     load_progress: Progress | None = None,
 ) -> AsyncGenerator[Engine]:
     """A running engine for a shipped model's name, a Hugging Face folder, or a model already loaded.
 
     `spec_type` is `none` or a comma list of `draft-mtp` and `ngram-simple`; by default all that the model can do.
-    `num_slots` requests run at once, `queue_size` more wait. Leaving the block ends what still runs with EngineClosed.
-    Raises ModelFileError, InvalidRequest; at the end, EngineDead if an actor failed and the block did not raise."""
+    `num_slots` requests run at once, `queue_size` more wait. `overlap=False` does one thing at a time, in the event loop: the same
+    tokens, for comparison. Leaving the block ends what still runs with EngineClosed.
+    Raises ModelFileError, InvalidRequest; at the end, EngineDead if an actor failed beyond repair and the block did not raise."""
     sizes: dict[str, object] = {"num_slots": num_slots, "queue_size": queue_size}
     if violations := check_ranges(sizes) or [(name, "must be given") for name, size in sizes.items() if size is None]:
         raise InvalidRequest(violations)
@@ -322,13 +363,24 @@ async def open_engine(
         name = str(model)
         model = await anyio.to_thread.run_sync(lambda: load_model(name, load_progress))
     if types is None:
-        types = parse_spec_type("draft-mtp,ngram-simple" if model.weights.mtp is not None else "ngram-simple")
-    if "draft-mtp" in types and model.weights.mtp is None:
-        raise InvalidRequest([("spec_type", f"{model.folder} has no MTP head")])
-    engine = Engine(model, SpeculationParams(types, draft_n_max, ngram_size_n, ngram_size_m), num_slots, queue_size)
+        types = parse_spec_type("draft-mtp,ngram-simple" if model.has_mtp else "ngram-simple")
+    if "draft-mtp" in types and not model.has_mtp:
+        raise InvalidRequest([("spec_type", f"{model.name} has no MTP head")])
+    speculation = SpeculationParams(types, draft_n_max, ngram_size_n, ngram_size_m)
+    async with run_engine(model, EngineParams(speculation, num_slots, queue_size, overlap)) as engine:
+        yield engine
+
+
+def run_engine(model: Model, params: EngineParams) -> AbstractAsyncContextManager[Engine]:
+    """open_engine without its checks: for those who bring their own parts."""
+    return _running(Engine(model, params))
+
+
+@asynccontextmanager
+async def _running(engine: Engine) -> AsyncGenerator[Engine]:
     problem: BaseException | None = None
     async with anyio.create_task_group() as group:
-        engine._start(group)  # pyright: ignore[reportPrivateUsage] - open_engine is Engine's constructor
+        engine._start(group)  # pyright: ignore[reportPrivateUsage] - this is Engine's other half
         try:
             yield engine
         except anyio.get_cancelled_exc_class():

@@ -1,21 +1,22 @@
-"""The memory manager: lends slots, and makes who cannot have one wait, in order, in a bounded queue."""
+"""The memory manager: lends memory, and makes who cannot have any wait, in order, in a bounded queue."""
 
 from __future__ import annotations
 
 from collections import deque
 
 from ..core.actor import Actor
-from ..core.channel import Envelope
+from ..core.channel import RETRY_AFTER_SECONDS, Envelope, Mailbox
 from ..core.errors import InternalBug, Overloaded
 from ..core.messages import Admit, Release
+from ..core.trace import Trace
 from ..core.vocabulary import Lease
 from ..kernels.model.memory import SequencePool
 
 
 class MemoryManager(Actor):
-    def __init__(self, pool: SequencePool, queue_size: int) -> None:
-        super().__init__("memory manager")
-        self._pool = pool
+    def __init__(self, mailbox: Mailbox, pool: SequencePool, queue_size: int, trace: Trace) -> None:
+        super().__init__(mailbox)
+        self._pool, self._trace = pool, trace
         self._queue: deque[Envelope] = deque()
         self._queue_size = queue_size
 
@@ -25,30 +26,36 @@ class MemoryManager(Actor):
 
     async def handle(self, batch: list[Envelope]) -> None:
         for envelope in batch:
-            if isinstance(envelope.message, Release):
-                self._pool.release(envelope.message.slot)
-                envelope.answer(None)
-            elif isinstance(envelope.message, Admit):
-                self._queue.append(envelope)
-            else:
-                raise InternalBug(f"memory manager got {envelope.message!r}")
-        # Who gave up waiting must not keep its place, nor be lent a slot nobody would give back.
+            match envelope.message:
+                case Release(_, lease):
+                    self._pool.release(lease)
+                    envelope.answer(None)
+                case Admit(is_replay=True):  # admitted before: ahead of those who never were, behind its like
+                    num_before = sum(isinstance(each.message, Admit) and each.message.is_replay for each in self._queue)
+                    self._queue.insert(num_before, envelope)
+                case Admit():
+                    self._queue.append(envelope)
+                case other:
+                    raise InternalBug(f"memory manager got {other!r}")
+        # Who gave up waiting must not keep its place, nor be lent memory nobody would give back.
         self._queue = deque(envelope for envelope in self._queue if not envelope.is_abandoned)
         while self._queue and self._admit(self._queue[0]):
             self._queue.popleft()
-        while len(self._queue) > self._queue_size:
-            error = Overloaded(f"{self._queue_size} requests are waiting already", retry_after_seconds=1.0)
-            self._queue.pop().fail(error)
+        waiting = [envelope for envelope in self._queue if isinstance(envelope.message, Admit) and not envelope.message.is_replay]
+        for envelope in waiting[self._queue_size :]:
+            self._queue.remove(envelope)
+            envelope.fail(Overloaded(f"{self._queue_size} requests are waiting already", RETRY_AFTER_SECONDS))
+        self._trace.count("slots used", self._pool.num_slots - self._pool.num_free)
 
     def _admit(self, envelope: Envelope) -> bool:
         message = envelope.message
         assert isinstance(message, Admit)
         try:
-            slot = self._pool.lease(message.num_tokens, message.max_rows)
+            number = self._pool.lease(message.flow.request, message.num_tokens, message.max_rows)
         except MemoryError:
-            envelope.fail(Overloaded(f"no memory for {message.num_tokens} positions", retry_after_seconds=1.0))
+            envelope.fail(Overloaded(f"no memory for {message.num_tokens} positions", RETRY_AFTER_SECONDS))
             return True
-        if slot is None:
+        if number is None:
             return False
-        envelope.answer(Lease(slot, message.num_tokens, message.max_rows))
+        envelope.answer(Lease(number, message.num_tokens, message.max_rows))
         return True

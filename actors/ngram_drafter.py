@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..core.actor import Actor
-from ..core.channel import Envelope
+from ..core.channel import Envelope, Mailbox
 from ..core.errors import InternalBug
-from ..core.messages import Commit, Forget, Observe, Propose
+from ..core.messages import Commit, Forget, Observe, Propose, Resume
 from ..core.vocabulary import Draft
 
 
@@ -36,24 +36,39 @@ class History:
 
 
 class NgramDrafter(Actor):
-    def __init__(self, size_n: int) -> None:
-        super().__init__("n-gram drafter")
+    """Of a lease whose beginning it has not heard of (it was restarted meanwhile) it knows nothing, until Resume tells it."""
+
+    def __init__(self, mailbox: Mailbox, size_n: int) -> None:
+        super().__init__(mailbox)
         self._size_n = size_n
         self._histories: dict[int, History] = {}
 
     async def handle(self, batch: list[Envelope]) -> None:
         for envelope in batch:
             match envelope.message:
-                case Observe(slot, position, tokens) | Commit(slot, position, tokens):
-                    history = self._histories.setdefault(slot, History(self._size_n))
-                    if position != len(history.tokens):
-                        raise InternalBug(f"tokens at {position} after {len(history.tokens)}")
-                    history.extend(tokens)
+                case Observe(_, lease, position, tokens) | Commit(_, lease, position, tokens):
+                    self._learn(lease, position, tokens)
                     envelope.answer(None)
-                case Propose(slot, _, last_token, limit, _):
-                    envelope.answer(Draft("ngram-simple", self._histories[slot].continuation(last_token, limit)))
-                case Forget(slot):
-                    self._histories.pop(slot, None)
+                case Resume(_, lease, tokens):
+                    self._histories.pop(lease, None)
+                    self._learn(lease, 0, tokens)
+                    envelope.answer(None)
+                case Propose(_, lease, _, last_token, limit, _):
+                    history = self._histories.get(lease)
+                    tokens = () if history is None or envelope.is_abandoned else history.continuation(last_token, limit)
+                    envelope.answer(Draft("ngram-simple", tokens))
+                case Forget(_, lease):
+                    self._histories.pop(lease, None)
                     envelope.answer(None)
                 case other:
                     raise InternalBug(f"n-gram drafter got {other!r}")
+
+    def _learn(self, lease: int, position: int, tokens: tuple[int, ...]) -> None:
+        if position == 0:
+            self._histories[lease] = History(self._size_n)
+        history = self._histories.get(lease)
+        if history is None:
+            return
+        if position != len(history.tokens):
+            raise InternalBug(f"tokens at {position} after {len(history.tokens)}")
+        history.extend(tokens)

@@ -1,4 +1,8 @@
-"""One task per request. Drives core/protocol.py: asks for memory, prefills, then draft - verify - commit until the end."""
+"""One task per request. Drives core/protocol.py, one function for each of its states, until the end is decided.
+
+Two loops do the same: the plain one asks, waits and asks again; the overlapped one lets drafters read a chunk while the
+target computes the next, and does not wait until they have heard of a round. The tokens are the same.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import anyio
-from anyio.abc import ObjectSendStream
 
-from ..core.channel import Mailbox
-from ..core.errors import ForerunError
-from ..core.messages import Admit, Commit, Forget, Observe, Prefill, Propose, Release, Verify
-from ..core.protocol import SequenceProtocol
+from ..core.channel import Mailbox, Reply
+from ..core.errors import ActorRestarted, ForerunError, LeaseLost, ReaderGone, RequestFailed
+from ..core.messages import Admit, Commit, Forget, Observe, Prefill, Propose, Release, Resume, Verify
+from ..core.outbox import Outbox
+from ..core.protocol import SequenceProtocol, State
+from ..core.trace import Flow, Trace
 from ..core.vocabulary import (
     Delta,
     Draft,
@@ -34,6 +39,11 @@ logger = logging.getLogger("forerun")
 
 #: called with (prompt tokens computed, prompt tokens in all)
 PrefillProgress = Callable[[int, int], None]
+
+#: A draft that takes longer is done without; by then the target would have gone many rounds alone.
+DRAFT_PATIENCE_SECONDS = 5.0
+#: Times in a row that memory may be lost without one new token in between, before the request is thought to be the cause.
+MAX_FRUITLESS_REPLAYS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +69,14 @@ class _Clock:
         return Timings(admitted - self.begun, first - admitted, now - first)
 
 
+@dataclass(slots=True)
+class _Drafter:
+    """A drafter as this sequence sees it: `life` is the one it has told of its lease."""
+
+    mailbox: Mailbox
+    life: int
+
+
 class Sequence:
     def __init__(
         self,
@@ -66,15 +84,25 @@ class Sequence:
         neighbours: Neighbours,
         speculation: SpeculationParams,
         detokenizer: Detokenizer,
-        output: ObjectSendStream[Delta],
+        outbox: Outbox,
+        trace: Trace,
+        overlap: bool,
         progress: PrefillProgress | None,
     ) -> None:
         self._request, self._to, self._params = request, neighbours, speculation
-        self._protocol = SequenceProtocol(request)
-        self._detokenizer, self._output, self._progress = detokenizer, output, progress
+        self.protocol = SequenceProtocol(request)
+        self._detokenizer, self._outbox, self._trace, self._overlap, self._progress = detokenizer, outbox, trace, overlap, progress
+        self._drafters: dict[DrafterName, _Drafter] = {
+            name: _Drafter(mailbox, mailbox.life) for name, mailbox in neighbours.drafters.items()
+        }
+        self._lease: Lease | None = None
+        self._flow = Flow(request.request_id, 0)
+        self._observed: list[Reply[None]] = []  # of the last chunk, where drafters still read it
+        self._draft: Draft | None = None
         self._clock = _Clock(anyio.current_time())
         self._text: list[str] = []
         self._num_rounds = 0
+        self._num_tokens_at_loss, self._num_fruitless_replays = -1, 0
         # How long a looked-up draft may be now. Twelve rows cost five times one here, and a match says little about how far
         # it reaches: so twice as far after a draft accepted whole, and just beyond the miss after one that was not.
         self._ngram_reach = speculation.ngram_size_n
@@ -82,40 +110,177 @@ class Sequence:
 
     async def run(self) -> None:
         """From admission to the last delta. Cancelled or failed: the lease is given back before this returns."""
-        request = self._request
-        max_rows = 1 + max((self._params.limit(name) for name in self._to.drafters), default=0)
-        admit = Admit(len(request.prompt_ids) + request.max_tokens, max_rows)
-        leases: list[Lease] = []
+        protocol = self.protocol
+        states = {
+            State.WAITING: self._admit, State.PREFILLING: self._prefill, State.REPLAYING: self._replay,
+            State.DRAFTING: self._propose, State.VERIFYING: self._verify, State.COMMITTING: self._commit,
+        }  # fmt: skip
         try:
-            lease = await self._to.memory.ask(admit, undo=leases.append)
-            leases.append(lease)
-            self._clock.admitted = anyio.current_time()
-            self._protocol.admitted()
-            await self._prefill(lease)
-            while not self._protocol.is_over:
-                await self._round(lease)
+            while not protocol.is_over:
+                try:
+                    await states[protocol.state]()
+                except (ActorRestarted, LeaseLost) as error:
+                    await self._lose_memory(error)
         except BaseException as error:
-            if not self._protocol.is_over:
-                # What is no error of ours is a cancellation, or a reader that has gone.
-                self._protocol.fail() if isinstance(error, ForerunError) else self._protocol.cancel()
+            if not protocol.is_over:
+                # What is no error of ours is a cancellation.
+                is_failure = isinstance(error, ForerunError) and not isinstance(error, ReaderGone)
+                protocol.fail() if is_failure else protocol.cancel()
             raise
         finally:
-            for lease in leases:
-                await self._give_back(lease)
+            await self._give_back()
+            protocol.released()
 
-    async def _prefill(self, lease: Lease) -> None:
-        protocol, prompt = self._protocol, self._request.prompt_ids
-        while self._clock.first_token is None:
-            position, chunk = protocol.position, protocol.next_chunk()
-            end = position + len(chunk)
-            verdict = await self._to.target.ask(Prefill(lease.slot, position, chunk, self._request.sampling, end == len(prompt)))
-            for drafter in self._to.drafters.values():
-                await drafter.ask(Observe(lease.slot, position, chunk))
-            tokens = protocol.chunk_computed(verdict)
+    # One function for each state
+
+    async def _admit(self) -> None:
+        request, is_replay = self._request, self._clock.admitted is not None
+        max_rows = 1 + max((self._params.limit(name) for name in self._drafters), default=0)
+        admit = Admit(self._flow, len(request.prompt_ids) + request.max_tokens, max_rows, is_replay)
+
+        def keep(lease: Lease) -> None:
+            self._lease = lease
+
+        keep(await self._to.memory.ask(admit, undo=keep))
+        if not is_replay:
+            self._clock.admitted = anyio.current_time()
+        self.protocol.admitted()
+
+    async def _prefill(self) -> None:
+        protocol, prompt, lease = self.protocol, self._request.prompt_ids, self._held
+        position, chunk = protocol.position, protocol.next_chunk()
+        end = position + len(chunk)
+        verdict = await self._to.target.ask(Prefill(self._flow, lease, position, chunk, self._request.sampling, end == len(prompt)))
+        await self._hear_observed()
+        protocol.chunk_computed(verdict)
+        for drafter in self._drafters.values():
+            reply = await self._inform(drafter, Observe(self._flow, lease, position, chunk))
+            if reply is not None:
+                self._observed.append(reply)
+        if not self._overlap or end == len(prompt):
+            await self._hear_observed()
+        if self._clock.first_token is None:
             self._report(end)
             if end == len(prompt):
                 self._clock.first_token = anyio.current_time()
-                await self._deliver(tokens, None)
+
+    async def _replay(self) -> None:
+        assert self._lease is not None
+        protocol, lease = self.protocol, self._lease.number
+        position, tokens = protocol.position, protocol.next_replay(self._lease.max_rows)
+        verdict = await self._to.target.ask(Verify(self._flow, lease, position, tokens, self._request.sampling))
+        protocol.replayed(verdict)
+        for drafter in self._drafters.values():
+            await self._inform(drafter, Commit(self._flow, lease, position, tokens))
+
+    async def _propose(self) -> None:
+        """The first draft with anything in it, or none. Twelve matching tokens say more than a head's guess, and asking
+        the n-gram drafter first saves the head's work when they match."""
+        protocol = self.protocol
+        self._flow = Flow(self._request.request_id, self._num_rounds + 1)
+        self._draft = None
+        for name, drafter in self._drafters.items():
+            limit = min(self._params.limit(name), protocol.draft_limit)
+            limit = min(limit, self._ngram_reach) if name == "ngram-simple" else limit
+            if limit > 0 and not drafter.mailbox.is_closed:
+                message = Propose(self._flow, self._held, protocol.position, protocol.last_token, limit, self._request.sampling)
+                with suppress(ForerunError):  # a drafter that is late, or has died, costs its draft alone
+                    await self._resume(drafter)
+                    draft = await drafter.mailbox.ask(message, deadline=anyio.current_time() + DRAFT_PATIENCE_SECONDS)
+                    if draft.tokens:
+                        self._draft = Draft(name, draft.tokens[:limit])  # whatever a drafter answers, the lease has room for so many
+                        break
+        protocol.drafted(self._draft)
+
+    async def _verify(self) -> None:
+        protocol = self.protocol
+        verdict = await self._to.target.ask(Verify(self._flow, self._held, protocol.position, protocol.rows, self._request.sampling))
+        protocol.verified(verdict)
+        self._num_rounds += 1
+        if self._draft is not None:
+            name, done = self._draft.drafter, protocol.round
+            self._statistics[name] = self._statistics[name].after(done.num_drafted, done.num_accepted)
+            if name == "ngram-simple":
+                self._ngram_reach = 2 * done.num_drafted if done.num_accepted == done.num_drafted else done.num_accepted + 1
+            self._trace.count("accepted", done.num_accepted, self._flow)
+
+    async def _commit(self) -> None:
+        """Hands the round's tokens to the reader, waiting while it is slow, which holds up this sequence alone; then tells the drafters."""
+        protocol, done = self.protocol, self.protocol.round
+        text = self._detokenizer.push(done.tokens, is_last=protocol.finish_reason is not None)
+        self._text.append(text)
+        if done.tokens or text:
+            source = self._draft.drafter if self._draft is not None and done.num_accepted else None
+            await self._outbox.send(Delta(text, done.tokens, source), self._flow)
+        if done.computed:
+            for drafter in self._drafters.values():
+                reply = await self._inform(drafter, Commit(self._flow, self._held, done.position, done.computed))
+                if reply is not None and not self._overlap:
+                    with suppress(ForerunError):
+                        await reply.wait(anyio.current_time() + DRAFT_PATIENCE_SECONDS)
+        protocol.committed()
+
+    # Memory that is lost, and given back
+
+    @property
+    def _held(self) -> int:
+        assert self._lease is not None
+        return self._lease.number
+
+    async def _lose_memory(self, error: ForerunError) -> None:
+        """Back to waiting for memory. RequestFailed when that happens again and again where this request stands."""
+        if not self.protocol.holds_lease:
+            return
+        num_tokens = len(self.protocol.output)
+        self._num_fruitless_replays = self._num_fruitless_replays + 1 if num_tokens == self._num_tokens_at_loss else 1
+        self._num_tokens_at_loss = num_tokens
+        if self._num_fruitless_replays > MAX_FRUITLESS_REPLAYS:
+            raise RequestFailed("an actor failed each time it worked on this request") from error
+        await self._forget()
+        self._lease = None
+        self.protocol.memory_lost()
+
+    async def _forget(self) -> None:
+        """Drafters first: one must not work on memory that is another's. One that does not answer looks memory up by its lease."""
+        for reply in self._observed:
+            reply.abandon()
+        self._observed.clear()
+        for drafter in self._drafters.values():
+            with suppress(ForerunError):
+                await drafter.mailbox.ask(Forget(self._flow, self._held), deadline=anyio.current_time() + DRAFT_PATIENCE_SECONDS)
+
+    async def _give_back(self) -> None:
+        if self._lease is not None:
+            with anyio.CancelScope(shield=True):
+                await self._forget()
+                with suppress(ForerunError):  # memory that has stopped or begun anew lends nothing to this lease
+                    await self._to.memory.ask(Release(self._flow, self._held))
+            self._lease = None
+
+    # Drafters
+
+    async def _resume(self, drafter: _Drafter) -> bool:
+        """Tells a drafter that was restarted all it has to know. Whether that was needed."""
+        if drafter.life == drafter.mailbox.life:
+            return False
+        drafter.life = drafter.mailbox.life
+        await drafter.mailbox.tell(Resume(self._flow, self._held, self.protocol.computed))
+        return True
+
+    async def _inform(self, drafter: _Drafter, message: Observe | Commit) -> Reply[None] | None:
+        """Tells a drafter what now stands. Nothing to wait for when it is gone, or had to be told everything."""
+        with suppress(ForerunError):
+            if not drafter.mailbox.is_closed and not await self._resume(drafter):
+                return await drafter.mailbox.post(message)
+        return None
+
+    async def _hear_observed(self) -> None:
+        for reply in self._observed:
+            with suppress(ForerunError):
+                await reply.wait()
+        self._observed.clear()
+
+    # The reader
 
     def _report(self, num_computed: int) -> None:
         if self._progress is not None:
@@ -125,54 +290,9 @@ class Sequence:
                 logger.exception("prefill_progress of %s failed", self._request.request_id)
                 self._progress = None
 
-    async def _round(self, lease: Lease) -> None:
-        protocol = self._protocol
-        draft = await self._draft(lease)
-        rows = protocol.drafted(draft)
-        verdict = await self._to.target.ask(Verify(lease.slot, protocol.position, rows, self._request.sampling))
-        done = protocol.verified(verdict)
-        self._num_rounds += 1
-        if draft is not None:
-            num_drafted = len(rows) - 1
-            self._statistics[draft.drafter] = self._statistics[draft.drafter].after(num_drafted, done.num_accepted)
-            if draft.drafter == "ngram-simple":
-                self._ngram_reach = 2 * num_drafted if done.num_accepted == num_drafted else done.num_accepted + 1
-        for drafter in self._to.drafters.values():
-            await drafter.ask(Commit(lease.slot, done.position, done.computed))
-        await self._deliver(done.tokens, draft.drafter if draft is not None and done.num_accepted else None)
-
-    async def _draft(self, lease: Lease) -> Draft | None:
-        """The first draft with anything in it, or None. Twelve matching tokens say more than a head's guess, and asking
-        the n-gram drafter first saves the head's work when they match."""
-        for name, drafter in self._to.drafters.items():
-            limit = min(self._params.limit(name), self._protocol.draft_limit)
-            limit = min(limit, self._ngram_reach) if name == "ngram-simple" else limit
-            if limit > 0:
-                last_token, sampling = self._protocol.last_token, self._request.sampling
-                draft = await drafter.ask(Propose(lease.slot, self._protocol.position, last_token, limit, sampling))
-                if draft.tokens:
-                    return draft
-        return None
-
-    async def _deliver(self, tokens: tuple[int, ...], source: DrafterName | None) -> None:
-        """Hands tokens to the reader; waits while it is slow, which holds up this sequence alone."""
-        text = self._detokenizer.push(tokens, is_last=self._protocol.is_over)
-        self._text.append(text)
-        if tokens or text:
-            await self._output.send(Delta(text, tokens, source))
-
-    async def _give_back(self, lease: Lease) -> None:
-        # Drafters first: one that still had this slot's messages waiting would otherwise act on its next owner's memory.
-        with anyio.CancelScope(shield=True):
-            for drafter in self._to.drafters.values():
-                with suppress(ForerunError):  # a drafter that has stopped remembers nothing
-                    await drafter.ask(Forget(lease.slot))
-            with suppress(ForerunError):  # a memory manager that has stopped lends nothing
-                await self._to.memory.ask(Release(lease.slot))
-
     def result(self) -> Result:
         """What has come out so far; after `run`, all of it."""
-        protocol, request = self._protocol, self._request
+        protocol, request = self.protocol, self._request
         return Result(
             request.request_id,
             "".join(self._text),

@@ -9,11 +9,11 @@ from types import TracebackType
 from typing import Any, TypedDict
 
 import anyio
-from anyio.streams.memory import MemoryObjectReceiveStream
 
 from ..core.errors import ForerunError
+from ..core.outbox import Outbox
 from ..core.vocabulary import Delta, Prompt, Result, SamplingParams
-from .sequence import PrefillProgress
+from .sequence import PrefillProgress, Sequence
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -27,6 +27,7 @@ class Options(TypedDict, total=False):
     top_p: float | None  # keep the likeliest tokens up to this share [1]
     min_p: float | None  # drop tokens less likely than this times the likeliest [0]
     seed: int | None  # of the noise that chooses tokens [random]
+    timeout_seconds: float | None  # DeadlineExceeded if it is not finished by then [none]
     ignore_eos: bool  # go on after an end-of-text token [False]
     prefill_progress: PrefillProgress | None  # called with (prompt tokens computed, prompt tokens in all)
 
@@ -39,7 +40,10 @@ class Job:
     prompt: Prompt
     options: Options
     sampling: SamplingParams  # in effect
-    scope: anyio.CancelScope
+    outbox: Outbox
+    scope: anyio.CancelScope  # its deadline is the request's
+    sequence: Sequence | None = None  # once the prompt is encoded
+    is_left: bool = False  # the reader cancelled
     done: anyio.Event = field(default_factory=anyio.Event)
     error: ForerunError | None = None
     result: Result | None = None
@@ -49,23 +53,22 @@ class Stream:
     """The answer to one request, as it comes. Iterate it, inside `async with` or not; leaving the block has cancelled the
     work and returned the memory. A stream dropped half read raises ResourceWarning and is cancelled."""
 
-    def __init__(self, job: Job, deltas: MemoryObjectReceiveStream[Delta], call_soon: Callable[[Callable[[], Any]], Any]) -> None:
-        self._job, self._deltas, self._call_soon = job, deltas, call_soon
+    def __init__(self, job: Job, call_soon: Callable[[Callable[[], Any]], Any]) -> None:
+        self._job, self._call_soon = job, call_soon
 
     def __aiter__(self) -> Stream:
         return self
 
     async def __anext__(self) -> Delta:
         """The next piece; raises the request's error, if it ended with one, after all that came before it.
-        Cancelled through anyio or trio: no piece is lost. (asyncio's own Task.cancel may lose the one on its way.)"""
-        try:
-            return await self._deltas.receive()
-        except (anyio.EndOfStream, anyio.ClosedResourceError):
-            await self._job.done.wait()
-            self._deltas.close()
-            if self._job.error is not None:
-                raise self._job.error.with_traceback(None) from self._job.error.__cause__
-            raise StopAsyncIteration from None
+        Cancelled: no piece is lost."""
+        delta = await self._job.outbox.receive()
+        if delta is not None:
+            return delta
+        await self._job.done.wait()
+        if self._job.error is not None:
+            raise self._job.error.with_traceback(None) from self._job.error.__cause__
+        raise StopAsyncIteration
 
     async def __aenter__(self) -> Stream:
         return self
@@ -75,10 +78,14 @@ class Stream:
 
     async def aclose(self) -> None:
         """Cancels what is left of the work and waits until its memory is back, even when cancelled itself."""
-        self._deltas.close()
-        self._job.scope.cancel()
+        self._leave()
         with anyio.CancelScope(shield=True):
             await self._job.done.wait()
+
+    def _leave(self) -> None:
+        self._job.is_left = True
+        self._job.outbox.desert()
+        self._job.scope.cancel()
 
     @property
     def result(self) -> Result:
@@ -91,6 +98,5 @@ class Stream:
 
     def __del__(self) -> None:
         if not self._job.done.is_set():
-            self._call_soon(self._job.scope.cancel)  # the collector may run in any thread
-            self._call_soon(self._deltas.close)
+            self._call_soon(self._leave)  # the collector may run in any thread
             warnings.warn(f"unclosed {self!r}: use `async with`, or read it to its end", ResourceWarning, stacklevel=2, source=self)

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-from ..core.actor import Actor, compute
-from ..core.channel import Envelope
-from ..core.errors import InternalBug, PositionLost
+from collections.abc import Sequence
+from typing import Protocol
+
+from ..core.actor import Actor, Executor, in_thread
+from ..core.channel import Envelope, Mailbox
+from ..core.errors import InternalBug, LeaseLost, PositionLost
 from ..core.messages import Prefill, Verify
 from ..core.vocabulary import Verdict
+from ..kernels.backend import F32
 from ..kernels.model.memory import SequencePool
 from ..kernels.model.sampling import choose
-from ..kernels.model.trunk import Rows, Trunk
+from ..kernels.model.trunk import Rows
+
+
+class Target(Protocol):
+    """What decodes: a Trunk, or a simulated one."""
+
+    def verify(self, batch: Sequence[Rows]) -> tuple[F32, F32]: ...
+
+    def prefill(self, rows: Rows, is_last: bool) -> F32 | None: ...
+
+    def seconds(self, num_rows: int) -> float:
+        """About how long so many rows take."""
+        ...
 
 
 class TargetDecoder(Actor):
-    def __init__(self, trunk: Trunk, pool: SequencePool) -> None:
-        super().__init__("target decoder")
-        self._trunk = trunk
+    def __init__(self, mailbox: Mailbox, target: Target, pool: SequencePool, executor: Executor = in_thread) -> None:
+        super().__init__(mailbox, executor)
+        self._target = target
         self._pool = pool
-
-    def _seconds(self, num_rows: int) -> float:
-        return num_rows * self._trunk.weights.num_parameters / self._trunk.backend.operations_per_second
 
     async def handle(self, batch: list[Envelope]) -> None:
         verifies: list[tuple[Envelope, Verify, Rows]] = []
@@ -42,14 +55,13 @@ class TargetDecoder(Actor):
                 await self._prefill(envelope, message, rows)
 
     def _rows(self, envelope: Envelope, message: Verify | Prefill) -> Rows | None:
-        """What to compute, or None when the sender has gone away or its memory cannot go there. Memory is looked up once,
-        while the slot is surely the sender's: later it may be another's, and what was looked up then is nobody's."""
+        """What to compute, or None when the sender has gone away or its memory cannot go there."""
         if envelope.is_abandoned:
             return None
         try:
-            memory = self._pool[message.slot]
+            memory = self._pool[message.lease]
             memory.check(message.position, len(message.tokens), is_chunk=isinstance(message, Prefill))
-        except PositionLost as error:
+        except (LeaseLost, PositionLost) as error:
             envelope.fail(error)
             return None
         return Rows(memory, message.position, message.tokens)
@@ -58,20 +70,21 @@ class TargetDecoder(Actor):
         batch = [rows for _, _, rows in verifies]
 
         def work() -> list[Verdict]:
-            logits = iter(self._trunk.verify(batch)[0])
+            logits = iter(self._target.verify(batch)[0])
             verdicts: list[Verdict] = []
             for _, message, _ in verifies:
                 positions = range(message.position + 1, message.position + 1 + len(message.tokens))
                 verdicts.append(Verdict(tuple(choose(next(logits), message.sampling, position) for position in positions)))
             return verdicts
 
-        verdicts = await compute(work, self._seconds(sum(len(rows.tokens) for rows in batch)))
+        verdicts = await self.compute(work, self._target.seconds(sum(len(rows.tokens) for rows in batch)))
         for (envelope, _, _), verdict in zip(verifies, verdicts, strict=True):
             envelope.answer(verdict)
 
     async def _prefill(self, envelope: Envelope, message: Prefill, rows: Rows) -> None:
         def work() -> Verdict:
-            logits = self._trunk.prefill(rows, message.is_last)
+            logits = self._target.prefill(rows, message.is_last)
             return Verdict(() if logits is None else (choose(logits[0], message.sampling, message.position + len(message.tokens)),))
 
-        envelope.answer(await compute(work, self._seconds(len(rows.tokens))))
+        envelope.start()
+        envelope.answer(await self.compute(work, self._target.seconds(len(rows.tokens))))

@@ -13,8 +13,8 @@ from typing import Any, cast
 import anyio
 from tokenizers import Tokenizer
 
-from ..core.actor import Actor, compute
-from ..core.channel import Envelope
+from ..core.actor import Actor, Executor, in_thread
+from ..core.channel import Envelope, Mailbox
 from ..core.errors import ForerunError, InternalBug, InvalidRequest, ModelFileError
 from ..core.messages import Encode
 from ..core.vocabulary import Message
@@ -104,8 +104,8 @@ class Detokenizer:
 class TokenizerActor(Actor):
     """Prompts are encoded side by side, so that a slow chat template holds up its own request alone."""
 
-    def __init__(self, vocabulary: Vocabulary | None) -> None:
-        super().__init__("tokenizer")
+    def __init__(self, mailbox: Mailbox, vocabulary: Vocabulary | None, executor: Executor = in_thread) -> None:
+        super().__init__(mailbox, executor)
         self._vocabulary = vocabulary
 
     async def run(self) -> None:
@@ -137,10 +137,10 @@ class TokenizerActor(Actor):
         if vocabulary is None:
             raise InvalidRequest([("prompt", "this model has no tokenizer.json, only token ids can be given")])
         if isinstance(prompt, str):
-            return await compute(lambda: vocabulary.encode(prompt), len(prompt) / CHARACTERS_PER_SECOND)
+            return await self.compute(lambda: vocabulary.encode(prompt), len(prompt) / CHARACTERS_PER_SECOND)
         if vocabulary.chat_template is None:
             raise InvalidRequest([("prompt", "this model has no chat template, give text or token ids")])
         messages = cast("list[Message]", prompt)
         parts = await chat_template.render(vocabulary.chat_template, messages, vocabulary.specials)
         length = sum(len(text) for _, text in parts)
-        return await compute(lambda: vocabulary.encode_rendered(parts), length / CHARACTERS_PER_SECOND)
+        return await self.compute(lambda: vocabulary.encode_rendered(parts), length / CHARACTERS_PER_SECOND)

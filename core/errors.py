@@ -31,6 +31,12 @@ class Overloaded(ForerunError):
         self.retry_after_seconds = retry_after_seconds
 
 
+class DeadlineExceeded(ForerunError):
+    """The time the caller gave has passed."""
+
+    status = "DEADLINE_EXCEEDED"
+
+
 class RequestFailed(ForerunError):
     """This request could not be finished, others go on."""
 
@@ -38,7 +44,7 @@ class RequestFailed(ForerunError):
 
 
 class EngineClosed(ForerunError):
-    """The engine was closed, before the call or during it."""
+    """The engine was closed or is draining."""
 
     status = "UNAVAILABLE"
 
@@ -61,11 +67,39 @@ class PositionLost(ForerunError):
     status = "INTERNAL"
 
 
+class LeaseLost(ForerunError):
+    """The lease named is not lent: it was given back, or memory has begun a new life since."""
+
+    status = "INTERNAL"
+
+
 class ActorStopped(ForerunError):
-    """An ask could not be answered because the actor's mailbox closed."""
+    """An ask could not be answered because the actor has stopped for good."""
 
     status = "UNAVAILABLE"
 
 
+class ActorRestarted(ForerunError):
+    """The actor died with this ask in its mailbox or its hands. It runs again, and remembers nothing."""
+
+    status = "INTERNAL"
+
+
+class Superseded(ForerunError):
+    """A newer message took this one's place in a full mailbox."""
+
+    status = "INTERNAL"
+
+
+class ReaderGone(ForerunError):
+    """Nobody reads the stream any more: a normal end."""
+
+    status = "CANCELLED"
+
+
+class ActorStuck(Exception):
+    """An actor has not finished what it began long ago. The reason of its restart."""
+
+
 class InternalBug(Exception):
-    """A state that Forerun's own code rules out. Never caught, never shown as anybody else's fault."""
+    """A state that Forerun's own code rules out. Never caught, never retried, never shown as anybody else's fault."""

@@ -1,62 +1,72 @@
 """Every message between actors: who sends it, to whom, when. This file is the architecture diagram.
 
-Messages carry handles and small integers, never activations. `Ask[R]` is answered with an R; `Tell` with nothing.
-Every request names the absolute position it continues from, so rolling back is asking for an earlier position.
+Messages carry handles and small integers, never activations. A `Mail[R]` is answered with an R when it is asked, and
+with nothing when it is told. Every request names the absolute position it continues from, so rolling back is asking for
+an earlier position. `lease` is a number never given twice; memory of a former life is refused by it (LeaseLost).
 
     sequence --Encode--> tokenizer                sequence --Admit/Release--> memory manager
-    sequence --Prefill/Verify--> target decoder   sequence --Observe/Propose/Commit/Forget--> each drafter
+    sequence --Prefill/Verify--> target decoder   sequence --Observe/Propose/Commit/Resume/Forget--> each drafter
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from enum import Enum, auto
+from typing import ClassVar, Generic, TypeVar
 
+from .trace import Flow
 from .vocabulary import Draft, Lease, Prompt, SamplingParams, Verdict
 
 R = TypeVar("R")
 
 
-class Ask(Generic[R]):
-    """A message that is answered with an R, or with an error."""
+class WhenFull(Enum):
+    """What a full mailbox does with one more message of a class; see channel.py."""
 
-    __slots__ = ()
-
-
-class Tell:
-    """A message that is not answered."""
-
-    __slots__ = ()
+    WAIT = auto()
+    REFUSE = auto()
+    NEWEST_WINS = auto()
 
 
 @dataclass(frozen=True, slots=True)
-class Encode(Ask[tuple[int, ...]]):
+class Mail(Generic[R]):
+    """A message. Asked, it is answered with an R, or with an error."""
+
+    flow: Flow
+    when_full: ClassVar[WhenFull] = WhenFull.WAIT
+
+
+@dataclass(frozen=True, slots=True)
+class Encode(Mail[tuple[int, ...]]):
     """Sequence to tokenizer, once: prompt to token ids. Special tokens come from the chat template alone."""
 
     prompt: Prompt
+    when_full = WhenFull.REFUSE
 
 
 @dataclass(frozen=True, slots=True)
-class Admit(Ask[Lease]):
-    """Sequence to memory manager, once: memory for `num_tokens` positions and verifies of `max_rows` rows. Waits while there is none."""
+class Admit(Mail[Lease]):
+    """Sequence to memory manager, once, and again after memory was lost: memory for `num_tokens` positions and verifies of
+    `max_rows` rows. Waits while there is none; one that `is_replay` was admitted before, goes first and is never refused."""
 
     num_tokens: int
     max_rows: int
+    is_replay: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Release(Ask[None]):
-    """Sequence to memory manager, once for every lease: the slot is free."""
+class Release(Mail[None]):
+    """Sequence to memory manager, once for every lease: its memory is free."""
 
-    slot: int
+    lease: int
 
 
 @dataclass(frozen=True, slots=True)
-class Prefill(Ask[Verdict]):
+class Prefill(Mail[Verdict]):
     """Sequence to target decoder, once a chunk of the prompt: compute `tokens` from `position` (a multiple of the chunk size).
     The verdict holds the choice after the prompt's last row, and is empty for the chunks before."""
 
-    slot: int
+    lease: int
     position: int
     tokens: tuple[int, ...]
     sampling: SamplingParams
@@ -64,48 +74,58 @@ class Prefill(Ask[Verdict]):
 
 
 @dataclass(frozen=True, slots=True)
-class Verify(Ask[Verdict]):
+class Verify(Mail[Verdict]):
     """Sequence to target decoder, once a round: rows [last token, drafts...] from `position`; rolls back to it first."""
 
-    slot: int
+    lease: int
     position: int
     tokens: tuple[int, ...]
     sampling: SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
-class Observe(Ask[None]):
-    """Sequence to each drafter, once a prompt chunk, after its Prefill: `tokens` stand at `position` and the target has computed them."""
+class Observe(Mail[None]):
+    """Sequence to each drafter, once a prompt chunk, after its Prefill: `tokens` stand at `position` and the target has computed
+    them. Answered before the chunk after the next is asked for: memory keeps the hidden rows of two."""
 
-    slot: int
+    lease: int
     position: int
     tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Propose(Ask[Draft]):
+class Propose(Mail[Draft]):
     """Sequence to a drafter, once a round: what follows `last_token`, which stands at `position`? At most `limit` tokens,
     chosen as the target will choose where the drafter has logits of its own."""
 
-    slot: int
+    lease: int
     position: int
     last_token: int
     limit: int
     sampling: SamplingParams
+    when_full = WhenFull.NEWEST_WINS
 
 
 @dataclass(frozen=True, slots=True)
-class Commit(Ask[None]):
+class Commit(Mail[None]):
     """Sequence to each drafter, once a round, whoever drafted: `tokens` now stand for good at `position`, computed by the target.
-    Waited for, because memory keeps hidden rows for one round only: a drafter that is busy must not fall further behind."""
+    A drafter that falls behind by more rounds than memory keeps hidden rows for loses them, and drafts worse."""
 
-    slot: int
+    lease: int
     position: int
     tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Forget(Ask[None]):
-    """Sequence to each drafter, once, before Release: drop what is known of the slot."""
+class Resume(Mail[None]):
+    """Sequence to a drafter that was restarted, once: `tokens` stand from position 0, computed by the target long ago."""
 
-    slot: int
+    lease: int
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Forget(Mail[None]):
+    """Sequence to each drafter, once for every lease, before Release: drop what is known of it."""
+
+    lease: int

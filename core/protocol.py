@@ -5,6 +5,12 @@ prompt alone. The choice after the prompt's last row is the first token. From th
 the target has chosen but not yet computed; a round verifies [that token, drafts...] from its position, and drafts stand
 while they equal the target's own choices. So the tokens are those the target would have chosen alone, and a round
 always brings at least one. A draft is never longer than what may still be produced less one.
+
+Memory may be lost with the actor that lent it. The sequence then waits for a new lease, prefills the same chunks, and
+replays by steps what it had computed by steps, so that every row has the bits it had; the target must choose the very
+tokens that the reader has seen already. Whatever ends a sequence leads through FINISHING, where the lease is given
+back, to exactly one of three ends.
+
 What is not in TRANSITIONS is refused, and a refused call changes nothing.
 """
 
@@ -21,10 +27,13 @@ CHUNK = 64
 
 
 class State(Enum):
-    WAITING = auto()
+    WAITING = auto()  # for memory
     PREFILLING = auto()
+    REPLAYING = auto()  # known tokens, after memory was lost
     DRAFTING = auto()
     VERIFYING = auto()
+    COMMITTING = auto()  # drafters and reader are told
+    FINISHING = auto()  # the lease is given back
     FINISHED = auto()
     CANCELLED = auto()
     FAILED = auto()
@@ -33,46 +42,82 @@ class State(Enum):
 class Event(Enum):
     ADMITTED = auto()
     CHUNK_COMPUTED = auto()
+    REPLAYED = auto()
     DRAFTED = auto()
     VERIFIED = auto()
+    COMMITTED = auto()
+    MEMORY_LOST = auto()
     CANCEL = auto()
     FAIL = auto()
+    RELEASED = auto()
 
 
+S, E = State, Event
 #: (state, event) -> the states it may lead to
-TRANSITIONS: dict[tuple[State, Event], frozenset[State]] = {
-    (State.WAITING, Event.ADMITTED): frozenset({State.PREFILLING}),
-    (State.PREFILLING, Event.CHUNK_COMPUTED): frozenset({State.PREFILLING, State.DRAFTING, State.FINISHED}),
-    (State.DRAFTING, Event.DRAFTED): frozenset({State.VERIFYING}),
-    (State.VERIFYING, Event.VERIFIED): frozenset({State.DRAFTING, State.FINISHED}),
-} | {
-    (state, event): frozenset({end})
-    for state in (State.WAITING, State.PREFILLING, State.DRAFTING, State.VERIFYING)
-    for event, end in ((Event.CANCEL, State.CANCELLED), (Event.FAIL, State.FAILED))
+TRANSITIONS: dict[tuple[State, Event], tuple[State, ...]] = {
+    (S.WAITING, E.ADMITTED): (S.PREFILLING,),
+    (S.PREFILLING, E.CHUNK_COMPUTED): (S.PREFILLING, S.COMMITTING, S.REPLAYING, S.DRAFTING),
+    (S.REPLAYING, E.REPLAYED): (S.REPLAYING, S.DRAFTING),
+    (S.DRAFTING, E.DRAFTED): (S.VERIFYING,),
+    (S.VERIFYING, E.VERIFIED): (S.COMMITTING,),
+    (S.COMMITTING, E.COMMITTED): (S.DRAFTING, S.FINISHING),
+    (S.PREFILLING, E.MEMORY_LOST): (S.WAITING,),
+    (S.REPLAYING, E.MEMORY_LOST): (S.WAITING,),
+    (S.VERIFYING, E.MEMORY_LOST): (S.WAITING,),
+    (S.WAITING, E.CANCEL): (S.FINISHING,),
+    (S.PREFILLING, E.CANCEL): (S.FINISHING,),
+    (S.REPLAYING, E.CANCEL): (S.FINISHING,),
+    (S.DRAFTING, E.CANCEL): (S.FINISHING,),
+    (S.VERIFYING, E.CANCEL): (S.FINISHING,),
+    (S.COMMITTING, E.CANCEL): (S.FINISHING,),
+    (S.WAITING, E.FAIL): (S.FINISHING,),
+    (S.PREFILLING, E.FAIL): (S.FINISHING,),
+    (S.REPLAYING, E.FAIL): (S.FINISHING,),
+    (S.DRAFTING, E.FAIL): (S.FINISHING,),
+    (S.VERIFYING, E.FAIL): (S.FINISHING,),
+    (S.COMMITTING, E.FAIL): (S.FINISHING,),
+    (S.FINISHING, E.RELEASED): (S.FINISHED, S.CANCELLED, S.FAILED),
 }
+ENDS = (State.FINISHED, State.CANCELLED, State.FAILED)
+
+
+def diagram() -> str:
+    """TRANSITIONS as a Mermaid state diagram, the events of one pair of states on one arrow."""
+    arrows: dict[tuple[State, State], list[str]] = {}
+    for (state, event), targets in TRANSITIONS.items():
+        for target in targets:
+            arrows.setdefault((state, target), []).append(event.name.lower())
+    lines = ["stateDiagram-v2", f"    [*] --> {State.WAITING.name}"]
+    lines += [f"    {state.name} --> {target.name}: {', '.join(events)}" for (state, target), events in arrows.items()]
+    return "\n".join([*lines, *(f"    {end.name} --> [*]" for end in ENDS)])
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
     """What one verify settled: `computed` tokens now stand at `position` (last round's newest token and the accepted
-    drafts), `num_accepted` drafts were right, `tokens` are new for the reader (without a stop token)."""
+    drafts; nothing after a prompt's last chunk), `num_drafted` were verified and `num_accepted` right, `tokens` are new for
+    the reader (without a stop token)."""
 
     position: int
     computed: tuple[int, ...]
+    num_drafted: int
     num_accepted: int
     tokens: tuple[int, ...]
 
 
 class SequenceProtocol:
-    """One request from admission to its end. `finish_reason` is set in FINISHED and CANCELLED."""
+    """One request from admission to its end. `finish_reason` is set once the end is decided, but for failures."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.state = State.WAITING
+        self.holds_lease = False
         self.finish_reason: FinishReason | None = None
         self.output: list[int] = []
-        self._num_computed = 0  # positions the target has computed for good
+        self._num_computed = 0  # positions the target's memory holds for good
         self._draft: tuple[int, ...] = ()
+        self._round: Round | None = None  # in COMMITTING
+        self._end = State.FINISHED  # where FINISHING leads
 
     def _move(self, event: Event, target: State) -> None:
         if target not in TRANSITIONS.get((self.state, event), ()):
@@ -81,12 +126,19 @@ class SequenceProtocol:
 
     @property
     def is_over(self) -> bool:
-        return self.state in (State.FINISHED, State.CANCELLED, State.FAILED)
+        """Whether the end is decided; what is left is giving back."""
+        return self.state is State.FINISHING or self.state in ENDS
 
     @property
     def position(self) -> int:
-        """Where the next chunk or round starts."""
+        """Where the next chunk, replay or round starts."""
         return self._num_computed
+
+    @property
+    def computed(self) -> tuple[int, ...]:
+        """The tokens that memory holds for good, from position 0."""
+        prompt = self.request.prompt_ids
+        return (*prompt, *self.output)[: self._num_computed]
 
     @property
     def last_token(self) -> int:
@@ -98,32 +150,82 @@ class SequenceProtocol:
         """The most draft tokens the next round can use: a verify brings one token more than it accepts."""
         return self.request.max_tokens - len(self.output) - 1
 
+    @property
+    def round(self) -> Round:
+        """What is to be told in COMMITTING."""
+        assert self._round is not None
+        return self._round
+
+    # Memory
+
     def admitted(self) -> None:
         self._move(Event.ADMITTED, State.PREFILLING)
+        self.holds_lease = True
+
+    def memory_lost(self) -> None:
+        """The lease is void: back to waiting for one. What the reader has is kept."""
+        self._move(Event.MEMORY_LOST, State.WAITING)
+        self.holds_lease = False
+        self._num_computed = 0
+
+    # The prompt
 
     def next_chunk(self) -> tuple[int, ...]:
         """The prompt's tokens from `position` to the chunk's end."""
         return self.request.prompt_ids[self._num_computed : self._num_computed + CHUNK]
 
-    def chunk_computed(self, verdict: Verdict) -> tuple[int, ...]:
-        """The chunk stands. Returns the first token when it was the last chunk (nothing if that token ends the text)."""
+    def chunk_computed(self, verdict: Verdict) -> None:
+        """The chunk stands; after the last one the verdict holds the first token."""
         end = self._num_computed + len(self.next_chunk())
         if end < len(self.request.prompt_ids):
             self._move(Event.CHUNK_COMPUTED, State.PREFILLING)
             self._num_computed = end
-            return ()
-        tokens, reason = self._take(verdict.choices)
-        self._move(Event.CHUNK_COMPUTED, State.FINISHED if reason else State.DRAFTING)
+        elif self.output:
+            self._check(verdict.choices, (self.output[0],))
+            self._move(Event.CHUNK_COMPUTED, State.REPLAYING if len(self.output) > 1 else State.DRAFTING)
+            self._num_computed = end
+        else:
+            tokens, reason = self._take(verdict.choices)
+            self._move(Event.CHUNK_COMPUTED, State.COMMITTING)
+            self._num_computed = end
+            self._settle(Round(end, (), 0, 0, tokens), reason)
+
+    # Replay
+
+    def next_replay(self, max_rows: int) -> tuple[int, ...]:
+        """Known tokens from `position` that are to be computed again, `max_rows` at most: all but the newest one."""
+        start = self._num_computed - len(self.request.prompt_ids)
+        return tuple(self.output[start : min(start + max_rows, len(self.output) - 1)])
+
+    def replayed(self, verdict: Verdict) -> None:
+        """So many rows as the verdict has choices stand again. InternalBug when the target now chooses something else."""
+        end = self._num_computed + len(verdict.choices)
+        start = self._num_computed - len(self.request.prompt_ids) + 1
+        self._check(verdict.choices, tuple(self.output[start : start + len(verdict.choices)]))
+        is_done = end == len(self.request.prompt_ids) + len(self.output) - 1
+        self._move(Event.REPLAYED, State.DRAFTING if is_done else State.REPLAYING)
         self._num_computed = end
-        return self._append(tokens, reason)
+
+    def _check(self, choices: tuple[int, ...], known: tuple[int, ...]) -> None:
+        if choices != known:
+            raise InternalBug(f"a replay of {self.request.request_id} chose {choices} where the text has {known}")
+
+    # Rounds
 
     def drafted(self, draft: Draft | None) -> tuple[int, ...]:
-        """Takes as much of the draft as may be used; returns the rows to verify from `position`."""
+        """Takes as much of the draft as may be used, up to the first token there is not; returns the rows to verify from `position`."""
         self._move(Event.DRAFTED, State.VERIFYING)
-        self._draft = draft.tokens[: self.draft_limit] if draft is not None else ()
+        tokens = draft.tokens[: self.draft_limit] if draft is not None else ()
+        unknown = (i for i, token in enumerate(tokens) if not 0 <= token < self.request.vocabulary)
+        self._draft = tokens[: next(unknown, None)]
+        return self.rows
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The rows to verify, in VERIFYING."""
         return (self.last_token, *self._draft)
 
-    def verified(self, verdict: Verdict) -> Round:
+    def verified(self, verdict: Verdict) -> None:
         drafts = self._draft
         if len(verdict.choices) != len(drafts) + 1:
             raise InternalBug(f"{len(verdict.choices)} choices for {len(drafts) + 1} rows")
@@ -132,17 +234,30 @@ class SequenceProtocol:
             num_accepted += 1
         tokens, reason = self._take(verdict.choices[: num_accepted + 1])
         num_accepted = min(num_accepted, len(tokens))  # what lies beyond a stop token helped nobody
-        self._move(Event.VERIFIED, State.FINISHED if reason else State.DRAFTING)
+        self._move(Event.VERIFIED, State.COMMITTING)
         position, computed = self._num_computed, (self.last_token, *drafts[:num_accepted])
         self._num_computed += num_accepted + 1
-        return Round(position, computed, num_accepted, self._append(tokens, reason))
+        self._settle(Round(position, computed, len(drafts), num_accepted, tokens), reason)
+
+    def committed(self) -> None:
+        """Everybody has been told of the round."""
+        self._move(Event.COMMITTED, State.FINISHING if self.finish_reason else State.DRAFTING)
+        self._round = None
+
+    # The end
 
     def cancel(self) -> None:
-        self._move(Event.CANCEL, State.CANCELLED)
-        self.finish_reason = FinishReason.CANCELLED
+        self._move(Event.CANCEL, State.FINISHING)
+        self.finish_reason, self._end = FinishReason.CANCELLED, State.CANCELLED
 
     def fail(self) -> None:
-        self._move(Event.FAIL, State.FAILED)
+        self._move(Event.FAIL, State.FINISHING)
+        self.finish_reason, self._end = None, State.FAILED
+
+    def released(self) -> None:
+        """The lease, if there was one, is given back."""
+        self._move(Event.RELEASED, self._end)
+        self.holds_lease = False
 
     def _take(self, choices: tuple[int, ...]) -> tuple[tuple[int, ...], FinishReason | None]:
         """The part of `choices` that belongs to the text, and why it ends there if it does."""
@@ -152,7 +267,6 @@ class SequenceProtocol:
                 return choices[:i], FinishReason.STOP
         return choices[:room], FinishReason.LENGTH if len(choices) >= room else None
 
-    def _append(self, tokens: tuple[int, ...], reason: FinishReason | None) -> tuple[int, ...]:
-        self.output += tokens
-        self.finish_reason = reason
-        return tokens
+    def _settle(self, done: Round, reason: FinishReason | None) -> None:
+        self.output += done.tokens
+        self._round, self.finish_reason = done, reason

@@ -27,6 +27,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "ngram_size_m": (1, 64),
     "num_slots": (1, 1024),
     "queue_size": (0, 100_000),
+    "timeout_seconds": (0.0, 1e9),
 }
 
 
@@ -120,13 +121,14 @@ class FinishReason(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request after encoding, with every default resolved."""
+    """A request after encoding, with every default resolved. `vocabulary` is the number of token ids there are."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
     max_tokens: int
     sampling: SamplingParams
     stop_ids: frozenset[int]
+    vocabulary: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +164,9 @@ def parse_spec_type(text: str) -> tuple[DrafterName, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Memory lent to one sequence: slot `slot`, `capacity` positions, `max_rows` rows at most in one verify."""
+    """Memory lent to one sequence under a number never given twice: `capacity` positions, `max_rows` rows at most in one verify."""
 
-    slot: int
+    number: int
     capacity: int
     max_rows: int
 
@@ -186,12 +188,18 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """A piece of the answer: text and the tokens committed in one round. `source` names the drafter whose draft was
-    accepted in it, None when the target went alone. Concatenated deltas equal the whole answer."""
+    """A piece of the answer: text and the tokens committed in one round, or in several when the reader was slow. `source`
+    names the drafter whose draft was accepted in it, None when the target went alone or several rounds differ.
+    Concatenated deltas equal the whole answer."""
 
     text: str
     token_ids: tuple[int, ...]
     source: DrafterName | None
+
+    def merged(self, later: Delta) -> Delta:
+        """Both in one."""
+        source = self.source if self.source == later.source else None
+        return Delta(self.text + later.text, self.token_ids + later.token_ids, source)
 
 
 @dataclass(frozen=True, slots=True)

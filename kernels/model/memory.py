@@ -10,9 +10,11 @@ rows from it does.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
-from ...core.errors import PositionLost
+from ...core.errors import InternalBug, LeaseLost, PositionLost
 from ...core.protocol import CHUNK
 from ..backend import F32, Backend, DeltaInputs
 from .config import ModelConfig
@@ -128,9 +130,8 @@ class SequenceMemory:
         self.capacity = capacity
         self.trunk = KeyValues(config.num_attention, config, capacity)
         self.recurrent = RecurrentLog(config, max_rows)
-        # A drafter hears of every round before the next begins. It lags at most a chunk and a verify behind, and needs the
-        # row before its first.
-        self.hidden = HiddenRows(config.hidden, CHUNK + max_rows + 1)
+        # A drafter reads a chunk's rows while the next is computed, and needs the row before its first.
+        self.hidden = HiddenRows(config.hidden, 2 * CHUNK + max_rows + 1)
         self.mtp = KeyValues(1, config, capacity + max_rows)  # drafts may run past the last position
 
     def check(self, position: int, num_rows: int, *, is_chunk: bool) -> None:
@@ -143,33 +144,43 @@ class SequenceMemory:
 
 
 class SequencePool:
-    """Slots by number, the handle that messages carry. The memory manager fills and empties it, the actors that compute read it."""
+    """Memory by lease number, the handle that messages carry. The memory manager fills and empties it, the actors that compute
+    read it. `make(capacity, max_rows)` makes one sequence's memory; a number is never given twice."""
 
-    def __init__(self, config: ModelConfig, num_slots: int) -> None:
-        self._config = config
-        self._slots: list[SequenceMemory | None] = [None] * num_slots
+    def __init__(self, make: Callable[[int, int], SequenceMemory], num_slots: int) -> None:
+        self._make = make
+        self._leases: dict[int, tuple[str, SequenceMemory]] = {}
+        self._first = self._next = 1  # the numbers lent in this life: from _first, below _next
+        self.num_slots = num_slots
 
-    def __getitem__(self, slot: int) -> SequenceMemory:
-        memory = self._slots[slot]
-        if memory is None:
-            raise PositionLost(f"slot {slot} is not leased")
-        return memory
+    def __getitem__(self, lease: int) -> SequenceMemory:
+        if lease not in self._leases:
+            raise LeaseLost(f"lease {lease} is not lent")
+        return self._leases[lease][1]
 
     @property
     def num_free(self) -> int:
-        return self._slots.count(None)
+        return self.num_slots - len(self._leases)
 
     @property
-    def num_slots(self) -> int:
-        return len(self._slots)
+    def owners(self) -> dict[int, str]:
+        """Lease number -> who has it."""
+        return {lease: owner for lease, (owner, _) in self._leases.items()}
 
-    def lease(self, capacity: int, max_rows: int) -> int | None:
-        """A free slot's number with fresh memory in it, or None."""
-        if None not in self._slots:
+    def lease(self, owner: str, capacity: int, max_rows: int) -> int | None:
+        """A new lease with fresh memory, or None while all slots are lent."""
+        if not self.num_free:
             return None
-        slot = self._slots.index(None)
-        self._slots[slot] = SequenceMemory(self._config, capacity, max_rows)
-        return slot
+        number, self._next = self._next, self._next + 1
+        self._leases[number] = (owner, self._make(capacity, max_rows))
+        return number
 
-    def release(self, slot: int) -> None:
-        self._slots[slot] = None
+    def release(self, lease: int) -> None:
+        """The lease ends. One of a former life has ended already."""
+        if lease >= self._first and self._leases.pop(lease, None) is None:
+            raise InternalBug(f"lease {lease} was given back, but is not lent")
+
+    def reset(self) -> None:
+        """All leases end, and a new life begins."""
+        self._leases.clear()
+        self._first = self._next

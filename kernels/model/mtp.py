@@ -36,6 +36,7 @@ class MtpHead(LayerGraph):
             raise InternalBug("this checkpoint has no MTP head")
         self._mtp: MtpWeights = weights.mtp
         self._attention: AttentionWeights = weights.mtp.layer.mixer
+        self.hidden = self.config.hidden
 
     def forward(self, batch: Sequence[MtpRows]) -> F32:
         """Writes the rows into each cache; returns the head's post-norm outputs [R, hidden], in batch order."""
@@ -51,3 +52,8 @@ class MtpHead(LayerGraph):
     def logits(self, outputs: F32) -> F32:
         """[R, V]."""
         return self.backend.linear(outputs, self.weights.head)
+
+    def seconds(self, num_rows: int) -> float:
+        """About how long drafting so many rows takes: one layer and the vocabulary's head."""
+        w, c = self.weights, self.config
+        return num_rows * (w.num_parameters / (len(w.layers) + 1) + c.hidden * c.vocabulary) / self.backend.operations_per_second

@@ -107,6 +107,10 @@ class Trunk(LayerGraph):
         rows.memory.recurrent.advance(len(rows.tokens))
         return self.backend.linear(hidden[-1:], self.weights.head) if is_last else None
 
+    def seconds(self, num_rows: int) -> float:
+        """About how long so many rows take."""
+        return num_rows * self.weights.num_parameters / self.backend.operations_per_second
+
     def _forward(self, batch: Sequence[Rows], is_chunk: bool) -> F32:
         x = self.backend.embed(self.weights.embedding, [token for rows in batch for token in rows.tokens])
         spans = [(rows.memory.trunk, rows.position, len(rows.tokens)) for rows in batch]

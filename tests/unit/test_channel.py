@@ -1,4 +1,4 @@
-"""Mailboxes: bounds, answers, cancellation and closing, on both async libraries."""
+"""Mailboxes: bounds, policies, answers, deadlines, cancellation, restart and closing, on both async libraries."""
 
 from __future__ import annotations
 
@@ -7,20 +7,29 @@ from dataclasses import dataclass
 import anyio
 import pytest
 from forerun.core.channel import Mailbox
-from forerun.core.errors import ActorStopped, InternalBug
-from forerun.core.messages import Ask, Tell
+from forerun.core.errors import ActorRestarted, ActorStopped, DeadlineExceeded, InternalBug, Overloaded, Superseded
+from forerun.core.messages import Mail, WhenFull
+from forerun.core.trace import Flow
 
 pytestmark = pytest.mark.anyio
 
+NOBODY = Flow("nobody", 0)
 
-@dataclass(frozen=True)
-class Question(Ask[int]):
+
+@dataclass(frozen=True, slots=True)
+class Question(Mail[int]):
     n: int
 
 
-@dataclass(frozen=True)
-class Note(Tell):
+@dataclass(frozen=True, slots=True)
+class Request(Mail[int]):
+    when_full = WhenFull.REFUSE
+
+
+@dataclass(frozen=True, slots=True)
+class Guess(Mail[int]):
     n: int
+    when_full = WhenFull.NEWEST_WINS
 
 
 async def echo(mailbox: Mailbox) -> None:
@@ -35,7 +44,7 @@ async def test_every_ask_gets_its_own_answer() -> None:
     answers: list[int] = []
 
     async def ask(n: int) -> None:
-        assert await mailbox.ask(Question(n)) == n
+        assert await mailbox.ask(Question(NOBODY, n)) == n
         answers.append(n)
 
     async with anyio.create_task_group() as group:
@@ -52,13 +61,13 @@ async def test_every_ask_gets_its_own_answer() -> None:
 
 async def test_tell_waits_while_the_mailbox_is_full() -> None:
     mailbox = Mailbox("test", 2)
-    await mailbox.tell(Note(1))
-    await mailbox.tell(Note(2))
+    await mailbox.tell(Question(NOBODY, 1))
+    await mailbox.tell(Question(NOBODY, 2))
     with anyio.move_on_after(0.02) as scope:
-        await mailbox.tell(Note(3))
+        await mailbox.tell(Question(NOBODY, 3))
     assert scope.cancelled_caught
-    assert [envelope.message for envelope in await mailbox.receive_all()] == [Note(1), Note(2)]
-    await mailbox.tell(Note(4))
+    assert [envelope.message for envelope in await mailbox.receive_all()] == [Question(NOBODY, 1), Question(NOBODY, 2)]
+    await mailbox.tell(Question(NOBODY, 4))
 
 
 async def test_closing_ends_every_ask_waiting_taken_or_to_come() -> None:
@@ -67,7 +76,7 @@ async def test_closing_ends_every_ask_waiting_taken_or_to_come() -> None:
 
     async def ask(n: int) -> None:
         with pytest.raises(ActorStopped):
-            await mailbox.ask(Question(n))
+            await mailbox.ask(Question(NOBODY, n))
         failed.append(n)
 
     async with anyio.create_task_group() as group:
@@ -87,17 +96,16 @@ async def test_an_answer_to_nobody_does_no_harm_and_one_that_came_is_handed_back
     undone: list[int] = []
     kept: list[int] = []
     with anyio.move_on_after(0.02):
-        await mailbox.ask(Question(1), undo=undone.append)
+        await mailbox.ask(Question(NOBODY, 1), undo=undone.append)
     (envelope,) = await mailbox.receive_all()
-    assert envelope.reply is not None
-    assert envelope.reply.is_abandoned
+    assert envelope.is_abandoned
     envelope.answer(1)
     assert undone == []
 
     async with anyio.create_task_group() as group:
 
         async def ask() -> None:
-            kept.append(await mailbox.ask(Question(2), undo=undone.append))
+            kept.append(await mailbox.ask(Question(NOBODY, 2), undo=undone.append))
 
         group.start_soon(ask)
         await anyio.wait_all_tasks_blocked()
@@ -110,9 +118,117 @@ async def test_an_answer_to_nobody_does_no_harm_and_one_that_came_is_handed_back
 async def test_answering_twice_is_a_bug() -> None:
     mailbox = Mailbox("test", 1)
     async with anyio.create_task_group() as group:
-        group.start_soon(mailbox.ask, Question(1))
+        group.start_soon(mailbox.ask, Question(NOBODY, 1))
         await anyio.wait_all_tasks_blocked()
         (envelope,) = await mailbox.receive_all()
         envelope.answer(1)
         with pytest.raises(InternalBug):
             envelope.answer(1)
+
+
+async def test_senders_get_room_in_the_order_they_came() -> None:
+    mailbox = Mailbox("test", 2)
+    order: list[int] = []
+
+    async def tell(n: int) -> None:
+        await mailbox.tell(Question(NOBODY, n))
+
+    async with anyio.create_task_group() as group:
+        for n in range(9):
+            group.start_soon(tell, n)
+            await anyio.wait_all_tasks_blocked()
+        while len(order) < 9:
+            taken = await mailbox.receive_all()
+            assert len(taken) <= 2
+            order += [envelope.message.n for envelope in taken if isinstance(envelope.message, Question)]
+    assert order == list(range(9))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_a_sender_cancelled_while_it_waits_leaves_its_place_to_the_next(when: str) -> None:
+    mailbox = Mailbox("test", 1)
+    await mailbox.tell(Question(NOBODY, 0))
+    async with anyio.create_task_group() as group:
+        async with anyio.create_task_group() as first:
+            first.start_soon(mailbox.tell, Question(NOBODY, 1))
+            await anyio.wait_all_tasks_blocked()
+            group.start_soon(mailbox.tell, Question(NOBODY, 2))
+            await anyio.wait_all_tasks_blocked()
+            if when == "after":
+                assert len(await mailbox.receive_all()) == 1  # the first has its place, and has not run yet
+            first.cancel_scope.cancel()
+        seen: list[object] = []
+        with anyio.fail_after(1):
+            while Question(NOBODY, 2) not in seen:
+                seen += [envelope.message for envelope in await mailbox.receive_all()]
+    assert seen.count(Question(NOBODY, 1)) <= (when == "after")  # the libraries differ in who is first, cancellation or place
+
+
+async def test_a_full_mailbox_refuses_admission_at_once() -> None:
+    mailbox = Mailbox("test", 1)
+    await mailbox.tell(Request(NOBODY))
+    with pytest.raises(Overloaded) as caught:
+        await mailbox.ask(Request(NOBODY))
+    assert caught.value.retry_after_seconds > 0
+    assert mailbox.statistics().num_refused == 1
+
+
+async def test_in_a_full_mailbox_the_newest_draft_wins_and_control_is_never_thrown_out() -> None:
+    mailbox = Mailbox("test", 2)
+    oldest = await mailbox.post(Guess(NOBODY, 1))
+    await mailbox.tell(Question(NOBODY, 0))
+    newest = await mailbox.post(Guess(NOBODY, 2))
+    with pytest.raises(Superseded):
+        await oldest.wait()
+    assert [envelope.message for envelope in await mailbox.receive_all()] == [Question(NOBODY, 0), Guess(NOBODY, 2)]
+    assert mailbox.statistics().num_superseded == 1
+    newest.abandon()
+
+
+async def test_an_ask_ends_at_its_deadline_and_a_later_answer_does_no_harm() -> None:
+    mailbox = Mailbox("test", 2)
+    with pytest.raises(DeadlineExceeded):
+        await mailbox.ask(Question(NOBODY, 1), deadline=anyio.current_time() + 0.01)
+    (envelope,) = await mailbox.receive_all()
+    assert envelope.is_abandoned
+    envelope.answer(1)
+    assert mailbox.statistics().num_unanswered == 0
+
+
+async def test_a_restart_ends_what_the_dead_actor_had_and_others_go_to_its_successor() -> None:
+    mailbox = Mailbox("test", 1)
+    answers: list[int] = []
+
+    async def ask(n: int) -> None:
+        try:
+            answers.append(await mailbox.ask(Question(NOBODY, n)))
+        except ActorRestarted:
+            answers.append(-n)
+
+    async with anyio.create_task_group() as group:
+        for n in (1, 2, 3):  # taken, waiting, waiting for room
+            group.start_soon(ask, n)
+            await anyio.wait_all_tasks_blocked()
+            if n == 1:
+                await mailbox.receive_all()
+        mailbox.restart(ActorRestarted("dead"))
+        await anyio.wait_all_tasks_blocked()
+        assert mailbox.life == 1
+        for envelope in await mailbox.receive_all():
+            envelope.answer(3)
+    assert sorted(answers) == [-2, -1, 3]
+
+
+async def test_a_late_answer_to_an_ask_that_a_restart_has_ended_lends_nothing() -> None:
+    mailbox = Mailbox("test", 1)
+    async with anyio.create_task_group() as group:
+
+        async def ask() -> None:
+            with pytest.raises(ActorRestarted):
+                await mailbox.ask(Question(NOBODY, 1))
+
+        group.start_soon(ask)
+        await anyio.wait_all_tasks_blocked()
+        (envelope,) = await mailbox.receive_all()
+        mailbox.restart(ActorRestarted("dead"))
+        assert envelope.is_abandoned  # so that nothing is lent to it

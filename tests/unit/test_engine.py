@@ -10,6 +10,8 @@ import anyio
 import forerun
 import numpy as np
 import pytest
+from forerun.core.errors import InternalBug
+from forerun.core.outbox import CAPACITY, MERGED_TOKENS
 from forerun.kernels.model.trunk import Trunk
 
 from tests.checkpoints import prompt
@@ -159,13 +161,19 @@ async def test_a_dropped_stream_warns_and_is_cancelled(model: str) -> None:
         assert engine.statistics().num_slots_used == 0
 
 
-async def test_a_slow_reader_holds_up_itself_alone(model: str) -> None:
+async def test_a_slow_reader_holds_up_itself_alone_and_loses_nothing(model: str) -> None:
     async with forerun.open_engine(model, spec_type="none") as engine:
+        alone = (await engine.complete(prompt(10), max_tokens=900, ignore_eos=True)).token_ids
         async with engine.generate(prompt(10), max_tokens=900, ignore_eos=True) as slow:
-            await anext(slow)
-            other = await engine.complete(prompt(5), max_tokens=100, ignore_eos=True)
-            assert len(other.token_ids) == 100
-            assert engine.statistics().mailboxes["target decoder"].num_received < 150  # the slow one has stopped at its bound
+            first = await anext(slow)
+            before = engine.statistics().actors["target decoder"].mailbox.num_received
+            other = await engine.complete(prompt(5), max_tokens=600, ignore_eos=True)
+            assert len(other.token_ids) == 600
+            received = engine.statistics().actors["target decoder"].mailbox.num_received - before
+            assert received < 600 + CAPACITY + MERGED_TOKENS  # the slow one has stopped at its bound
+            rest = [delta async for delta in slow]
+        assert max(len(delta.token_ids) for delta in rest) > 100  # merged
+        assert first.token_ids + tuple(token for delta in rest for token in delta.token_ids) == alone
 
 
 async def test_more_requests_than_slots_wait_their_turn_and_beyond_the_queue_are_refused(model: str) -> None:
@@ -212,20 +220,57 @@ async def test_closing_the_engine_ends_what_runs(model: str) -> None:
         engine.generate([1])
 
 
-async def test_an_actors_bug_ends_everybody_with_engine_dead(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["verify", "prefill"])
+async def test_a_bug_of_ours_ends_everybody_with_engine_dead(model: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> Any:
-        raise ZeroDivisionError
+        raise InternalBug("seen by a test")
 
     with pytest.raises(forerun.EngineDead) as caught:
         async with forerun.open_engine(model) as engine:
             stream = engine.generate(prompt(10), max_tokens=900, ignore_eos=True)
             await anext(stream)
-            monkeypatch.setattr(Trunk, "verify", fail)
+            monkeypatch.setattr(Trunk, method, fail)
+            with anyio.fail_after(5), pytest.raises(forerun.EngineDead):
+                await engine.complete(prompt(10), max_tokens=900, ignore_eos=True)
             with anyio.fail_after(5), pytest.raises(forerun.EngineDead):
                 async for _ in stream:
                     pass
             with pytest.raises(forerun.EngineDead):
                 engine.generate([1])
+    assert isinstance(caught.value.__cause__, InternalBug)
+
+
+async def test_a_request_that_kills_the_target_is_found_out_and_too_many_end_the_engine(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verify = Trunk.verify
+
+    def poisoned(self: Trunk, batch: Any) -> Any:
+        if any(99 in rows.tokens for rows in batch):
+            raise ZeroDivisionError
+        return verify(self, batch)
+
+    with pytest.raises(forerun.EngineDead) as caught:
+        async with forerun.open_engine(model, spec_type="none") as engine:
+            alone = await engine.complete(prompt(70), max_tokens=30, ignore_eos=True)
+            assert 99 not in alone.token_ids
+            monkeypatch.setattr(Trunk, "verify", poisoned)
+            monkeypatch.setattr("forerun.actors.target_decoder.choose", lambda logits, *_: int(logits.argmax()) if len(logits) else 0)
+            prefill = Trunk.prefill
+
+            def first_is_99(self: Trunk, rows: Any, is_last: bool) -> Any:
+                logits = prefill(self, rows, is_last)
+                if logits is not None and rows.tokens[0] == 98:
+                    logits[0, 99] = 1e9
+                return logits
+
+            monkeypatch.setattr(Trunk, "prefill", first_is_99)
+            with anyio.fail_after(10), pytest.raises(forerun.RequestFailed, match="each time"):
+                await engine.complete([98, 1, 2], max_tokens=5)
+            assert engine.statistics().actors["target decoder"].num_restarts == 4
+            assert (await engine.complete(prompt(70), max_tokens=30, ignore_eos=True)).token_ids == alone.token_ids
+            with anyio.fail_after(10), pytest.raises(forerun.EngineDead):
+                await engine.complete([98, 1, 2], max_tokens=5)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
@@ -254,12 +299,63 @@ async def test_an_unknown_option_is_a_type_error(model: str) -> None:
 
 async def test_a_stream_whose_end_was_cut_off_says_so(model: str) -> None:
     async with forerun.open_engine(model, spec_type="none") as engine:
-        stream = engine.generate(prompt(5), max_tokens=17, ignore_eos=True)  # one more than the outbox holds
-        while engine.statistics().mailboxes["target decoder"].num_received < 17:
+        num_tokens = CAPACITY - 1 + MERGED_TOKENS + 1  # one more than the outbox holds
+        stream = engine.generate(prompt(5), max_tokens=num_tokens, ignore_eos=True)
+        while engine.statistics().actors["target decoder"].mailbox.num_received < num_tokens:
             await anyio.sleep(0.001)
     with pytest.raises(forerun.EngineClosed):
         async for _ in stream:
             pass
+
+
+async def test_a_deadline_ends_a_request_wherever_it_is_and_gives_the_memory_back(model: str) -> None:
+    async with forerun.open_engine(model, num_slots=1) as engine:
+        for seconds in (0.0, 0.01, 0.05):
+            with pytest.raises(forerun.DeadlineExceeded):
+                await engine.complete(prompt(100), max_tokens=900, ignore_eos=True, timeout_seconds=seconds)
+            assert engine.statistics().num_slots_used == 0
+        async with engine.generate(prompt(10), max_tokens=900, ignore_eos=True) as first:
+            await anext(first)
+            with pytest.raises(forerun.DeadlineExceeded):  # while it waits for memory
+                await engine.complete(prompt(5), timeout_seconds=0.02)
+            stream = engine.generate(prompt(10), timeout_seconds=60)
+            await stream.aclose()
+            assert stream.result.finish_reason is forerun.FinishReason.CANCELLED
+
+
+async def test_draining_finishes_what_runs_and_refuses_what_is_new(model: str) -> None:
+    async with forerun.open_engine(model, num_slots=2) as engine, anyio.create_task_group() as group:
+        results: list[forerun.Result] = []
+
+        async def one() -> None:
+            results.append(await engine.complete(prompt(70), max_tokens=40, ignore_eos=True))
+
+        for _ in range(5):
+            group.start_soon(one)
+        await anyio.wait_all_tasks_blocked()
+        await engine.drain()
+        assert engine.statistics().num_requests_running == 0
+        with pytest.raises(forerun.EngineClosed, match="draining"):
+            engine.generate([1])
+        await engine.drain()
+    assert [len(result.token_ids) for result in results] == [40] * 5
+
+
+async def test_the_plain_loop_gives_the_same_tokens(model: str) -> None:
+    texts: list[list[tuple[int, ...]]] = []
+    for overlap in (True, False):
+        async with forerun.open_engine(model, overlap=overlap, ngram_size_n=3) as engine:
+            found: dict[int, tuple[int, ...]] = {}
+
+            async def one(length: int, engine: forerun.Engine = engine, found: dict[int, tuple[int, ...]] = found) -> None:
+                result = await engine.complete(prompt(length), max_tokens=60, ignore_eos=True, temperature=length % 2, seed=length)
+                found[length] = result.token_ids
+
+            async with anyio.create_task_group() as group:
+                for length in (1, 5, 64, 65, 130, 200):
+                    group.start_soon(one, length)
+            texts.append([found[length] for length in sorted(found)])
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("inline", [1e9, -1.0])
@@ -283,5 +379,4 @@ async def test_cancelled_work_never_reaches_the_slots_next_owner(model: str, inl
                 group.start_soon(kept)
         assert answers == [alone] * 24
         assert engine.statistics().num_slots_used == 0
-        target: Any = engine._actors  # pyright: ignore[reportPrivateUsage]
-        assert all(not actor.mailbox._unanswered for actor in target)
+        assert all(actor.mailbox.num_unanswered == 0 for actor in engine.statistics().actors.values())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from forerun.actors import chat_template
-from forerun.actors.engine import find_model
+from forerun.actors.model import SHIPPED
 from forerun.actors.tokenizer import Detokenizer, Vocabulary
 from forerun.core.errors import InvalidRequest, ModelFileError
 from forerun.core.vocabulary import Message
@@ -18,7 +18,7 @@ CHAT: list[Message] = [{"role": "user", "content": "hi <|im_end|> there"}]
 
 @pytest.fixture(scope="module")
 def vocabulary() -> Vocabulary:
-    return Vocabulary(find_model("demo"))
+    return Vocabulary(SHIPPED["demo"])
 
 
 def test_pieces_make_the_whole_for_every_split(vocabulary: Vocabulary) -> None:
@@ -37,7 +37,7 @@ def test_pieces_make_the_whole_for_every_split(vocabulary: Vocabulary) -> None:
 def test_any_ids_decode_as_the_tokenizers_package_does(vocabulary: Vocabulary) -> None:
     from tokenizers import Tokenizer
 
-    package = Tokenizer.from_file(str(find_model("demo") / "tokenizer.json"))
+    package = Tokenizer.from_file(str(SHIPPED["demo"] / "tokenizer.json"))
     for seed in range(300):
         ids = [random.Random(seed * 1000 + i).randrange(4096) for i in range(seed % 12)]
         assert Detokenizer(vocabulary).push(tuple(ids), is_last=True) == package.decode(ids, skip_special_tokens=True)

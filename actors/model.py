@@ -1,0 +1,113 @@
+"""A loaded model, as the engine sees it: what it can make for its actors, and what its files say about requests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from ..core.errors import ModelFileError
+from ..core.vocabulary import check_ranges
+from ..kernels.model.config import load_config, read_json
+from ..kernels.model.memory import SequenceMemory, SequencePool
+from ..kernels.model.mtp import MtpHead
+from ..kernels.model.trunk import Trunk
+from ..kernels.model.weights import ModelWeights, Progress, load_weights
+from ..kernels.reference import ReferenceBackend
+from .mtp_drafter import DraftHead
+from .target_decoder import Target
+from .tokenizer import Vocabulary
+
+SHIPPED = {"demo": Path(__file__).parents[1] / "kernels" / "model" / "demo"}
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What a request gets where it says nothing: the model's generation_config.json, else greedy."""
+
+    stop_ids: frozenset[int]
+    sampling: dict[str, float]
+
+    @staticmethod
+    def load(folder: Path) -> Defaults:
+        path = folder / "generation_config.json"
+        values = read_json(path) if path.exists() else {}
+        config = read_json(folder / "config.json")
+        found: list[Any] = [source.get("eos_token_id") for source in (values, config, config.get("text_config") or {})]
+        stop: Any = next((each for each in found if each is not None), None)
+        stop = cast("list[Any]", [] if stop is None else stop if isinstance(stop, list) else [stop])
+        if not all(type(token) is int for token in stop):
+            raise ModelFileError(f"{path}: eos_token_id: expected token ids, got {stop!r}")
+        sampling: dict[str, float] = {"temperature": 0.0}
+        if values.get("do_sample") is True:
+            sampling = {"temperature": 1.0} | {k: v for k in ("temperature", "top_k", "top_p", "min_p") if (v := values.get(k)) is not None}
+        if violations := check_ranges(sampling):
+            raise ModelFileError(f"{path}: {violations[0][0]}: {violations[0][1]}")
+        return Defaults(frozenset[int](stop), sampling)
+
+
+class Model(Protocol):
+    """A model ready to run. `vocabulary` is None without a tokenizer; there are `num_token_ids` ids and `context` positions."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def vocabulary(self) -> Vocabulary | None: ...
+    @property
+    def defaults(self) -> Defaults: ...
+    @property
+    def num_token_ids(self) -> int: ...
+    @property
+    def context(self) -> int: ...
+    @property
+    def has_mtp(self) -> bool: ...
+
+    def pool(self, num_slots: int) -> SequencePool:
+        """Memory for so many sequences."""
+        ...
+
+    def target(self) -> Target: ...
+
+    def draft_head(self) -> DraftHead: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A Hugging Face folder in memory."""
+
+    name: str
+    weights: ModelWeights
+    vocabulary: Vocabulary | None
+    defaults: Defaults
+
+    @property
+    def num_token_ids(self) -> int:
+        return self.weights.config.vocabulary
+
+    @property
+    def context(self) -> int:
+        return self.weights.config.context
+
+    @property
+    def has_mtp(self) -> bool:
+        return self.weights.mtp is not None
+
+    def pool(self, num_slots: int) -> SequencePool:
+        config = self.weights.config
+        return SequencePool(lambda capacity, max_rows: SequenceMemory(config, capacity, max_rows), num_slots)
+
+    def target(self) -> Trunk:
+        return Trunk(self.weights, ReferenceBackend())
+
+    def draft_head(self) -> MtpHead:
+        return MtpHead(self.weights, ReferenceBackend())
+
+
+def load_model(name: str, progress: Progress | None = None) -> LoadedModel:
+    """Loads a model: the name of a shipped one, or a path. ModelFileError names the file and what was expected."""
+    folder = SHIPPED.get(name) or Path(name)
+    if not folder.is_dir():
+        raise ModelFileError(f"{name}: no such model; expected {', '.join(SHIPPED)} or a Hugging Face folder")
+    weights = load_weights(folder, load_config(folder), ReferenceBackend(), progress)
+    vocabulary = Vocabulary(folder) if (folder / "tokenizer.json").exists() else None
+    return LoadedModel(name, weights, vocabulary, Defaults.load(folder))

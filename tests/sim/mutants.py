@@ -1,0 +1,125 @@
+"""Deliberate bugs, one or more for every kind of fault, that the simulator must find within 200 seeds.
+
+    python -m tests.sim.mutants        # all of them, in copies of the tree: bug, first seed that finds it
+
+Each is a piece of the code as it stands and what to put in its place; one that no longer fits is an error.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("core", "actors", "kernels", "tools")
+NUM_SEEDS = 200
+
+
+@dataclass(frozen=True)
+class Mutant:
+    fault: str
+    bug: str
+    file: str
+    code: str
+    instead: str
+
+
+MUTANTS = [
+    Mutant("cancellation", "a lease is not given back", "actors/sequence.py",
+           "await self._to.memory.ask(Release(self._flow, self._held))", "pass"),
+    Mutant("cancellation", "a lease that comes as its asker is cancelled is dropped", "actors/sequence.py",
+           "await self._to.memory.ask(admit, undo=keep)", "await self._to.memory.ask(admit)"),
+    Mutant("cancellation", "memory is lent to who has left", "actors/memory_manager.py",
+           "deque(envelope for envelope in self._queue if not envelope.is_abandoned)", "deque(self._queue)"),
+    Mutant("cancellation", "a drafter is not told to forget", "actors/sequence.py",
+           "await drafter.mailbox.ask(Forget(self._flow, self._held), deadline=", "await anyio.sleep(0.0) if True else await drafter.mailbox.ask(Forget(self._flow, self._held), deadline="),  # noqa: E501
+    Mutant("cancellation", "one reader's cancel ends another's request too", "actors/stream.py",
+           "        self._job.scope.cancel()\n\n", "        self._job.scope.cancel()\n        [j.sequence._to.target.restart(__import__('forerun').EngineClosed('x')) for j in [self._job] if j.sequence]\n\n"),  # noqa: E501
+    Mutant("deadline", "a deadline ends a request without saying so", "actors/engine.py",
+           "job.error = DeadlineExceeded(", "DeadlineExceeded("),
+    Mutant("stalled reader", "a reader that took a delta does not wake the sequence", "core/outbox.py",
+           "        self._room.set()\n        if self._trace", "        if self._trace"),
+    Mutant("stalled reader", "merging keeps the later delta alone", "core/vocabulary.py",
+           "Delta(self.text + later.text, self.token_ids + later.token_ids, source)", "later"),
+    Mutant("stalled reader", "a reader that has gone is not noticed", "core/outbox.py",
+           "        self.is_deserted = True\n", ""),
+    Mutant("full mailbox", "who waits for room is not woken", "core/channel.py",
+           "        self._waiting.clear()\n        self._call_senders()\n        for envelope in taken", "        self._waiting.clear()\n        for envelope in taken"),  # noqa: E501
+    Mutant("full mailbox", "a full mailbox takes one more", "core/channel.py",
+           "if len(self._waiting) >= self.capacity:\n            policy", "if len(self._waiting) > self.capacity:\n            policy"),
+    Mutant("full mailbox", "a message arrives between looking and waiting, and wakes nobody", "core/channel.py",
+           "            self._arrived = anyio.Event()\n            await self._arrived.wait()\n        await checkpoint()",
+           "            event = anyio.Event()\n            await checkpoint()\n            self._arrived = event\n            await event.wait()\n        await checkpoint()"),  # noqa: E501
+    Mutant("actor crash", "asks that a dead actor had are not ended", "core/channel.py",
+           "        for reply in list(self._unanswered):\n            reply.fail(error)\n", ""),
+    Mutant("actor crash", "memory keeps the leases of its former life", "kernels/model/memory.py",
+           "        self._leases.clear()\n", ""),
+    Mutant("actor crash", "a restarted drafter is not told what stands", "actors/sequence.py",
+           "        if drafter.life == drafter.mailbox.life:\n            return False\n", "        drafter.life = drafter.mailbox.life\n        if drafter.life == drafter.mailbox.life:\n            return False\n"),  # noqa: E501
+    Mutant("actor crash", "a replay starts where the lost memory had been", "core/protocol.py",
+           "        self.holds_lease = False\n        self._num_computed = 0\n", "        self.holds_lease = False\n"),
+    Mutant("actor crash", "a replay goes by chunks where steps were", "core/protocol.py",
+           "        return self.request.prompt_ids[self._num_computed : self._num_computed + CHUNK]",
+           "        return (*self.request.prompt_ids, *self.output[:-1])[self._num_computed : self._num_computed + CHUNK]"),
+    Mutant("actor crash", "a drafter that dies too often is restarted for ever", "core/supervisor.py",
+           "            if is_exhausted:\n", "            if False:\n"),
+    Mutant("stuck actor", "the watchdog looks away", "core/supervisor.py", "if actor.due < now:", "if actor.due < now - 1e9:"),
+    Mutant("device error", "the dead target's memory goes on being used", "actors/engine.py", ", reset=pool.reset)", ")"),
+    Mutant("device hang", "closing waits for work that never ends", "core/supervisor.py",
+           "            for actor in life.actors.values():\n                actor.leave_work()\n\n    async def _keep", "            pass\n\n    async def _keep"),  # noqa: E501
+    Mutant("garbage drafts", "a draft may be longer than was asked for", "actors/sequence.py",
+           "Draft(name, draft.tokens[:limit])", "Draft(name, draft.tokens)"),
+    Mutant("garbage drafts", "drafts stand without comparison", "core/protocol.py",
+           " and drafts[num_accepted] == verdict.choices[num_accepted]", ""),
+    Mutant("garbage drafts", "what was rejected is not rolled back", "core/protocol.py",
+           "self._num_computed += num_accepted + 1", "self._num_computed += len(drafts) + 1"),
+    Mutant("late drafts", "a draft is waited for as long as it takes, and its actor by nobody", "actors/mtp_drafter.py",
+           "            if envelope.is_abandoned:\n                continue\n", "            if envelope.is_abandoned:\n                await __import__('anyio').sleep_forever()\n"),  # noqa: E501
+    Mutant("late drafts", "a drafter counts a token twice after a draft that came too late", "actors/mtp_drafter.py",
+           "sequence.behind += message.tokens[num_known:]", "sequence.behind += message.tokens"),
+    Mutant("rollback", "memory goes on from its newest row, whatever position was asked for", "tests/sim/fakes.py",
+           "        state = self.states[position - self.first]\n", "        state = self.states[-1]\n"),
+    Mutant("drain", "the second who waits for the end is forgotten", "actors/engine.py",
+           "            if self._idle.is_set():\n                self._idle = anyio.Event()\n", "            self._idle = anyio.Event()\n"),
+    Mutant("drain", "a draining engine begins new requests", "actors/engine.py",
+           "        if self._is_draining:\n", "        if False:\n"),
+    Mutant("close", "a closed mailbox leaves its asks waiting", "core/channel.py",
+           "            self._fail_all(self._closed)\n", ""),
+]  # fmt: skip
+
+
+def first_seed(mutant: Mutant) -> int | None:
+    """The first seed that finds the bug, or None."""
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder) / "forerun"
+        ignore = shutil.ignore_patterns("__pycache__", "demo")
+        for name in FOLDERS:
+            shutil.copytree(ROOT / name, package / name, ignore=ignore)
+        shutil.copy(ROOT / "__init__.py", package)
+        shutil.copytree(ROOT / "tests" / "sim", Path(folder) / "tests" / "sim", ignore=ignore)
+        path = (Path(folder) if mutant.file.startswith("tests") else package) / mutant.file
+        text = path.read_text()
+        if text.count(mutant.code) != 1:
+            raise SystemExit(f"{mutant.bug}: stands {text.count(mutant.code)} times in {mutant.file}: {mutant.code}")
+        path.write_text(text.replace(mutant.code, mutant.instead))
+        command = [sys.executable, "-m", "tests.sim.simulator", "--first", "0", str(NUM_SEEDS)]
+        done = subprocess.run(command, cwd=folder, env={"PYTHONPATH": folder}, capture_output=True, text=True, timeout=300)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("seed ")]
+    return int(lines[0].split()[1]) if lines else None
+
+
+def main() -> None:
+    missed = 0
+    for mutant in MUTANTS:
+        seed = first_seed(mutant)
+        missed += seed is None
+        print(f"{mutant.fault:16} {mutant.bug:80} {'MISSED' if seed is None else f'seed {seed}'}", flush=True)
+    sys.exit(bool(missed))
+
+
+if __name__ == "__main__":
+    main()

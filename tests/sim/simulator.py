@@ -1,0 +1,427 @@
+"""One seed decides everything: the workload, the schedule, the device's latencies, and every fault.
+
+The real engine and actors run on trio, in virtual time, on the model of fakes.py. Faults: readers that leave, stall or are
+cancelled at any message; deadlines; actors that die before, within or after any message; a device that fails or never
+returns; drafts that are garbage, late, or another round's; draining and closing in the middle of it all.
+
+After every step of every task: nobody but a running request holds memory, and none holds it twice; every channel is within
+its bound. A request ends once; what was delivered is at all times a prefix of the reference; an error is one that this
+seed can explain. At rest nothing is left anywhere. A failing seed is printed, and replays alike:
+
+    python -m tests.sim.simulator 4711        # one seed, with what happened
+    python -m tests.sim.simulator 0 5000      # a range
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import random
+import sys
+import traceback
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import anyio
+import trio
+from forerun.actors.engine import RESTARTS, Engine, EngineParams, run_engine
+from forerun.actors.mtp_drafter import MtpDrafter
+from forerun.actors.ngram_drafter import NgramDrafter
+from forerun.actors.sequence import MAX_FRUITLESS_REPLAYS
+from forerun.core.actor import Actor
+from forerun.core.channel import Envelope
+from forerun.core.errors import (
+    DeadlineExceeded,
+    EngineClosed,
+    EngineDead,
+    ForerunError,
+    Overloaded,
+    RequestFailed,
+)
+from forerun.core.messages import Propose
+from forerun.core.outbox import CAPACITY
+from forerun.core.protocol import ENDS
+from forerun.core.trace import Event, Trace
+from forerun.core.vocabulary import DRAFTERS, Draft, FinishReason, SamplingParams, SpeculationParams
+from trio.testing import MockClock
+
+from tests.sim.fakes import NUM_TOKEN_IDS, FakeModel, reference
+
+T = TypeVar("T")
+
+#: Virtual seconds after which whatever still runs hangs. Watchdogs and late drafts take some minutes at most.
+HANG_SECONDS = 3000.0
+
+
+class DeviceError(Exception):
+    """The simulated device failed."""
+
+
+class Crash(Exception):  # noqa: N818
+    """An actor died, as the seed has it."""
+
+
+@dataclass
+class RequestPlan:
+    prompt: list[int]
+    max_tokens: int
+    sampling: SamplingParams
+    arrival: float
+    timeout: float | None  # its deadline
+    cancel_at_message: float  # counted over all actors; inf: never
+    leave_after: float  # deltas
+    pause: float  # seconds between two reads, at most
+    stall_at: float  # deltas; then the reader sleeps for long
+
+
+@dataclass
+class Plan:
+    """All that a seed decides before the start."""
+
+    requests: list[RequestPlan]
+    params: EngineParams
+    crashes: dict[tuple[str, int], str]  # (actor, its n-th message) -> "before", "within", "after" or "stuck"
+    storm: str | None  # an actor that dies at every third message
+    device_errors: float  # chance a call
+    device_hangs: float
+    spoilt_drafts: float
+    late_drafts: float
+    drain_at: float
+    close_at: float
+    has_raising_observer: bool
+
+
+def make_plan(rng: random.Random) -> Plan:
+    has = {fault: rng.random() < 0.3 for fault in ("cancel", "deadline", "crash", "device", "hang", "spoilt", "late", "drain", "close", "stall")}
+    requests: list[RequestPlan] = []
+    for _ in range(rng.randint(2, 9)):
+        length = rng.choice([1, 3, 20, 63, 64, 65, 130])
+        unit = [rng.randrange(NUM_TOKEN_IDS - 1) for _ in range(rng.choice([1, 5, length]))]
+        requests.append(
+            RequestPlan(
+                prompt=(unit * length)[:length],
+                max_tokens=rng.randint(1, 40),
+                sampling=SamplingParams(rng.choice([0.0, 0.0, 0.3]), seed=rng.randrange(1000)),
+                arrival=rng.choice([0.0, rng.random() * 0.05]),
+                timeout=rng.random() * 0.2 if has["deadline"] and rng.random() < 0.5 else None,
+                cancel_at_message=rng.randrange(300) if has["cancel"] and rng.random() < 0.5 else math.inf,
+                leave_after=rng.randrange(4) if has["cancel"] and rng.random() < 0.2 else math.inf,
+                pause=rng.choice([0.0, 0.0, 0.01]),
+                stall_at=rng.randrange(5) if has["stall"] and rng.random() < 0.4 else math.inf,
+            )
+        )
+    names = ("tokenizer", "memory manager", "target decoder", "MTP drafter", "n-gram drafter")
+    how = ("before", "within", "after", "stuck")
+    crashes = {(rng.choice(names), rng.randint(1, 60)): rng.choice(how) for _ in range(rng.randint(1, 6) if has["crash"] else 0)}
+    types = tuple(name for name in DRAFTERS if rng.random() < 0.8)
+    params = EngineParams(
+        SpeculationParams(types, draft_n_max=rng.randint(1, 4), ngram_size_n=rng.randint(1, 3), ngram_size_m=rng.randint(1, 8)),
+        num_slots=rng.randint(1, 4),
+        queue_size=rng.choice([0, 2, 100, 100, 100]),
+        overlap=rng.random() < 0.8,
+        mailbox_capacity=rng.choice([1, 4, 2048, 2048]),
+    )
+    return Plan(
+        requests,
+        params,
+        crashes,
+        storm=rng.choice(names) if has["crash"] and rng.random() < 0.2 else None,
+        device_errors=0.01 if has["device"] else 0.0,
+        device_hangs=0.005 if has["hang"] else 0.0,
+        spoilt_drafts=0.3 if has["spoilt"] else 0.0,
+        late_drafts=0.02 if has["late"] else 0.0,
+        drain_at=rng.random() * 0.2 if has["drain"] else math.inf,
+        close_at=rng.random() * 0.3 if has["close"] and rng.random() < 0.4 else math.inf,
+        has_raising_observer=rng.random() < 0.2,
+    )
+
+
+class Spoilt(Envelope):
+    """A question to a drafter whose answer is garbage, or the answer to the question before."""
+
+    __slots__ = ("_former", "_rng")
+
+    def __init__(self, envelope: Envelope, rng: random.Random, former: list[tuple[int, ...]]) -> None:
+        for name in Envelope.__slots__:
+            setattr(self, name, getattr(envelope, name))
+        self._rng, self._former = rng, former
+
+    def answer(self, value: object) -> None:
+        assert isinstance(value, Draft)
+        garbage = tuple(self._rng.randrange(-2, NUM_TOKEN_IDS + 2) for _ in range(self._rng.randrange(80)))
+        tokens = self._rng.choice([garbage, *self._former[-3:]])
+        self._former.append(value.tokens)
+        super().answer(Draft(value.drafter, tokens))
+
+
+@dataclass
+class Simulation:
+    """One seed's run. `log` is all that was traced, and equal whenever the seed is."""
+
+    seed: int
+    log: list[str] = field(default_factory=list[str])
+    num_messages: int = 0
+    num_terminal: dict[int, int] = field(default_factory=dict[int, int])
+    engine: Engine | None = None
+
+    def __post_init__(self) -> None:
+        self.rng = random.Random(self.seed)
+        self.plan = make_plan(self.rng)
+        self._seen: dict[str, int] = {}
+        self._scopes: dict[int, anyio.CancelScope] = {}
+        self._actors: dict[str, Actor] = {}
+        self._former: list[tuple[int, ...]] = []
+
+    # How the seed gets in
+
+    async def device(self, work: Callable[[], T], seconds: float) -> T:
+        """Virtual latency before or after the work, and faults."""
+        is_early, fault = self.rng.random() < 0.5, self.rng.random()
+        early = work() if is_early else None
+        await anyio.sleep(self.rng.expovariate(1 / 0.002))
+        if fault < self.plan.device_errors:
+            raise DeviceError
+        if fault > 1 - self.plan.device_hangs:
+            await anyio.sleep_forever()
+        return early if is_early else work()  # type: ignore[return-value]
+
+    def instrument(self, actor: Actor) -> None:
+        handle = actor.handle
+        self._actors[actor.name] = actor
+
+        async def faulty(batch: list[Envelope]) -> None:
+            for i in range(len(batch)):
+                how = self._count(actor.name)
+                if isinstance(batch[i].message, Propose):
+                    if self.rng.random() < self.plan.spoilt_drafts:
+                        batch[i] = Spoilt(batch[i], self.rng, self._former)
+                    if self.rng.random() < self.plan.late_drafts:
+                        await anyio.sleep(self.rng.random() * 10)
+                if how == "before":
+                    raise Crash
+                if how == "stuck":
+                    await anyio.sleep_forever()
+                if how == "within":
+                    await handle(batch[:i])
+                    raise Crash
+                if how == "after":
+                    await handle(batch)
+                    raise Crash
+            await handle(batch)
+
+        setattr(actor, "handle", faulty)  # noqa: B010
+
+    def _count(self, actor: str) -> str | None:
+        self.num_messages += 1
+        for i, scope in self._scopes.items():
+            if self.num_messages >= self.plan.requests[i].cancel_at_message:
+                scope.cancel()
+        self._seen[actor] = self._seen.get(actor, 0) + 1
+        if actor == self.plan.storm and self.rng.random() < 0.3:
+            return self.rng.choice(["before", "within", "after"])
+        return self.plan.crashes.get((actor, self._seen[actor]))
+
+    def observe(self, event: Event) -> None:
+        self.log.append(repr(event))
+
+    # One request
+
+    async def request(self, i: int) -> None:
+        plan, engine = self.plan.requests[i], self.engine
+        assert engine is not None
+        await anyio.sleep(plan.arrival)
+        self.num_terminal[i] = 0
+        expected = reference(plan.prompt, plan.max_tokens, plan.sampling)
+        tokens: list[int] = []
+        s = plan.sampling
+        try:
+            stream = engine.generate(
+                plan.prompt, max_tokens=plan.max_tokens, temperature=s.temperature, seed=s.seed, timeout_seconds=plan.timeout
+            )
+        except EngineClosed:
+            assert min(self.plan.drain_at, self.plan.close_at) < math.inf
+            return
+        except EngineDead as error:
+            self._explain(plan, error)
+            return
+        num_deltas = 0
+        with anyio.CancelScope() as scope:
+            self._scopes[i] = scope
+            try:
+                async with stream:
+                    async for delta in stream:
+                        tokens += delta.token_ids
+                        assert tuple(tokens) == expected[: len(tokens)], f"request {i} got {tokens}, expected {expected}"
+                        assert delta.text == "".join(chr(ord("a") + token) for token in delta.token_ids)
+                        num_deltas += 1
+                        if num_deltas > plan.leave_after:
+                            break
+                        await anyio.sleep(plan.pause * self.rng.random() if num_deltas <= plan.stall_at else 100)
+                    else:
+                        self.num_terminal[i] += 1
+            except ForerunError as error:
+                self.num_terminal[i] += 1
+                self._explain(plan, error)
+        del self._scopes[i]
+        job: Any = stream._job  # pyright: ignore[reportPrivateUsage]
+        assert job.done.is_set(), "a closed stream's work goes on"
+        if job.sequence is not None:
+            assert job.sequence.protocol.state in ENDS
+        if job.error is None:
+            result = stream.result
+            assert result.token_ids == expected[: len(result.token_ids)]
+            assert tuple(tokens) == result.token_ids[: len(tokens)]
+            if result.finish_reason is not FinishReason.CANCELLED:
+                assert result.token_ids == expected
+                assert len(tokens) == len(expected) or scope.cancel_called or num_deltas > plan.leave_after
+            else:
+                assert scope.cancel_called or num_deltas > plan.leave_after, "cancelled by nobody"
+
+    def _explain(self, plan: RequestPlan, error: ForerunError) -> None:
+        """An error is one that this seed can explain."""
+        assert self.engine is not None
+        restarts = self.engine.supervisor.num_restarts
+        match error:
+            case DeadlineExceeded():
+                assert plan.timeout is not None
+            case Overloaded():
+                assert self.plan.params.queue_size < len(self.plan.requests) or self.plan.params.mailbox_capacity < 2048
+            case EngineDead():
+                assert max(restarts.values()) >= RESTARTS
+            case EngineClosed():
+                assert self.plan.close_at < math.inf
+            case RequestFailed():
+                assert restarts["target decoder"] > MAX_FRUITLESS_REPLAYS or restarts["tokenizer"] >= 2
+            case _:
+                raise AssertionError(f"nobody may see {error!r}")
+
+    # The run
+
+    async def run(self) -> None:
+        plan = self.plan
+        trace = Trace(256, clock=lambda: round(trio.current_time() * 1e9))
+        trace.attach(self.observe)
+        if plan.has_raising_observer:
+            trace.attach(lambda event: 1 / 0)
+        params = plan.params
+        params = EngineParams(
+            params.speculation, params.num_slots, params.queue_size, params.overlap,
+            self.device, self.instrument, trace, params.mailbox_capacity,
+        )  # fmt: skip
+        try:
+            with anyio.fail_after(HANG_SECONDS):
+                async with run_engine(FakeModel(), params) as self.engine, anyio.create_task_group() as group:
+                    for i in range(len(plan.requests)):
+                        group.start_soon(self.request, i)
+                    if plan.drain_at < math.inf:
+                        group.start_soon(self._at, plan.drain_at, self.engine.drain)
+                    if plan.close_at < math.inf:
+                        await anyio.sleep(plan.close_at)
+                        self.engine._stop(EngineClosed("closed by the seed"))  # pyright: ignore[reportPrivateUsage]
+                    else:
+                        await self._rest(self.engine)
+        except TimeoutError:
+            raise AssertionError(f"hangs: {self.engine and self.engine.statistics()}") from None
+        except EngineDead:
+            assert self.engine is not None
+            assert max(self.engine.supervisor.num_restarts.values()) >= RESTARTS
+        assert all(count <= 1 for count in self.num_terminal.values())
+
+    @staticmethod
+    async def _at(seconds: float, do: Callable[[], Awaitable[None]]) -> None:
+        await anyio.sleep(seconds)
+        await do()
+
+    async def _rest(self, engine: Engine) -> None:
+        """Waits until all requests have ended; nothing may be left of them."""
+        await anyio.sleep(1)
+        await engine.drain()
+        while any(actor.due < math.inf and not actor.mailbox.is_closed for actor in self._actors.values()):
+            await anyio.sleep(1)  # a drafter may still be at work that nobody waits for
+        if engine._end is not None:  # pyright: ignore[reportPrivateUsage]
+            return
+        statistics = engine.statistics()
+        assert (statistics.num_requests_running, statistics.num_requests_waiting, statistics.num_slots_used) == (0, 0, 0)
+        for name, actor in statistics.actors.items():
+            assert (actor.mailbox.num_waiting, actor.mailbox.num_unanswered) == (0, 0), f"{name}: {actor}"
+        for actor in self._actors.values():
+            if isinstance(actor, NgramDrafter):
+                assert not actor._histories or statistics.actors[actor.name].is_switched_off  # pyright: ignore[reportPrivateUsage]
+            if isinstance(actor, MtpDrafter):
+                assert not actor._sequences or statistics.actors[actor.name].is_switched_off  # pyright: ignore[reportPrivateUsage]
+
+
+class Checker(trio.abc.Instrument):
+    """What must hold after every step of every task."""
+
+    def __init__(self, simulation: Simulation) -> None:
+        self._simulation = simulation
+        self.problem: str | None = None
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        engine: Any = self._simulation.engine
+        if engine is None or self.problem is not None:
+            return
+        jobs = {job.request_id: job for job in engine._jobs}
+        owners = list(engine._pool.owners.values())
+        if len(owners) > engine._pool.num_slots or len(set(owners)) < len(owners):
+            self.problem = f"memory is held twice: {owners}"
+        if lost := [owner for owner in owners if owner not in jobs and engine._end is None]:
+            self.problem = f"memory of {lost} is lost: they have ended"
+        for mailbox in engine._mailboxes.values():
+            if len(mailbox._waiting) > mailbox.capacity:
+                self.problem = f"the {mailbox.name} has {len(mailbox._waiting)} messages waiting"
+        for job in jobs.values():
+            if job.outbox.num_waiting > CAPACITY:
+                self.problem = f"{job.request_id} has {job.outbox.num_waiting} deltas waiting"
+        if self.problem is not None:
+            raise AssertionError(self.problem)  # trio drops this instrument and reports it; run() raises it
+
+
+def run(seed: int) -> Simulation:
+    """Runs one seed. AssertionError, or whatever else went wrong, with the seed in a note."""
+    run_module: Any = trio._core._run  # pyright: ignore
+    run_module._ALLOW_DETERMINISTIC_SCHEDULING = True
+    run_module._r = random.Random(seed)
+    simulation = Simulation(seed)
+    checker = Checker(simulation)
+    try:
+        trio.run(simulation.run, clock=MockClock(autojump_threshold=0), instruments=[checker])
+        assert checker.problem is None, checker.problem
+    except BaseException as error:
+        error.add_note(f"replay with: python -m tests.sim.simulator {seed}")
+        raise
+    return simulation
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Runs seeds of the simulator.")
+    parser.add_argument("start", type=int)
+    parser.add_argument("end", type=int, nargs="?", help="runs start to end - 1; without it one seed, and prints what happened")
+    parser.add_argument("--first", action="store_true", help="stop at the first that fails")
+    args = parser.parse_args()
+    logging.disable()
+    failed: list[int] = []
+    for seed in range(args.start, args.end if args.end is not None else args.start + 1):
+        try:
+            simulation = run(seed)
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            failed.append(seed)
+            print(f"seed {seed} failed", flush=True)
+            if args.end is None:
+                traceback.print_exc()
+            if args.first:
+                break
+        else:
+            if args.end is None:
+                print(*simulation.log, simulation.plan, sep="\n")
+    print(f"{len(failed)} failed: {failed}")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
