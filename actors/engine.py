@@ -9,14 +9,14 @@ import math
 import secrets
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Unpack, cast
 
 import anyio
 from anyio.abc import TaskGroup
 
-from ..core.actor import Actor, Executor, in_place, in_thread
+from ..core.actor import Actor, Executor, InPlace, Threads
 from ..core.channel import Mailbox, MailboxStatistics
 from ..core.errors import (
     ActorRestarted,
@@ -26,11 +26,10 @@ from ..core.errors import (
     ForerunError,
     InvalidRequest,
     PositionLost,
-    ReaderGone,
     RequestFailed,
 )
 from ..core.messages import Encode
-from ..core.outbox import Outbox
+from ..core.outbox import CAPACITY, MERGED_TOKENS, Outbox
 from ..core.supervisor import ChildSpec, Group, Supervisor, WhenExhausted
 from ..core.trace import Flow, Subscription, Trace
 from ..core.vocabulary import (
@@ -96,10 +95,12 @@ class EngineParams:
     num_slots: int
     queue_size: int
     overlap: bool
-    executor: Executor = in_thread
+    executor: Executor = field(default_factory=Threads)
     instrument: Callable[[Actor], None] = lambda actor: None
     trace: Trace | None = None
     mailbox_capacity: int = MAILBOX
+    outbox_capacity: int = CAPACITY
+    merged_tokens: int = MERGED_TOKENS
 
 
 class Engine:
@@ -140,22 +141,24 @@ class Engine:
 
             return ChildSpec(mailbox, begin)
 
+        executor = params.executor if params.overlap else InPlace()
+
         def memory_manager(mailbox: Mailbox) -> Actor:
-            self._memory = MemoryManager(mailbox, pool, params.queue_size, trace)
+            self._memory = MemoryManager(mailbox, executor, pool, params.queue_size, trace)
             return self._memory
 
-        executor = params.executor if params.overlap else in_place
-        tokenizer = child("tokenizer", lambda mailbox: TokenizerActor(mailbox, model.vocabulary, executor))
+        tokenizer = child("tokenizer", lambda mailbox: TokenizerActor(mailbox, executor, model.vocabulary))
         memory = child("memory manager", memory_manager)
         trunk = model.target()
-        target = child("target decoder", lambda mailbox: TargetDecoder(mailbox, trunk, pool, executor))
+        target = child("target decoder", lambda mailbox: TargetDecoder(mailbox, executor, trunk, pool))
         types = params.speculation.types
         drafters: dict[DrafterName, ChildSpec] = {}
         if "ngram-simple" in types:
-            drafters["ngram-simple"] = child("n-gram drafter", lambda mailbox: NgramDrafter(mailbox, params.speculation.ngram_size_n))
+            size_n = params.speculation.ngram_size_n
+            drafters["ngram-simple"] = child("n-gram drafter", lambda mailbox: NgramDrafter(mailbox, executor, size_n))
         if "draft-mtp" in types:
             head = model.draft_head()
-            drafters["draft-mtp"] = child("MTP drafter", lambda mailbox: MtpDrafter(mailbox, head, pool, executor))
+            drafters["draft-mtp"] = child("MTP drafter", lambda mailbox: MtpDrafter(mailbox, executor, head, pool))
         self._neighbours = Neighbours(memory.mailbox, target.mailbox, {name: spec.mailbox for name, spec in drafters.items()})
         limits = RESTARTS, PERIOD_SECONDS
         return [
@@ -218,7 +221,7 @@ class Engine:
         self._num_started += 1
         request_id, timeout = f"request-{self._num_started}", options.get("timeout_seconds")
         deadline = math.inf if timeout is None else anyio.current_time() + timeout
-        outbox = Outbox(request_id, self._trace)
+        outbox = Outbox(request_id, self._trace, self._params.outbox_capacity, self._params.merged_tokens)
         job = Job(request_id, prompt, options, self._sampling(options), outbox, anyio.CancelScope(deadline=deadline))
         self._jobs[job] = None
         self._group.start_soon(self._run, job, name=f"forerun {request_id}")
@@ -257,8 +260,6 @@ class Engine:
                 )
                 await job.sequence.run()
                 is_delivered = True
-        except ReaderGone:
-            pass  # a normal end
         except PositionLost as error:  # our fault, and of no use to the caller
             job.error = RequestFailed("the request's memory was lost")
             job.error.__cause__ = error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from ..core.actor import Actor
+from ..core.actor import Actor, Executor
 from ..core.channel import RETRY_AFTER_SECONDS, Envelope, Mailbox
 from ..core.errors import InternalBug, Overloaded
 from ..core.messages import Admit, Release
@@ -14,8 +14,8 @@ from ..kernels.model.memory import SequencePool
 
 
 class MemoryManager(Actor):
-    def __init__(self, mailbox: Mailbox, pool: SequencePool, queue_size: int, trace: Trace) -> None:
-        super().__init__(mailbox)
+    def __init__(self, mailbox: Mailbox, executor: Executor, pool: SequencePool, queue_size: int, trace: Trace) -> None:
+        super().__init__(mailbox, executor)
         self._pool, self._trace = pool, trace
         self._queue: deque[Envelope] = deque()
         self._queue_size = queue_size

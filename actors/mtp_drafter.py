@@ -10,18 +10,20 @@ often than a draw of its own would: coupled noise (figures in kernels/EXPERIMENT
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
 
-from ..core.actor import Actor, Executor, in_thread
+from ..core.actor import Actor, Executor
 from ..core.channel import Envelope, Mailbox
 from ..core.errors import InternalBug, LeaseLost, PositionLost
 from ..core.messages import Commit, Forget, Observe, Propose, Resume
 from ..core.protocol import CHUNK
-from ..core.vocabulary import Draft
+from ..core.vocabulary import DRAFTER_PATIENCE_SECONDS, Draft
 from ..kernels.backend import F32
 from ..kernels.model.memory import SequencePool
 from ..kernels.model.mtp import MtpRows
@@ -62,11 +64,18 @@ class MtpDrafter(Actor):
     """Of a lease whose beginning it has not heard of (it was restarted meanwhile) it knows nothing, until Resume tells it; the cache
     is the lease's, and holds what was computed before."""
 
-    def __init__(self, mailbox: Mailbox, head: DraftHead, pool: SequencePool, executor: Executor = in_thread) -> None:
+    patience_seconds = DRAFTER_PATIENCE_SECONDS
+
+    def __init__(self, mailbox: Mailbox, executor: Executor, head: DraftHead, pool: SequencePool) -> None:
         super().__init__(mailbox, executor)
         self._head = head
         self._pool = pool
         self._sequences: dict[int, _Sequence] = {}
+
+    @property
+    def enough(self) -> float:
+        """Never: while others send, a quicker drafter may make this one's draft needless."""
+        return math.inf
 
     async def handle(self, batch: list[Envelope]) -> None:
         proposals: list[tuple[Envelope, Propose]] = []
@@ -150,7 +159,7 @@ class MtpDrafter(Actor):
         active = list(range(len(wanted)))
         while active:
             outputs = self._head.forward([rows[i] for i in active])
-            ends = np.cumsum([len(rows[i].tokens) for i in active]) - 1
+            ends = [end - 1 for end in accumulate(len(rows[i].tokens) for i in active)]
             for i, end, logits in zip(active, ends, self._head.logits(outputs[ends]), strict=True):
                 position = rows[i].position + len(rows[i].tokens)
                 token = choose(logits, wanted[i][0].sampling, position)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..core.actor import Actor
+from ..core.actor import Actor, Executor
 from ..core.channel import Envelope, Mailbox
 from ..core.errors import InternalBug
 from ..core.messages import Commit, Forget, Observe, Propose, Resume
-from ..core.vocabulary import Draft
+from ..core.vocabulary import DRAFTER_PATIENCE_SECONDS, Draft
 
 
 @dataclass(slots=True)
@@ -38,8 +38,10 @@ class History:
 class NgramDrafter(Actor):
     """Of a lease whose beginning it has not heard of (it was restarted meanwhile) it knows nothing, until Resume tells it."""
 
-    def __init__(self, mailbox: Mailbox, size_n: int) -> None:
-        super().__init__(mailbox)
+    patience_seconds = DRAFTER_PATIENCE_SECONDS
+
+    def __init__(self, mailbox: Mailbox, executor: Executor, size_n: int) -> None:
+        super().__init__(mailbox, executor)
         self._size_n = size_n
         self._histories: dict[int, History] = {}
 

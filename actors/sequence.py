@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import anyio
 
 from ..core.channel import Mailbox, Reply
-from ..core.errors import ActorRestarted, ForerunError, LeaseLost, ReaderGone, RequestFailed
+from ..core.errors import ActorRestarted, ForerunError, LeaseLost, RequestFailed
 from ..core.messages import Admit, Commit, Forget, Observe, Prefill, Propose, Release, Resume, Verify
 from ..core.outbox import Outbox
 from ..core.protocol import SequenceProtocol, State
@@ -40,8 +40,6 @@ logger = logging.getLogger("forerun")
 #: called with (prompt tokens computed, prompt tokens in all)
 PrefillProgress = Callable[[int, int], None]
 
-#: A draft that takes longer is done without; by then the target would have gone many rounds alone.
-DRAFT_PATIENCE_SECONDS = 5.0
 #: Times in a row that memory may be lost without one new token in between, before the request is thought to be the cause.
 MAX_FRUITLESS_REPLAYS = 3
 
@@ -123,9 +121,7 @@ class Sequence:
                     await self._lose_memory(error)
         except BaseException as error:
             if not protocol.is_over:
-                # What is no error of ours is a cancellation.
-                is_failure = isinstance(error, ForerunError) and not isinstance(error, ReaderGone)
-                protocol.fail() if is_failure else protocol.cancel()
+                protocol.fail() if isinstance(error, Exception) else protocol.cancel()
             raise
         finally:
             await self._give_back()
@@ -174,23 +170,41 @@ class Sequence:
             await self._inform(drafter, Commit(self._flow, lease, position, tokens))
 
     async def _propose(self) -> None:
-        """The first draft with anything in it, or none. Twelve matching tokens say more than a head's guess, and asking
-        the n-gram drafter first saves the head's work when they match."""
+        """The first draft with anything in it, or none. Twelve matching tokens say more than a head's guess: the n-gram drafter goes
+        first. The overlapped loop asks all together, and takes back what it does not need."""
         protocol = self.protocol
         self._flow = Flow(self._request.request_id, self._num_rounds + 1)
         self._draft = None
+        asked: list[tuple[DrafterName, int, Reply[Draft]]] = []
         for name, drafter in self._drafters.items():
             limit = min(self._params.limit(name), protocol.draft_limit)
             limit = min(limit, self._ngram_reach) if name == "ngram-simple" else limit
-            if limit > 0 and not drafter.mailbox.is_closed:
+            if limit > 0 and self._draft is None and not drafter.mailbox.is_closed:
                 message = Propose(self._flow, self._held, protocol.position, protocol.last_token, limit, self._request.sampling)
-                with suppress(ForerunError):  # a drafter that is late, or has died, costs its draft alone
+                with suppress(ForerunError):
                     await self._resume(drafter)
-                    draft = await drafter.mailbox.ask(message, deadline=anyio.current_time() + DRAFT_PATIENCE_SECONDS)
-                    if draft.tokens:
-                        self._draft = Draft(name, draft.tokens[:limit])  # whatever a drafter answers, the lease has room for so many
-                        break
+                    asked.append((name, limit, await drafter.mailbox.post(message)))
+                    if not self._overlap:
+                        await self._hear_drafts(asked)
+        await self._hear_drafts(asked)
         protocol.drafted(self._draft)
+
+    async def _hear_drafts(self, asked: list[tuple[DrafterName, int, Reply[Draft]]]) -> None:
+        while asked:
+            name, limit, reply = asked.pop(0)
+            if self._draft is not None:
+                reply.abandon()
+                continue
+            try:
+                draft = await reply.wait()
+            except ForerunError:
+                continue  # a drafter that has died costs its draft alone
+            except BaseException:
+                for _, _, other in asked:
+                    other.abandon()
+                raise
+            if draft.tokens:
+                self._draft = Draft(name, draft.tokens[:limit])  # whatever a drafter answers, the lease has room for so many
 
     async def _verify(self) -> None:
         protocol = self.protocol
@@ -217,7 +231,7 @@ class Sequence:
                 reply = await self._inform(drafter, Commit(self._flow, self._held, done.position, done.computed))
                 if reply is not None and not self._overlap:
                     with suppress(ForerunError):
-                        await reply.wait(anyio.current_time() + DRAFT_PATIENCE_SECONDS)
+                        await reply.wait()
         protocol.committed()
 
     # Memory that is lost, and given back
@@ -241,13 +255,13 @@ class Sequence:
         self.protocol.memory_lost()
 
     async def _forget(self) -> None:
-        """Drafters first: one must not work on memory that is another's. One that does not answer looks memory up by its lease."""
+        """Drafters first: one must not work on memory that is another's."""
         for reply in self._observed:
             reply.abandon()
         self._observed.clear()
         for drafter in self._drafters.values():
             with suppress(ForerunError):
-                await drafter.mailbox.ask(Forget(self._flow, self._held), deadline=anyio.current_time() + DRAFT_PATIENCE_SECONDS)
+                await drafter.mailbox.ask(Forget(self._flow, self._held))
 
     async def _give_back(self) -> None:
         if self._lease is not None:

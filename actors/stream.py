@@ -77,14 +77,14 @@ class Stream:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Cancels what is left of the work and waits until its memory is back, even when cancelled itself."""
+        """Cancels what is left of the work and waits until its memory is back, even when cancelled itself. What was not read can
+        still be."""
         self._leave()
         with anyio.CancelScope(shield=True):
             await self._job.done.wait()
 
     def _leave(self) -> None:
         self._job.is_left = True
-        self._job.outbox.desert()
         self._job.scope.cancel()
 
     @property

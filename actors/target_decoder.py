@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from ..core.actor import Actor, Executor, in_thread
+from ..core.actor import Actor, Executor
 from ..core.channel import Envelope, Mailbox
 from ..core.errors import InternalBug, LeaseLost, PositionLost
 from ..core.messages import Prefill, Verify
@@ -29,10 +29,15 @@ class Target(Protocol):
 
 
 class TargetDecoder(Actor):
-    def __init__(self, mailbox: Mailbox, target: Target, pool: SequencePool, executor: Executor = in_thread) -> None:
+    def __init__(self, mailbox: Mailbox, executor: Executor, target: Target, pool: SequencePool) -> None:
         super().__init__(mailbox, executor)
         self._target = target
         self._pool = pool
+
+    @property
+    def enough(self) -> float:
+        """Every sequence there is."""
+        return self._pool.num_slots - self._pool.num_free
 
     async def handle(self, batch: list[Envelope]) -> None:
         verifies: list[tuple[Envelope, Verify, Rows]] = []

@@ -13,7 +13,7 @@ from typing import Any, cast
 import anyio
 from tokenizers import Tokenizer
 
-from ..core.actor import Actor, Executor, in_thread
+from ..core.actor import Actor, Executor
 from ..core.channel import Envelope, Mailbox
 from ..core.errors import ForerunError, InternalBug, InvalidRequest, ModelFileError
 from ..core.messages import Encode
@@ -104,7 +104,7 @@ class Detokenizer:
 class TokenizerActor(Actor):
     """Prompts are encoded side by side, so that a slow chat template holds up its own request alone."""
 
-    def __init__(self, mailbox: Mailbox, vocabulary: Vocabulary | None, executor: Executor = in_thread) -> None:
+    def __init__(self, mailbox: Mailbox, executor: Executor, vocabulary: Vocabulary | None) -> None:
         super().__init__(mailbox, executor)
         self._vocabulary = vocabulary
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 import anyio
+from anyio.lowlevel import checkpoint_if_cancelled
 from anyio.to_thread import run_sync
 
 from .channel import Envelope, Mailbox
@@ -19,57 +20,77 @@ T = TypeVar("T")
 #: two channel hops, so shorter work is faster, and fairer to others, in place (measured in kernels/EXPERIMENTS.md).
 INLINE_SECONDS = 0.005
 
-#: Seconds an actor may go without progress before the watchdog restarts it, and how many times its own estimate, if that
-#: is more: estimates are rough, and a machine may be busy.
-PATIENCE_SECONDS = 30.0
-PATIENCE_FACTOR = 50.0
+#: How many times the estimate of its work an actor may take before the watchdog restarts it: estimates are rough, and a
+#: machine may be busy.
+ALLOWED_FACTOR = 50.0
 
 
 class Executor(Protocol):
     """Where work is done: on the device, in a thread, or in a simulation."""
 
+    def is_inline(self, seconds: float) -> bool:
+        """Whether work that takes so long is done in place, without waiting."""
+        ...
+
     async def __call__(self, work: Callable[[], T], seconds: float) -> T: ...
 
 
-async def in_thread(work: Callable[[], T], seconds: float) -> T:
-    """Runs `work` in place when its estimate in `seconds` is short, in a worker thread otherwise. Cancelled: the thread goes on
-    alone, and what it returns is lost."""
-    if seconds <= INLINE_SECONDS:
+class Threads:
+    """Short work in place, other work in a worker thread. Cancelled: the thread goes on alone, and what it returns is lost."""
+
+    def is_inline(self, seconds: float) -> bool:
+        return seconds <= INLINE_SECONDS
+
+    async def __call__(self, work: Callable[[], T], seconds: float) -> T:
+        return await run_sync(work, abandon_on_cancel=True)
+
+
+class InPlace:
+    """All work in place: the plain loop, in which nothing overlaps."""
+
+    def is_inline(self, seconds: float) -> bool:
+        return True
+
+    async def __call__(self, work: Callable[[], T], seconds: float) -> T:
         return work()
-    return await run_sync(work, abandon_on_cancel=True)
-
-
-async def in_place(work: Callable[[], T], seconds: float) -> T:
-    """Runs `work` where it is: the plain loop, in which nothing overlaps."""
-    return work()
 
 
 class Actor(ABC):
     """Takes all waiting messages as one batch. What is wrong with one message is answered to that one; an exception that
     leaves `handle` ends this life of the actor, and its supervisor begins another."""
 
-    def __init__(self, mailbox: Mailbox, executor: Executor = in_thread) -> None:
+    #: Seconds it may go without progress, more if it announces more, before the watchdog restarts it.
+    patience_seconds = 30.0
+
+    def __init__(self, mailbox: Mailbox, executor: Executor) -> None:
         self.mailbox = mailbox
         self._executor = executor
-        self._batch_due = math.inf
-        self._work: dict[anyio.CancelScope, float] = {}  # under way at the executor, and when it is due
+        self._work: dict[anyio.CancelScope, float] = {}  # under way at the executor, and the seconds it is allowed
+        self._is_handling = False
+        self.num_steps = 0  # of progress, counted for the watchdog, which reads the clock so that nobody else must
 
     @property
     def name(self) -> str:
         return self.mailbox.name
 
     @property
-    def due(self) -> float:
-        """When, in anyio.current_time, the watchdog loses patience; never while idle."""
-        return min(self._batch_due, *self._work.values()) if self._work else self._batch_due
+    def enough(self) -> float:
+        """How many messages make a batch as large as it is worth waiting for: with fewer, every task that is ready may send first."""
+        return 1
+
+    @property
+    def allowed_seconds(self) -> float:
+        """How long the present step may take; inf while idle."""
+        return max(self._work.values()) if self._work else self.patience_seconds if self._is_handling else math.inf
 
     async def run(self) -> None:
         """Serves until cancelled."""
         while True:
-            batch = await self.mailbox.receive_all()
-            self._batch_due = anyio.current_time() + PATIENCE_SECONDS
+            batch = await self.mailbox.receive_all(self.enough)
+            self._is_handling = True
             await self.handle(batch)
-            self._batch_due = math.inf
+            self._is_handling = False
+            self.num_steps += 1
             for envelope in batch:
                 if envelope.reply is None:
                     envelope.finish("ok")
@@ -81,16 +102,16 @@ class Actor(ABC):
     async def compute(self, work: Callable[[], T], seconds: float) -> T:
         """Has `work` done by the executor, which `seconds` tells how long it may take. Cancelled: the work is finished first, so
         that an owner never sees its memory half written; only the watchdog leaves it behind, with all the memory it had."""
+        if self._executor.is_inline(seconds):
+            return work()
         with anyio.CancelScope(shield=True) as scope:
-            is_batch = self._batch_due < math.inf
-            self._batch_due = math.inf
-            self._work[scope] = anyio.current_time() + max(PATIENCE_SECONDS, PATIENCE_FACTOR * seconds)
+            self._work[scope] = max(self.patience_seconds, ALLOWED_FACTOR * seconds)
             try:
                 return await self._executor(work, seconds)
             finally:
                 del self._work[scope]
-                if is_batch:
-                    self._batch_due = anyio.current_time() + PATIENCE_SECONDS
+                self.num_steps += 1
+        await checkpoint_if_cancelled()  # a closing engine: nothing has failed
         raise ActorStuck(f"the {self.name} left work behind")
 
     def leave_work(self) -> None:

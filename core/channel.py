@@ -36,9 +36,10 @@ RETRY_AFTER_SECONDS = 1.0
 class Reply(Generic[R]):
     """The place where one ask's answer appears, once."""
 
-    __slots__ = ("_error", "_is_set", "_owed", "_undo", "_value", "_waiter", "is_abandoned")
+    __slots__ = ("_error", "_is_set", "_new_event", "_owed", "_undo", "_value", "_waiter", "is_abandoned")
 
-    def __init__(self, owed: dict[Reply[Any], None], undo: Callable[[R], None] | None) -> None:
+    def __init__(self, owed: dict[Reply[Any], None], undo: Callable[[R], None] | None, new_event: Callable[[], anyio.Event]) -> None:
+        self._new_event = new_event
         self._owed = owed  # the mailbox's replies not yet given, in order of arrival; this one once it is delivered
         self._undo = undo
         self._is_set = False
@@ -86,7 +87,7 @@ class Reply(Generic[R]):
         """The answer, or the error it ended with; DeadlineExceeded at `deadline` (anyio.current_time). Once.
         Cancelled or too late: abandoned."""
         if not self._is_set:
-            self._waiter = anyio.Event()
+            self._waiter = self._new_event()
             try:
                 if deadline == math.inf:
                     await self._waiter.wait()
@@ -169,6 +170,7 @@ class Mailbox:
         self._waiting: deque[Envelope] = deque()
         self._unanswered: dict[Reply[Any], None] = {}
         self._arrived = anyio.Event()
+        self._new_event = type(self._arrived)  # the running library's own: anyio.Event() asks each time which one runs
         self._queue: deque[tuple[Envelope, anyio.Event]] = deque()  # what waits for room, first come first served
         self._closed: ForerunError | None = None
         self._num_received = self._num_refused = self._num_superseded = self._peak = 0
@@ -183,7 +185,7 @@ class Mailbox:
 
     async def post(self, message: Mail[R], undo: Callable[[R], None] | None = None) -> Reply[R]:
         """Delivers, and returns where the answer will appear; who does not wait for it abandons it. Cancelled: as `tell`, and abandoned."""
-        reply: Reply[R] = Reply(self._unanswered, undo)
+        reply: Reply[R] = Reply(self._unanswered, undo, self._new_event)
         try:
             await self._put(Envelope(message, reply, self.name, self._trace))
         except BaseException:
@@ -250,12 +252,14 @@ class Mailbox:
             self._deliver(envelope)
             turn.set()
 
-    async def receive_all(self) -> list[Envelope]:
-        """Waits for a message, lets every task that is ready run once, and takes all that waits. Cancelled: nothing was taken."""
+    async def receive_all(self, enough: float = math.inf) -> list[Envelope]:
+        """Waits for a message, lets every task that is ready run once while fewer than `enough` wait, and takes all there is.
+        Cancelled: nothing was taken."""
         while not self._waiting:
-            self._arrived = anyio.Event()
+            self._arrived = self._new_event()
             await self._arrived.wait()
-        await checkpoint()
+        if len(self._waiting) < enough:
+            await checkpoint()
         taken = list(self._waiting)
         self._waiting.clear()
         self._call_senders()

@@ -91,12 +91,6 @@ class Superseded(ForerunError):
     status = "INTERNAL"
 
 
-class ReaderGone(ForerunError):
-    """Nobody reads the stream any more: a normal end."""
-
-    status = "CANCELLED"
-
-
 class ActorStuck(Exception):
     """An actor has not finished what it began long ago. The reason of its restart."""
 

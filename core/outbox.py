@@ -11,7 +11,6 @@ from collections import deque
 import anyio
 from anyio.lowlevel import checkpoint_if_cancelled
 
-from .errors import ReaderGone
 from .trace import Flow, Span, Trace
 from .vocabulary import Delta
 
@@ -28,25 +27,22 @@ class Outbox:
         self._name, self._trace, self._capacity, self._max_tokens = name, trace, capacity, max_tokens
         self._waiting: deque[tuple[Delta, Flow, int]] = deque()
         self._arrived, self._room = anyio.Event(), anyio.Event()
+        self._new_event = type(self._arrived)
         self._is_ended = False
-        self.is_deserted = False  # the reader has gone
 
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 
     async def send(self, delta: Delta, flow: Flow) -> None:
-        """Hands over, merged with the newest when the reader is slow; waits when that is full too. ReaderGone when nobody
-        reads any more. Cancelled: `delta` was not handed over."""
-        while not self.is_deserted and len(self._waiting) >= self._capacity and self._is_full(delta):
-            self._room = anyio.Event()
+        """Hands over, merged with the newest when the reader is slow; waits when that is full too. Cancelled: not handed over."""
+        while len(self._waiting) >= self._capacity and self._is_full(delta):
+            self._room = self._new_event()
             await self._room.wait()
-        if self.is_deserted:
-            raise ReaderGone("the stream was closed")
         now = self._trace.clock() if self._trace.is_on else 0
         if len(self._waiting) >= self._capacity:
-            newest, _, enqueued = self._waiting.pop()
-            delta, now = newest.merged(delta), enqueued
+            newest, _, now = self._waiting.pop()
+            delta = newest.merged(delta)
         self._waiting.append((delta, flow, now))
         self._arrived.set()
 
@@ -59,7 +55,7 @@ class Outbox:
         while not self._waiting:
             if self._is_ended:
                 return None
-            self._arrived = anyio.Event()
+            self._arrived = self._new_event()
             await self._arrived.wait()
         delta, flow, enqueued = self._waiting.popleft()
         self._room.set()
@@ -72,11 +68,3 @@ class Outbox:
         """No more will be sent. What waits can still be read."""
         self._is_ended = True
         self._arrived.set()
-
-    def desert(self) -> None:
-        """Nobody will read any more: what waits is dropped, and the sender is told at its next send."""
-        self.is_deserted = True
-        self._is_ended = True
-        self._waiting.clear()
-        self._arrived.set()
-        self._room.set()

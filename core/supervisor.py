@@ -21,14 +21,15 @@ from typing import cast
 import anyio
 from anyio.abc import TaskGroup
 
-from .actor import PATIENCE_SECONDS, Actor
+from .actor import Actor
 from .channel import Mailbox
 from .errors import ActorRestarted, ActorStopped, ActorStuck, InternalBug
 from .trace import Trace
 
 logger = logging.getLogger("forerun")
 
-WATCHDOG_SECONDS = PATIENCE_SECONDS / 8
+#: Between two looks of the watchdog: a small part of any actor's patience.
+WATCHDOG_SECONDS = 1.0
 
 
 class WhenExhausted(Enum):
@@ -158,13 +159,17 @@ class Supervisor:
             life.end(name, _first(error))
 
     async def _watch(self) -> None:
+        seen: dict[Actor, tuple[int, float]] = {}  # what each was at, and since when
         while True:
             await anyio.sleep(WATCHDOG_SECONDS)
-            now = anyio.current_time()
+            now, before = anyio.current_time(), seen
+            seen = {}
             for life in list(self._lives):
                 for name, actor in life.actors.items():
-                    if actor.due < now:
-                        life.end(name, ActorStuck(f"the {name} has made no progress for {PATIENCE_SECONDS} s"))
+                    step, since = before.get(actor, (-1, now))
+                    seen[actor] = (step, since) if step == actor.num_steps else (actor.num_steps, now)
+                    if now - seen[actor][1] > actor.allowed_seconds:
+                        life.end(name, ActorStuck(f"the {name} has made no progress for {now - since:.0f} s"))
                         break
 
 

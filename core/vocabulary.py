@@ -14,6 +14,9 @@ DrafterName = Literal["draft-mtp", "ngram-simple"]
 #: In the order they are asked.
 DRAFTERS: tuple[DrafterName, ...] = ("ngram-simple", "draft-mtp")
 
+#: Seconds a drafter may be stuck: everybody it drafts for waits, and goes on without it as soon as it is restarted.
+DRAFTER_PATIENCE_SECONDS = 5.0
+
 #: The one table of ranges: field -> (lowest, highest), both allowed. The edge, the API and the CLI all use it.
 RANGES: dict[str, tuple[float, float]] = {
     "max_tokens": (1, 1_000_000),

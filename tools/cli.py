@@ -69,12 +69,14 @@ def _parser() -> argparse.ArgumentParser:
     _option(generate, "--top-k", type=int, help="keep the k likeliest tokens; 0 keeps all")
     _option(generate, "--top-p", type=float, help="keep the likeliest tokens up to this share")
     _option(generate, "--min-p", type=float, help="drop tokens less likely than this times the likeliest")
+    _option(generate, "--timeout", type=float, help="seconds after which an unfinished request is an error")
     _option(generate, "-s", "--seed", type=int, help="seed of the noise that chooses tokens (default: random)")
     generate.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-text token")
     _option(generate, "--spec-type", help="none, or a comma list of draft-mtp, ngram-simple (default: all the model can do)")
     _option(generate, "--spec-draft-n-max", type=int, default=3, help="most tokens the MTP head drafts at once (default: 3)")
     _option(generate, "--spec-ngram-simple-size-n", type=int, default=12, help="tokens that must match (default: 12)")
     _option(generate, "--spec-ngram-simple-size-m", type=int, default=48, help="most tokens a match drafts (default: 48)")
+    generate.add_argument("--no-overlap", action="store_true", help="one thing at a time: the same tokens, for comparison")
     generate.add_argument("--format", choices=("text", "json"), default="text", help="text as it comes, or one JSON object")
     return parser
 
@@ -120,6 +122,7 @@ async def _generate(args: argparse.Namespace, write: Callable[[str], Any]) -> No
         draft_n_max=args.spec_draft_n_max,
         ngram_size_n=args.spec_ngram_simple_size_n,
         ngram_size_m=args.spec_ngram_simple_size_m,
+        overlap=not args.no_overlap,
         load_progress=Bar("loading"),
     )
     async with engine as opened:
@@ -131,6 +134,7 @@ async def _generate(args: argparse.Namespace, write: Callable[[str], Any]) -> No
             top_p=args.top_p,
             min_p=args.min_p,
             seed=args.seed,
+            timeout_seconds=args.timeout,
             ignore_eos=args.ignore_eos,
             prefill_progress=Bar("prompt"),
         )

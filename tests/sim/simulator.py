@@ -21,12 +21,12 @@ import random
 import sys
 import traceback
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import anyio
 import trio
-from forerun.actors.engine import RESTARTS, Engine, EngineParams, run_engine
+from forerun.actors.engine import PERIOD_SECONDS, RESTARTS, Engine, EngineParams, run_engine
 from forerun.actors.mtp_drafter import MtpDrafter
 from forerun.actors.ngram_drafter import NgramDrafter
 from forerun.actors.sequence import MAX_FRUITLESS_REPLAYS
@@ -41,10 +41,9 @@ from forerun.core.errors import (
     RequestFailed,
 )
 from forerun.core.messages import Propose
-from forerun.core.outbox import CAPACITY
 from forerun.core.protocol import ENDS
-from forerun.core.trace import Event, Trace
-from forerun.core.vocabulary import DRAFTERS, Draft, FinishReason, SamplingParams, SpeculationParams
+from forerun.core.trace import Event, Notice, Trace
+from forerun.core.vocabulary import DRAFTERS, Draft, DrafterName, FinishReason, SamplingParams, SpeculationParams
 from trio.testing import MockClock
 
 from tests.sim.fakes import NUM_TOKEN_IDS, FakeModel, reference
@@ -59,7 +58,7 @@ class DeviceError(Exception):
     """The simulated device failed."""
 
 
-class Crash(Exception):  # noqa: N818
+class Crash(Exception):
     """An actor died, as the seed has it."""
 
 
@@ -73,7 +72,7 @@ class RequestPlan:
     cancel_at_message: float  # counted over all actors; inf: never
     leave_after: float  # deltas
     pause: float  # seconds between two reads, at most
-    stall_at: float  # deltas; then the reader sleeps for long
+    stall_at: float  # deltas; then the reader sleeps for long, once
 
 
 @dataclass
@@ -94,7 +93,10 @@ class Plan:
 
 
 def make_plan(rng: random.Random) -> Plan:
-    has = {fault: rng.random() < 0.3 for fault in ("cancel", "deadline", "crash", "device", "hang", "spoilt", "late", "drain", "close", "stall")}
+    has = {
+        fault: rng.random() < 0.3
+        for fault in ("cancel", "deadline", "crash", "device", "hang", "spoilt", "late", "drain", "close", "stall")
+    }
     requests: list[RequestPlan] = []
     for _ in range(rng.randint(2, 9)):
         length = rng.choice([1, 3, 20, 63, 64, 65, 130])
@@ -104,24 +106,26 @@ def make_plan(rng: random.Random) -> Plan:
                 prompt=(unit * length)[:length],
                 max_tokens=rng.randint(1, 40),
                 sampling=SamplingParams(rng.choice([0.0, 0.0, 0.3]), seed=rng.randrange(1000)),
-                arrival=rng.choice([0.0, rng.random() * 0.05]),
+                arrival=rng.choice([0.0, rng.random() * 0.05, rng.random() * 0.3]),
                 timeout=rng.random() * 0.2 if has["deadline"] and rng.random() < 0.5 else None,
                 cancel_at_message=rng.randrange(300) if has["cancel"] and rng.random() < 0.5 else math.inf,
                 leave_after=rng.randrange(4) if has["cancel"] and rng.random() < 0.2 else math.inf,
                 pause=rng.choice([0.0, 0.0, 0.01]),
-                stall_at=rng.randrange(5) if has["stall"] and rng.random() < 0.4 else math.inf,
+                stall_at=rng.randint(1, 5) if has["stall"] and rng.random() < 0.4 else math.inf,
             )
         )
     names = ("tokenizer", "memory manager", "target decoder", "MTP drafter", "n-gram drafter")
     how = ("before", "within", "after", "stuck")
     crashes = {(rng.choice(names), rng.randint(1, 60)): rng.choice(how) for _ in range(rng.randint(1, 6) if has["crash"] else 0)}
-    types = tuple(name for name in DRAFTERS if rng.random() < 0.8)
+    types: tuple[DrafterName, ...] = tuple(name for name in DRAFTERS if rng.random() < 0.8)
     params = EngineParams(
         SpeculationParams(types, draft_n_max=rng.randint(1, 4), ngram_size_n=rng.randint(1, 3), ngram_size_m=rng.randint(1, 8)),
         num_slots=rng.randint(1, 4),
         queue_size=rng.choice([0, 2, 100, 100, 100]),
         overlap=rng.random() < 0.8,
         mailbox_capacity=rng.choice([1, 4, 2048, 2048]),
+        outbox_capacity=rng.choice([1, 2, 16]),
+        merged_tokens=rng.choice([1, 6, 256]),
     )
     return Plan(
         requests,
@@ -129,13 +133,18 @@ def make_plan(rng: random.Random) -> Plan:
         crashes,
         storm=rng.choice(names) if has["crash"] and rng.random() < 0.2 else None,
         device_errors=0.01 if has["device"] else 0.0,
-        device_hangs=0.005 if has["hang"] else 0.0,
+        device_hangs=rng.choice([0.005, 0.05]) if has["hang"] else 0.0,
         spoilt_drafts=0.3 if has["spoilt"] else 0.0,
         late_drafts=0.02 if has["late"] else 0.0,
         drain_at=rng.random() * 0.2 if has["drain"] else math.inf,
         close_at=rng.random() * 0.3 if has["close"] and rng.random() < 0.4 else math.inf,
         has_raising_observer=rng.random() < 0.2,
     )
+
+
+def raising(event: Event) -> None:
+    """An observer with a bug."""
+    raise ZeroDivisionError
 
 
 class Spoilt(Envelope):
@@ -162,6 +171,7 @@ class Simulation:
 
     seed: int
     log: list[str] = field(default_factory=list[str])
+    problem: str | None = None  # found in passing, where an error would be lost
     num_messages: int = 0
     num_terminal: dict[int, int] = field(default_factory=dict[int, int])
     engine: Engine | None = None
@@ -173,10 +183,14 @@ class Simulation:
         self._scopes: dict[int, anyio.CancelScope] = {}
         self._actors: dict[str, Actor] = {}
         self._former: list[tuple[int, ...]] = []
+        self._restarts: dict[str, list[float]] = {}
 
     # How the seed gets in
 
-    async def device(self, work: Callable[[], T], seconds: float) -> T:
+    def is_inline(self, seconds: float) -> bool:
+        return False
+
+    async def __call__(self, work: Callable[[], T], seconds: float) -> T:
         """Virtual latency before or after the work, and faults."""
         is_early, fault = self.rng.random() < 0.5, self.rng.random()
         early = work() if is_early else None
@@ -184,7 +198,7 @@ class Simulation:
         if fault < self.plan.device_errors:
             raise DeviceError
         if fault > 1 - self.plan.device_hangs:
-            await anyio.sleep_forever()
+            await anyio.sleep(HANG_SECONDS * 3)
         return early if is_early else work()  # type: ignore[return-value]
 
     def instrument(self, actor: Actor) -> None:
@@ -225,6 +239,11 @@ class Simulation:
 
     def observe(self, event: Event) -> None:
         self.log.append(repr(event))
+        if isinstance(event, Notice) and event.text.startswith("restarted"):
+            times = self._restarts.setdefault(event.actor, [])
+            times.append(event.at_ns / 1e9)
+            if len(times) > RESTARTS and times[-1] - times[-1 - RESTARTS] < PERIOD_SECONDS:
+                self.problem = f"the {event.actor} was restarted too often: {times}"
 
     # One request
 
@@ -236,6 +255,7 @@ class Simulation:
         expected = reference(plan.prompt, plan.max_tokens, plan.sampling)
         tokens: list[int] = []
         s = plan.sampling
+        is_draining = engine._is_draining  # pyright: ignore[reportPrivateUsage]
         try:
             stream = engine.generate(
                 plan.prompt, max_tokens=plan.max_tokens, temperature=s.temperature, seed=s.seed, timeout_seconds=plan.timeout
@@ -246,6 +266,7 @@ class Simulation:
         except EngineDead as error:
             self._explain(plan, error)
             return
+        assert not is_draining, "begun while draining"
         num_deltas = 0
         with anyio.CancelScope() as scope:
             self._scopes[i] = scope
@@ -258,7 +279,7 @@ class Simulation:
                         num_deltas += 1
                         if num_deltas > plan.leave_after:
                             break
-                        await anyio.sleep(plan.pause * self.rng.random() if num_deltas <= plan.stall_at else 100)
+                        await anyio.sleep(100 if num_deltas == plan.stall_at else plan.pause * self.rng.random())
                     else:
                         self.num_terminal[i] += 1
             except ForerunError as error:
@@ -304,12 +325,8 @@ class Simulation:
         trace = Trace(256, clock=lambda: round(trio.current_time() * 1e9))
         trace.attach(self.observe)
         if plan.has_raising_observer:
-            trace.attach(lambda event: 1 / 0)
-        params = plan.params
-        params = EngineParams(
-            params.speculation, params.num_slots, params.queue_size, params.overlap,
-            self.device, self.instrument, trace, params.mailbox_capacity,
-        )  # fmt: skip
+            trace.attach(raising)
+        params = replace(plan.params, executor=self, instrument=self.instrument, trace=trace)
         try:
             with anyio.fail_after(HANG_SECONDS):
                 async with run_engine(FakeModel(), params) as self.engine, anyio.create_task_group() as group:
@@ -338,7 +355,7 @@ class Simulation:
         """Waits until all requests have ended; nothing may be left of them."""
         await anyio.sleep(1)
         await engine.drain()
-        while any(actor.due < math.inf and not actor.mailbox.is_closed for actor in self._actors.values()):
+        while any(actor.allowed_seconds < math.inf and not actor.mailbox.is_closed for actor in self._actors.values()):
             await anyio.sleep(1)  # a drafter may still be at work that nobody waits for
         if engine._end is not None:  # pyright: ignore[reportPrivateUsage]
             return
@@ -358,26 +375,33 @@ class Checker(trio.abc.Instrument):
 
     def __init__(self, simulation: Simulation) -> None:
         self._simulation = simulation
-        self.problem: str | None = None
+        self._start = math.inf
+
+    def before_run(self) -> None:
+        self._start = trio.current_time()
 
     def after_task_step(self, task: trio.lowlevel.Task) -> None:
         engine: Any = self._simulation.engine
-        if engine is None or self.problem is not None:
-            return
+        if engine is not None and self._simulation.problem is None:
+            self._simulation.problem = self._problem(engine)
+
+    def _problem(self, engine: Any) -> str | None:
         jobs = {job.request_id: job for job in engine._jobs}
         owners = list(engine._pool.owners.values())
         if len(owners) > engine._pool.num_slots or len(set(owners)) < len(owners):
-            self.problem = f"memory is held twice: {owners}"
+            return f"memory is held twice: {owners}"
         if lost := [owner for owner in owners if owner not in jobs and engine._end is None]:
-            self.problem = f"memory of {lost} is lost: they have ended"
+            return f"memory of {lost} is lost: they have ended"
         for mailbox in engine._mailboxes.values():
             if len(mailbox._waiting) > mailbox.capacity:
-                self.problem = f"the {mailbox.name} has {len(mailbox._waiting)} messages waiting"
+                return f"the {mailbox.name} has {len(mailbox._waiting)} messages waiting"
         for job in jobs.values():
-            if job.outbox.num_waiting > CAPACITY:
-                self.problem = f"{job.request_id} has {job.outbox.num_waiting} deltas waiting"
-        if self.problem is not None:
-            raise AssertionError(self.problem)  # trio drops this instrument and reports it; run() raises it
+            if job.outbox.num_waiting > engine._params.outbox_capacity:
+                return f"{job.request_id} has {job.outbox.num_waiting} deltas waiting"
+        if trio.current_time() > self._start + 2 * HANG_SECONDS:
+            engine._stop(EngineDead("hangs, even when cancelled"))
+            return "hangs, even when cancelled"
+        return None
 
 
 def run(seed: int) -> Simulation:
@@ -386,10 +410,9 @@ def run(seed: int) -> Simulation:
     run_module._ALLOW_DETERMINISTIC_SCHEDULING = True
     run_module._r = random.Random(seed)
     simulation = Simulation(seed)
-    checker = Checker(simulation)
     try:
-        trio.run(simulation.run, clock=MockClock(autojump_threshold=0), instruments=[checker])
-        assert checker.problem is None, checker.problem
+        trio.run(simulation.run, clock=MockClock(autojump_threshold=0), instruments=[Checker(simulation)])
+        assert simulation.problem is None, simulation.problem
     except BaseException as error:
         error.add_note(f"replay with: python -m tests.sim.simulator {seed}")
         raise

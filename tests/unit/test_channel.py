@@ -148,6 +148,7 @@ async def test_senders_get_room_in_the_order_they_came() -> None:
 async def test_a_sender_cancelled_while_it_waits_leaves_its_place_to_the_next(when: str) -> None:
     mailbox = Mailbox("test", 1)
     await mailbox.tell(Question(NOBODY, 0))
+    seen: list[object] = []
     async with anyio.create_task_group() as group:
         async with anyio.create_task_group() as first:
             first.start_soon(mailbox.tell, Question(NOBODY, 1))
@@ -157,7 +158,6 @@ async def test_a_sender_cancelled_while_it_waits_leaves_its_place_to_the_next(wh
             if when == "after":
                 assert len(await mailbox.receive_all()) == 1  # the first has its place, and has not run yet
             first.cancel_scope.cancel()
-        seen: list[object] = []
         with anyio.fail_after(1):
             while Question(NOBODY, 2) not in seen:
                 seen += [envelope.message for envelope in await mailbox.receive_all()]

@@ -39,6 +39,11 @@ def test_every_way_to_give_a_prompt(tmp_path: Path, checkpoints: dict[str, Path]
     assert "left out the vision tower" in done.stderr
 
 
+def test_the_plain_loop_says_the_same() -> None:
+    args = ("generate", "-p", "import os", "-n", "20", "--temp", "0.8", "--seed", "3")
+    assert forerun(*args).stdout == forerun(*args, "--no-overlap").stdout
+
+
 def test_an_environment_twin_is_a_default_and_a_flag_wins() -> None:
     env = {"FORERUN_PREDICT": "3", "FORERUN_SPEC_TYPE": "none"}
     answer = json.loads(forerun("generate", "-p", "x", "--format", "json", env=env).stdout)
@@ -52,6 +57,7 @@ def test_an_environment_twin_is_a_default_and_a_flag_wins() -> None:
         (("-p", "x", "-m", "nowhere"), 1, "nowhere: no such model"),
         (("-p", "x", "--temp", "-1"), 1, "temperature: must be between"),
         (("-p", "x", "--spec-type", "magic"), 1, "expected none, or a comma list of"),
+        (("-p", "x", "--timeout", "0"), 1, "not finished after 0.0 s"),
         (("-p", "x", "--draft-max", "4"), 2, "use --spec-draft-n-max"),
         (("-f", "/nowhere/at/all"), 1, "No such file"),
         (("--prompt-ids", "1,x"), 2, "whole numbers"),

@@ -255,7 +255,6 @@ async def test_a_request_that_kills_the_target_is_found_out_and_too_many_end_the
             alone = await engine.complete(prompt(70), max_tokens=30, ignore_eos=True)
             assert 99 not in alone.token_ids
             monkeypatch.setattr(Trunk, "verify", poisoned)
-            monkeypatch.setattr("forerun.actors.target_decoder.choose", lambda logits, *_: int(logits.argmax()) if len(logits) else 0)
             prefill = Trunk.prefill
 
             def first_is_99(self: Trunk, rows: Any, is_last: bool) -> Any:
@@ -324,8 +323,8 @@ async def test_a_deadline_ends_a_request_wherever_it_is_and_gives_the_memory_bac
 
 
 async def test_draining_finishes_what_runs_and_refuses_what_is_new(model: str) -> None:
+    results: list[forerun.Result] = []
     async with forerun.open_engine(model, num_slots=2) as engine, anyio.create_task_group() as group:
-        results: list[forerun.Result] = []
 
         async def one() -> None:
             results.append(await engine.complete(prompt(70), max_tokens=40, ignore_eos=True))

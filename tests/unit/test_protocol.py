@@ -6,6 +6,7 @@ import copy
 import random
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -135,25 +136,26 @@ def test_what_is_not_in_the_table_is_refused_and_changes_nothing(state: State) -
 
 def successors(p: SequenceProtocol) -> Iterator[tuple[Event, SequenceProtocol]]:
     """Every message that may come next, in every form that matters: right, half right and wrong drafts, stop tokens, losses."""
-    moves: list[tuple[Event, Callable[[SequenceProtocol], object]]] = []
-    for event in (Event.CANCEL, Event.FAIL, Event.MEMORY_LOST, Event.ADMITTED, Event.COMMITTED, Event.RELEASED):
-        moves.append((event, CALLS[event]))
+    plain = (Event.CANCEL, Event.FAIL, Event.MEMORY_LOST, Event.ADMITTED, Event.COMMITTED, Event.RELEASED)
+    moves: list[tuple[Event, Callable[[SequenceProtocol], object]]] = [(event, CALLS[event]) for event in plain]
     if p.state is State.PREFILLING:
         firsts = ((p.output[0],) if p.output else (50, STOP)) if is_last_chunk(p) else (None,)
-        moves += [(Event.CHUNK_COMPUTED, lambda q, v=v: q.chunk_computed(Verdict(() if v is None else (v,)))) for v in firsts]
+        verdicts = [Verdict(() if first is None else (first,)) for first in firsts]
+        moves += [(Event.CHUNK_COMPUTED, partial(SequenceProtocol.chunk_computed, verdict=verdict)) for verdict in verdicts]
     if p.state is State.REPLAYING:
         rows = p.next_replay(1)
         start = p.output.index(rows[0]) + 1  # the tokens of this text are all different
-        moves.append((Event.REPLAYED, lambda q: q.replayed(Verdict(tuple(q.output[start : start + len(rows)])))))
+        moves.append((Event.REPLAYED, partial(SequenceProtocol.replayed, verdict=Verdict(tuple(p.output[start : start + len(rows)])))))
     if p.state is State.DRAFTING:
-        moves += [(Event.DRAFTED, lambda q, n=n: q.drafted(Draft("draft-mtp", tuple(range(60, 60 + n))) if n else None)) for n in range(3)]
+        drafts = (None, Draft("draft-mtp", (60,)), Draft("draft-mtp", (60, 61)))
+        moves += [(Event.DRAFTED, partial(SequenceProtocol.drafted, draft=draft)) for draft in drafts]
     if p.state is State.VERIFYING:
         rows = p.rows
         newest = max(p.output)
         for right in range(len(rows)):
             choices = (*rows[1 : right + 1], *(newest + 20 + i for i in range(len(rows) - right)))
-            moves.append((Event.VERIFIED, lambda q, c=choices: q.verified(Verdict(c))))
-            moves.append((Event.VERIFIED, lambda q, c=choices, r=right: q.verified(Verdict((*c[:r], STOP, *c[r + 1 :])))))
+            for verdict in (Verdict(choices), Verdict((*choices[:right], STOP, *choices[right + 1 :]))):
+                moves.append((Event.VERIFIED, partial(SequenceProtocol.verified, verdict=verdict)))
     for event, move in moves:
         if (p.state, event) in TRANSITIONS:
             following = copy.deepcopy(p)
@@ -162,7 +164,7 @@ def successors(p: SequenceProtocol) -> Iterator[tuple[Event, SequenceProtocol]]:
 
 
 def key(p: SequenceProtocol) -> object:
-    return tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in vars(p).items() if name != "request")
+    return tuple(repr(value) for name, value in vars(p).items() if name != "request")
 
 
 def test_every_reachable_state_and_message_leads_to_exactly_one_end_with_all_given_back() -> None:

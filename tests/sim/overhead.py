@@ -1,0 +1,135 @@
+"""What the actor layer costs: real engine and actors on a model that answers at once, beside one bare ask and reply.
+
+python -m tests.sim.overhead
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import anyio
+import numpy as np
+from forerun.actors.engine import EngineParams, run_engine
+from forerun.core.vocabulary import SpeculationParams, parse_spec_type
+from forerun.kernels.model.memory import SequenceMemory, SequencePool
+
+from tests.sim.fakes import NUM_TOKEN_IDS, FakeModel
+
+ZEROS = np.zeros((64, NUM_TOKEN_IDS), np.float32)
+NUM_TOKENS = 2000
+
+
+class InstantMemory(SequenceMemory):
+    def __init__(self, capacity: int, max_rows: int) -> None:
+        self.hidden: Any = self
+
+    def check(self, position: int, num_rows: int, *, is_chunk: bool) -> None:
+        pass
+
+    def read(self, position: int, num_rows: int) -> Any:
+        return ZEROS[:num_rows, :1]
+
+
+class Instant:
+    """Target and draft head in one: token 0 for ever, so that every draft is right."""
+
+    hidden = 1
+
+    def verify(self, batch: Sequence[Any]) -> Any:
+        return ZEROS[: sum(len(rows.tokens) for rows in batch)], None
+
+    def prefill(self, rows: Any, is_last: bool) -> Any:
+        return ZEROS[:1] if is_last else None
+
+    def forward(self, batch: Sequence[Any]) -> Any:
+        return ZEROS[: sum(len(rows.tokens) for rows in batch), :1]
+
+    def logits(self, outputs: Any) -> Any:
+        return ZEROS[: len(outputs)]
+
+    def seconds(self, num_rows: int) -> float:
+        return 0.0
+
+
+class InstantModel(FakeModel):
+    def pool(self, num_slots: int) -> SequencePool:
+        return SequencePool(InstantMemory, num_slots)
+
+    def target(self) -> Any:
+        return Instant()
+
+    draft_head = target
+
+
+async def bare() -> float:
+    """Microseconds of one ask and reply over two anyio channels."""
+    there, here = anyio.create_memory_object_stream[int](1), anyio.create_memory_object_stream[int](1)
+
+    async def echo() -> None:
+        async with there[1], here[0]:
+            async for n in there[1]:
+                await here[0].send(n)
+
+    begin = time.perf_counter()
+    async with anyio.create_task_group() as group:
+        group.start_soon(echo)
+        async with there[0], here[1]:
+            for n in range(NUM_TOKENS):
+                await there[0].send(n)
+                await here[1].receive()
+    return (time.perf_counter() - begin) / NUM_TOKENS * 1e6
+
+
+async def layer(spec_type: str, at_once: int, overlap: bool, watched: bool) -> float:
+    """Microseconds a round and sequence; with a draft, of one token."""
+    speculation = SpeculationParams(parse_spec_type(spec_type), draft_n_max=1, ngram_size_n=64, ngram_size_m=1)
+    params = EngineParams(speculation, at_once, 100, overlap)
+    async with run_engine(InstantModel(), params) as engine:
+
+        async def one() -> int:
+            return (await engine.complete([1], max_tokens=NUM_TOKENS // at_once, ignore_eos=True)).speculation.num_rounds
+
+        await one()
+        num_rounds = 0
+
+        async def counted() -> None:
+            nonlocal num_rounds
+            mine = await one()
+            num_rounds += mine
+
+        subscription = engine.trace()
+        if watched:
+            subscription.__enter__()
+        begin = time.perf_counter()
+        async with anyio.create_task_group() as group:
+            for _ in range(at_once):
+                group.start_soon(counted)
+        seconds = time.perf_counter() - begin
+        subscription.close()
+    return seconds / num_rounds * 1e6
+
+
+def main() -> None:
+    cases = [
+        (spec_type, at_once, overlap, watched)
+        for spec_type in ("none", "draft-mtp", "draft-mtp,ngram-simple")
+        for at_once in (1, 8)
+        for overlap, watched in ((True, False), (False, False), (True, True))
+    ]
+    for backend in ("asyncio", "trio"):
+        figures: dict[str, list[float]] = {}
+        for _ in range(5):  # in turn
+            figures.setdefault("one bare ask and reply", []).append(anyio.run(bare, backend=backend))
+            for spec_type, at_once, overlap, watched in cases:
+                name = f"{spec_type}, {at_once} at once, {'overlapped' if overlap else 'plain'}{', watched' if watched else ''}"
+                microseconds = anyio.run(layer, spec_type, at_once, overlap, watched, backend=backend)
+                figures.setdefault(name, []).append(microseconds)
+        for name, times in figures.items():
+            print(f"{backend:8} {name:55} {statistics.median(times):7.1f} us  ({min(times):.1f} to {max(times):.1f})")
+
+
+if __name__ == "__main__":
+    main()
