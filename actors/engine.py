@@ -48,6 +48,10 @@ from ..core.vocabulary import (
     check_ranges,
     parse_spec_type,
 )
+from ..kernels.model.memory import MemoryParams, SequencePool
+from ..kernels.model.memory import num_pages as pages_of
+from ..kernels.model.prefix import PrefixStatistics
+from ..kernels.model.recurrent import STORES, StoreName
 from ..kernels.model.weights import Progress
 from .memory_manager import MemoryManager
 from .model import Model, load_model
@@ -62,6 +66,10 @@ logger = logging.getLogger("forerun")
 
 #: More than every sequence of a full engine can have outstanding at one actor (at most 1024 slots, two messages each).
 MAILBOX = 2048
+#: Positions that each slot has pages for by default, when the context is longer.
+PAGED_CONTEXT = 8192
+#: Bytes of checkpoints kept by default.
+PREFIX_BYTES = 256 * 2**20
 #: Restarts a group is allowed, and within how many seconds. More than a sequence's MAX_FRUITLESS_REPLAYS, so that a request
 #: which kills the target whenever it is worked on is found out before the engine gives up.
 RESTARTS, PERIOD_SECONDS = 5, 60.0
@@ -78,12 +86,15 @@ class ActorStatistics:
 
 @dataclass(frozen=True, slots=True)
 class EngineStatistics:
-    """A snapshot. Everything but the actors' totals is zero when nothing runs."""
+    """A snapshot. Nothing runs, waits or is used when no request is there, but for the pages of `prefixes`."""
 
     num_requests_running: int
     num_requests_waiting: int  # for memory
     num_slots_used: int
     num_slots: int
+    num_pages_used: int
+    num_pages: int
+    prefixes: PrefixStatistics
     actors: dict[str, ActorStatistics]
 
 
@@ -92,7 +103,7 @@ class EngineParams:
     """What open_engine was given; what it sets no value for is how simulations get in. `instrument` sees every actor as it is made."""
 
     speculation: SpeculationParams
-    num_slots: int
+    memory: MemoryParams
     queue_size: int
     overlap: bool
     executor: Executor = field(default_factory=Threads)
@@ -112,7 +123,7 @@ class Engine:
         self.speculation = params.speculation
         self._params = params
         self._trace = params.trace or Trace()
-        self._pool = model.pool(params.num_slots)
+        self._pool = SequencePool(model.memory(), params.memory)
         self._memory: MemoryManager | None = None  # in its present life
         self._jobs: dict[Job, None] = {}
         self._num_started = 0
@@ -149,16 +160,15 @@ class Engine:
 
         tokenizer = child("tokenizer", lambda mailbox: TokenizerActor(mailbox, executor, model.vocabulary))
         memory = child("memory manager", memory_manager)
-        trunk = model.target()
-        target = child("target decoder", lambda mailbox: TargetDecoder(mailbox, executor, trunk, pool))
+        # Each life has graphs of its own: work that was left behind may still run in the former one's.
+        target = child("target decoder", lambda mailbox: TargetDecoder(mailbox, executor, model.target(), pool))
         types = params.speculation.types
         drafters: dict[DrafterName, ChildSpec] = {}
         if "ngram-simple" in types:
             size_n = params.speculation.ngram_size_n
             drafters["ngram-simple"] = child("n-gram drafter", lambda mailbox: NgramDrafter(mailbox, executor, size_n))
         if "draft-mtp" in types:
-            head = model.draft_head()
-            drafters["draft-mtp"] = child("MTP drafter", lambda mailbox: MtpDrafter(mailbox, executor, head, pool))
+            drafters["draft-mtp"] = child("MTP drafter", lambda mailbox: MtpDrafter(mailbox, executor, model.draft_head(), pool))
         self._neighbours = Neighbours(memory.mailbox, target.mailbox, {name: spec.mailbox for name, spec in drafters.items()})
         limits = RESTARTS, PERIOD_SECONDS
         return [
@@ -174,6 +184,8 @@ class Engine:
     async def _supervise(self) -> None:
         try:
             await self.supervisor.run()
+        except Exception as error:
+            self._die("supervisor", error)
         finally:
             # Also when cancelled from outside: nobody may wait for an actor that is gone.
             self._stop(EngineClosed("the engine is closed"))
@@ -191,6 +203,8 @@ class Engine:
             self._end = why
             for mailbox in self._mailboxes.values():
                 mailbox.close(why)
+            self._pool.reset()
+            self._trace.end()
 
     async def _finish(self) -> None:
         self._stop(EngineClosed("the engine is closed"))
@@ -198,7 +212,6 @@ class Engine:
             for job in list(self._jobs):
                 job.scope.cancel()
                 await job.done.wait()
-        self.supervisor.leave_work()  # nobody needs its result, and it may never end
 
     # Requests
 
@@ -256,7 +269,16 @@ class Engine:
                 request = self._request(job, await self._encode(job))
                 detokenizer, progress = Detokenizer(self.model.vocabulary), job.options.get("prefill_progress")
                 job.sequence = Sequence(
-                    request, self._neighbours, self.speculation, detokenizer, job.outbox, self._trace, self._params.overlap, progress
+                    request,
+                    self._neighbours,
+                    self.speculation,
+                    detokenizer,
+                    job.outbox,
+                    self._trace,
+                    self._params.overlap,
+                    self._params.memory.prefix_bytes > 0,
+                    job.options.get("cache_salt") or "",
+                    progress,
                 )
                 await job.sequence.run()
                 is_delivered = True
@@ -274,14 +296,20 @@ class Engine:
                 nothing = Usage(0, 0), Timings(0, 0, 0), Speculation()
                 job.result = Result(job.request_id, "", (), FinishReason.CANCELLED, job.sampling, *nothing)
             if job.error is None and not is_delivered:
-                job.error = self._end  # None when only this request was cancelled
-                if job.error is None and not job.is_left and anyio.current_time() >= job.scope.deadline:
-                    job.error = DeadlineExceeded(f"not finished after {job.options.get('timeout_seconds')} s")
+                job.error = self._end or self._why_cancelled(job)
             job.outbox.end()
             del self._jobs[job]
             if not self._jobs:
                 self._idle.set()
             job.done.set()
+
+    def _why_cancelled(self, job: Job) -> ForerunError | None:
+        """None when it was the reader's wish."""
+        if job.is_left:
+            return None
+        if anyio.current_time() >= job.scope.deadline:
+            return DeadlineExceeded(f"not finished after {job.options.get('timeout_seconds')} s")
+        return EngineClosed("the engine is closed")
 
     async def _encode(self, job: Job) -> tuple[int, ...]:
         """The prompt's ids. A tokenizer that dies is asked once more; twice may be this prompt's doing."""
@@ -308,7 +336,9 @@ class Engine:
         if max_tokens is not None and max_tokens > room:
             raise InvalidRequest([("max_tokens", f"{max_tokens} after a prompt of {len(ids)} exceed the context of {context}")])
         stop_ids = frozenset[int]() if job.options.get("ignore_eos") else self.model.defaults.stop_ids
-        return Request(job.request_id, ids, max_tokens or min(room, DEFAULT_MAX_TOKENS), job.sampling, stop_ids, vocabulary)
+        boundary_ids = self.model.defaults.stop_ids
+        max_tokens = max_tokens or min(room, DEFAULT_MAX_TOKENS)
+        return Request(job.request_id, ids, max_tokens, job.sampling, stop_ids, vocabulary, boundary_ids)
 
     # Observation
 
@@ -324,8 +354,11 @@ class Engine:
             name: ActorStatistics(mailbox.statistics(), self.supervisor.num_restarts[name], name in self.supervisor.switched_off)
             for name, mailbox in self._mailboxes.items()
         }
-        used = self._pool.num_slots - self._pool.num_free
-        return EngineStatistics(len(self._jobs) - num_waiting, num_waiting, used, self._pool.num_slots, actors)
+        pool, prefixes = self._pool, self._pool.prefixes.statistics()
+        num_pages_used = pool.num_pages - pool.num_pages_free
+        return EngineStatistics(
+            len(self._jobs) - num_waiting, num_waiting, pool.num_used, pool.num_slots, num_pages_used, pool.num_pages, prefixes, actors
+        )
 
 
 def _call_soon() -> Callable[[Callable[[], Any]], Any]:
@@ -346,19 +379,27 @@ async def open_engine(
     ngram_size_n: int = 12,
     ngram_size_m: int = 48,
     num_slots: int = 8,
+    num_pages: int | None = None,
     queue_size: int = 256,
+    prefix_bytes: int = PREFIX_BYTES,
+    recurrent_store: StoreName = "log",
     overlap: bool = True,
     load_progress: Progress | None = None,
 ) -> AsyncGenerator[Engine]:
     """A running engine for a shipped model's name, a Hugging Face folder, or a model already loaded.
 
     `spec_type` is `none` or a comma list of `draft-mtp` and `ngram-simple`; by default all that the model can do.
-    `num_slots` requests run at once, `queue_size` more wait. `overlap=False` does one thing at a time, in the event loop: the same
+    `num_slots` requests run at once, `queue_size` more wait. They share `num_pages` pages of 64 positions, by default as many as all of
+    them need for the context, or for PAGED_CONTEXT positions if that is less. `prefix_bytes` of checkpoints let requests go on from what
+    others with the same beginning have computed (and the same `cache_salt`); 0 keeps none. `recurrent_store` is `log`, or `snapshots`:
+    the same tokens, more memory for a draft. `overlap=False` does one thing at a time, in the event loop: the same
     tokens, for comparison. Leaving the block ends what still runs with EngineClosed.
     Raises ModelFileError, InvalidRequest; at the end, EngineDead if an actor failed beyond repair and the block did not raise."""
-    sizes: dict[str, object] = {"num_slots": num_slots, "queue_size": queue_size}
-    if violations := check_ranges(sizes) or [(name, "must be given") for name, size in sizes.items() if size is None]:
+    sizes: dict[str, object] = {"num_slots": num_slots, "queue_size": queue_size, "prefix_bytes": prefix_bytes}
+    if violations := check_ranges(sizes | {"num_pages": num_pages}) or [(name, "must be given") for name in sizes if sizes[name] is None]:
         raise InvalidRequest(violations)
+    if recurrent_store not in STORES:
+        raise InvalidRequest([("recurrent_store", f"must be one of {', '.join(STORES)}, got {recurrent_store!r:.50}")])
     types = None if spec_type is None else parse_spec_type(spec_type)
     if isinstance(model, str | Path):
         name = str(model)
@@ -368,7 +409,11 @@ async def open_engine(
     if "draft-mtp" in types and not model.has_mtp:
         raise InvalidRequest([("spec_type", f"{model.name} has no MTP head")])
     speculation = SpeculationParams(types, draft_n_max, ngram_size_n, ngram_size_m)
-    async with run_engine(model, EngineParams(speculation, num_slots, queue_size, overlap)) as engine:
+    if num_pages is None:
+        max_rows = 1 + max(map(speculation.limit, types), default=0)
+        num_pages = num_slots * pages_of(min(model.context, PAGED_CONTEXT), max_rows)
+    memory = MemoryParams(num_slots, num_pages, prefix_bytes, recurrent_store)
+    async with run_engine(model, EngineParams(speculation, memory, queue_size, overlap)) as engine:
         yield engine
 
 

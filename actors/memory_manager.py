@@ -6,11 +6,11 @@ from collections import deque
 
 from ..core.actor import Actor, Executor
 from ..core.channel import RETRY_AFTER_SECONDS, Envelope, Mailbox
-from ..core.errors import InternalBug, Overloaded
-from ..core.messages import Admit, Release
+from ..core.errors import InternalBug, InvalidRequest, Overloaded
+from ..core.messages import Admit, Publish, Release
 from ..core.trace import Trace
-from ..core.vocabulary import Lease
 from ..kernels.model.memory import SequencePool
+from ..kernels.model.pages import PAGE
 
 
 class MemoryManager(Actor):
@@ -30,6 +30,9 @@ class MemoryManager(Actor):
                 case Release(_, lease):
                     self._pool.release(lease)
                     envelope.answer(None)
+                case Publish(_, lease, prompt, salt):
+                    self._pool.publish(lease, prompt, salt)
+                    envelope.answer(None)
                 case Admit(is_replay=True):  # admitted before: ahead of those who never were, behind its like
                     num_before = sum(isinstance(each.message, Admit) and each.message.is_replay for each in self._queue)
                     self._queue.insert(num_before, envelope)
@@ -38,24 +41,33 @@ class MemoryManager(Actor):
                 case other:
                     raise InternalBug(f"memory manager got {other!r}")
         # Who gave up waiting must not keep its place, nor be lent memory nobody would give back.
-        self._queue = deque(envelope for envelope in self._queue if not envelope.is_abandoned)
+        for envelope in [envelope for envelope in self._queue if envelope.is_abandoned]:
+            self._queue.remove(envelope)
+            envelope.finish("abandoned")
         while self._queue and self._admit(self._queue[0]):
             self._queue.popleft()
         waiting = [envelope for envelope in self._queue if isinstance(envelope.message, Admit) and not envelope.message.is_replay]
         for envelope in waiting[self._queue_size :]:
             self._queue.remove(envelope)
             envelope.fail(Overloaded(f"{self._queue_size} requests are waiting already", RETRY_AFTER_SECONDS))
-        self._trace.count("slots used", self._pool.num_slots - self._pool.num_free)
+        self._trace.count("slots used", self._pool.num_used)
+        self._trace.count("pages used", self._pool.num_pages - self._pool.num_pages_free)
+        if not self._pool.num_used:
+            self._pool.check_integrity()
 
     def _admit(self, envelope: Envelope) -> bool:
         message = envelope.message
         assert isinstance(message, Admit)
+        if not self._pool.can_ever_lease(message.num_tokens):
+            problem = f"prompt and answer, {message.num_tokens} positions, do not fit into {self._pool.num_pages} pages of {PAGE}"
+            envelope.fail(InvalidRequest([("max_tokens", problem)]))
+            return True
         try:
-            number = self._pool.lease(message.flow.request, message.num_tokens, message.max_rows)
+            lease = self._pool.lease(message.flow.request, message.prompt, message.ends, message.num_tokens, message.max_rows, message.salt)
         except MemoryError:
             envelope.fail(Overloaded(f"no memory for {message.num_tokens} positions", RETRY_AFTER_SECONDS))
             return True
-        if number is None:
+        if lease is None:
             return False
-        envelope.answer(Lease(number, message.num_tokens, message.max_rows))
+        envelope.answer(lease)
         return True

@@ -9,7 +9,7 @@ from typing import Any, Protocol, cast
 from ..core.errors import ModelFileError
 from ..core.vocabulary import check_ranges
 from ..kernels.model.config import load_config, read_json
-from ..kernels.model.memory import SequenceMemory, SequencePool
+from ..kernels.model.memory import MemoryMaker, ModelMemory
 from ..kernels.model.mtp import MtpHead
 from ..kernels.model.trunk import Trunk
 from ..kernels.model.weights import ModelWeights, Progress, load_weights
@@ -62,9 +62,7 @@ class Model(Protocol):
     @property
     def has_mtp(self) -> bool: ...
 
-    def pool(self, num_slots: int) -> SequencePool:
-        """Memory for so many sequences."""
-        ...
+    def memory(self) -> MemoryMaker: ...
 
     def target(self) -> Target: ...
 
@@ -92,9 +90,8 @@ class LoadedModel:
     def has_mtp(self) -> bool:
         return self.weights.mtp is not None
 
-    def pool(self, num_slots: int) -> SequencePool:
-        config = self.weights.config
-        return SequencePool(lambda capacity, max_rows: SequenceMemory(config, capacity, max_rows), num_slots)
+    def memory(self) -> ModelMemory:
+        return ModelMemory(self.weights.config)
 
     def target(self) -> Trunk:
         return Trunk(self.weights, ReferenceBackend())

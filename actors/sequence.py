@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import anyio
 
 from ..core.channel import Mailbox, Reply
-from ..core.errors import ActorRestarted, ForerunError, LeaseLost, RequestFailed
-from ..core.messages import Admit, Commit, Forget, Observe, Prefill, Propose, Release, Resume, Verify
+from ..core.errors import ActorRestarted, ForerunError, LeaseLost, RequestFailed, WorkFailed
+from ..core.messages import Admit, Commit, Forget, Observe, Prefill, Propose, Publish, Release, Resume, Verify
 from ..core.outbox import Outbox
-from ..core.protocol import SequenceProtocol, State
+from ..core.protocol import CHUNK, SequenceProtocol, State
 from ..core.trace import Flow, Trace
 from ..core.vocabulary import (
     Delta,
@@ -40,7 +40,9 @@ logger = logging.getLogger("forerun")
 #: called with (prompt tokens computed, prompt tokens in all)
 PrefillProgress = Callable[[int, int], None]
 
-#: Times in a row that memory may be lost without one new token in between, before the request is thought to be the cause.
+#: Positions between two checkpoints of a long prompt: each costs as much memory as some hundred positions of keys and values.
+CHECKPOINT_INTERVAL = 8 * CHUNK
+#: Times in a row that the target may die working on a request, without one new token in between, and it is tried once more.
 MAX_FRUITLESS_REPLAYS = 3
 
 
@@ -60,11 +62,13 @@ class _Clock:
     begun: float
     admitted: float | None = None
     first_token: float | None = None
+    last_token: float | None = None
 
     def timings(self, now: float) -> Timings:
         admitted = self.admitted if self.admitted is not None else now
         first = self.first_token if self.first_token is not None else now
-        return Timings(admitted - self.begun, first - admitted, now - first)
+        last = self.last_token if self.last_token is not None else first
+        return Timings(admitted - self.begun, first - admitted, last - first)
 
 
 @dataclass(slots=True)
@@ -85,6 +89,8 @@ class Sequence:
         outbox: Outbox,
         trace: Trace,
         overlap: bool,
+        keeps_prefixes: bool,
+        salt: str,
         progress: PrefillProgress | None,
     ) -> None:
         self._request, self._to, self._params = request, neighbours, speculation
@@ -93,6 +99,7 @@ class Sequence:
         self._drafters: dict[DrafterName, _Drafter] = {
             name: _Drafter(mailbox, mailbox.life) for name, mailbox in neighbours.drafters.items()
         }
+        self._keeps_prefixes, self._salt, self._num_cached = keeps_prefixes, salt, 0
         self._lease: Lease | None = None
         self._flow = Flow(request.request_id, 0)
         self._observed: list[Reply[None]] = []  # of the last chunk, where drafters still read it
@@ -100,7 +107,7 @@ class Sequence:
         self._clock = _Clock(anyio.current_time())
         self._text: list[str] = []
         self._num_rounds = 0
-        self._num_tokens_at_loss, self._num_fruitless_replays = -1, 0
+        self._num_tokens_at_death, self._num_deaths = -1, 0  # of the target, working on this
         # How long a looked-up draft may be now. Twelve rows cost five times one here, and a match says little about how far
         # it reaches: so twice as far after a draft accepted whole, and just beyond the miss after one that was not.
         self._ngram_reach = speculation.ngram_size_n
@@ -132,42 +139,57 @@ class Sequence:
     async def _admit(self) -> None:
         request, is_replay = self._request, self._clock.admitted is not None
         max_rows = 1 + max((self._params.limit(name) for name in self._drafters), default=0)
-        admit = Admit(self._flow, len(request.prompt_ids) + request.max_tokens, max_rows, is_replay)
+        prompt, ends = request.prompt_ids, self.protocol.chunk_ends
+        admit = Admit(self._flow, prompt, ends, self._salt, len(prompt) + request.max_tokens, max_rows, is_replay)
 
         def keep(lease: Lease) -> None:
             self._lease = lease
 
-        keep(await self._to.memory.ask(admit, undo=keep))
+        keep(lease := await self._to.memory.ask(admit, undo=keep))
         if not is_replay:
             self._clock.admitted = anyio.current_time()
-        self.protocol.admitted()
+            self._num_cached = lease.num_cached
+        self.protocol.admitted(lease.num_cached)
+        if lease.num_cached:
+            for drafter in self._drafters.values():
+                drafter.life = drafter.mailbox.life
+                with suppress(ForerunError):
+                    await drafter.mailbox.tell(Resume(self._flow, lease.number, self.protocol.computed))
 
     async def _prefill(self) -> None:
         protocol, prompt, lease = self.protocol, self._request.prompt_ids, self._held
         position, chunk = protocol.position, protocol.next_chunk()
         end = position + len(chunk)
-        verdict = await self._to.target.ask(Prefill(self._flow, lease, position, chunk, self._request.sampling, end == len(prompt)))
+        is_last, is_kept = end == len(prompt), self._is_kept(end)
+        verdict = await self._to.target.ask(Prefill(self._flow, lease, position, chunk, self._request.sampling, is_last, is_kept))
         await self._hear_observed()
         protocol.chunk_computed(verdict)
         for drafter in self._drafters.values():
             reply = await self._inform(drafter, Observe(self._flow, lease, position, chunk))
             if reply is not None:
                 self._observed.append(reply)
-        if not self._overlap or end == len(prompt):
+        if not self._overlap or is_last:
             await self._hear_observed()
+        if is_last and self._keeps_prefixes:
+            await self._to.memory.tell(Publish(self._flow, lease, prompt, self._salt))
         if self._clock.first_token is None:
             self._report(end)
-            if end == len(prompt):
+            if is_last:
                 self._clock.first_token = anyio.current_time()
+
+    def _is_kept(self, end: int) -> bool:
+        """Whether others may want to go on from here: where a message ends, near the prompt's end, and now and then between."""
+        ends = self.protocol.chunk_ends
+        return self._keeps_prefixes and end < ends[-1] and (end % CHUNK != 0 or end % CHECKPOINT_INTERVAL == 0 or end == ends[-2])
 
     async def _replay(self) -> None:
         assert self._lease is not None
         protocol, lease = self.protocol, self._lease.number
         position, tokens = protocol.position, protocol.next_replay(self._lease.max_rows)
-        verdict = await self._to.target.ask(Verify(self._flow, lease, position, tokens, self._request.sampling))
+        verify = Verify(self._flow, lease, position, tokens, self._request.sampling, self._is_suspect)
+        verdict = await self._to.target.ask(verify)
         protocol.replayed(verdict)
-        for drafter in self._drafters.values():
-            await self._inform(drafter, Commit(self._flow, lease, position, tokens))
+        await self._tell_drafters(position, tokens)
 
     async def _propose(self) -> None:
         """The first draft with anything in it, or none. Twelve matching tokens say more than a head's guess: the n-gram drafter goes
@@ -176,46 +198,44 @@ class Sequence:
         self._flow = Flow(self._request.request_id, self._num_rounds + 1)
         self._draft = None
         asked: list[tuple[DrafterName, int, Reply[Draft]]] = []
-        for name, drafter in self._drafters.items():
-            limit = min(self._params.limit(name), protocol.draft_limit)
-            limit = min(limit, self._ngram_reach) if name == "ngram-simple" else limit
-            if limit > 0 and self._draft is None and not drafter.mailbox.is_closed:
-                message = Propose(self._flow, self._held, protocol.position, protocol.last_token, limit, self._request.sampling)
-                with suppress(ForerunError):
-                    await self._resume(drafter)
-                    asked.append((name, limit, await drafter.mailbox.post(message)))
+        try:
+            for name, drafter in self._drafters.items():
+                limit = min(self._params.limit(name), protocol.draft_limit, self._max_drafts)
+                limit = min(limit, self._ngram_reach) if name == "ngram-simple" else limit
+                if limit > 0 and self._draft is None and not drafter.mailbox.is_closed:
+                    message = Propose(self._flow, self._held, protocol.position, protocol.last_token, limit, self._request.sampling)
+                    with suppress(ForerunError):
+                        await self._resume(drafter)
+                        asked.append((name, limit, await drafter.mailbox.post(message)))
                     if not self._overlap:
                         await self._hear_drafts(asked)
-        await self._hear_drafts(asked)
+            await self._hear_drafts(asked)
+        finally:
+            for *_, reply in asked:
+                reply.abandon()
         protocol.drafted(self._draft)
 
     async def _hear_drafts(self, asked: list[tuple[DrafterName, int, Reply[Draft]]]) -> None:
-        while asked:
+        """Takes the first draft there is, in order of asking; stops listening then."""
+        while asked and self._draft is None:
             name, limit, reply = asked.pop(0)
-            if self._draft is not None:
-                reply.abandon()
-                continue
-            try:
+            with suppress(ForerunError):  # a drafter that has died costs its draft alone
                 draft = await reply.wait()
-            except ForerunError:
-                continue  # a drafter that has died costs its draft alone
-            except BaseException:
-                for _, _, other in asked:
-                    other.abandon()
-                raise
-            if draft.tokens:
-                self._draft = Draft(name, draft.tokens[:limit])  # whatever a drafter answers, the lease has room for so many
+                if draft.tokens:
+                    self._draft = Draft(name, draft.tokens[:limit])  # whatever a drafter answers, the lease has room for so many
 
     async def _verify(self) -> None:
         protocol = self.protocol
-        verdict = await self._to.target.ask(Verify(self._flow, self._held, protocol.position, protocol.rows, self._request.sampling))
+        verify = Verify(self._flow, self._held, protocol.position, protocol.rows, self._request.sampling, self._is_suspect)
+        verdict = await self._to.target.ask(verify)
         protocol.verified(verdict)
         self._num_rounds += 1
-        if self._draft is not None:
+        if self._draft is not None and protocol.round.num_drafted:
             name, done = self._draft.drafter, protocol.round
             self._statistics[name] = self._statistics[name].after(done.num_drafted, done.num_accepted)
             if name == "ngram-simple":
-                self._ngram_reach = 2 * done.num_drafted if done.num_accepted == done.num_drafted else done.num_accepted + 1
+                is_whole = done.num_accepted == done.num_drafted
+                self._ngram_reach = max(self._ngram_reach, 2 * done.num_drafted) if is_whole else done.num_accepted + 1
             self._trace.count("accepted", done.num_accepted, self._flow)
 
     async def _commit(self) -> None:
@@ -227,14 +247,28 @@ class Sequence:
             source = self._draft.drafter if self._draft is not None and done.num_accepted else None
             await self._outbox.send(Delta(text, done.tokens, source), self._flow)
         if done.computed:
-            for drafter in self._drafters.values():
-                reply = await self._inform(drafter, Commit(self._flow, self._held, done.position, done.computed))
-                if reply is not None and not self._overlap:
-                    with suppress(ForerunError):
-                        await reply.wait()
+            await self._tell_drafters(done.position, done.computed)
+        self._clock.last_token = anyio.current_time()
         protocol.committed()
 
+    async def _tell_drafters(self, position: int, tokens: tuple[int, ...]) -> None:
+        for drafter in self._drafters.values():
+            reply = await self._inform(drafter, Commit(self._flow, self._held, position, tokens))
+            if reply is not None and not self._overlap:
+                with suppress(ForerunError):
+                    await reply.wait()
+
     # Memory that is lost, and given back
+
+    @property
+    def _is_suspect(self) -> bool:
+        """Whether the target died working on this, and has not got beyond since."""
+        return self._num_deaths > 0 and len(self.protocol.output) == self._num_tokens_at_death
+
+    @property
+    def _max_drafts(self) -> int:
+        assert self._lease is not None
+        return self._lease.max_rows - 1
 
     @property
     def _held(self) -> int:
@@ -242,26 +276,28 @@ class Sequence:
         return self._lease.number
 
     async def _lose_memory(self, error: ForerunError) -> None:
-        """Back to waiting for memory. RequestFailed when that happens again and again where this request stands."""
+        """Back to waiting for memory. RequestFailed when the target has died of this request again and again."""
         if not self.protocol.holds_lease:
             return
-        num_tokens = len(self.protocol.output)
-        self._num_fruitless_replays = self._num_fruitless_replays + 1 if num_tokens == self._num_tokens_at_loss else 1
-        self._num_tokens_at_loss = num_tokens
-        if self._num_fruitless_replays > MAX_FRUITLESS_REPLAYS:
-            raise RequestFailed("an actor failed each time it worked on this request") from error
+        if isinstance(error, WorkFailed):
+            self._num_deaths = self._num_deaths + 1 if self._is_suspect else 1
+            self._num_tokens_at_death = len(self.protocol.output)
+            if self._num_deaths > MAX_FRUITLESS_REPLAYS:
+                raise RequestFailed("the target failed each time it worked on this request") from error
         await self._forget()
         self._lease = None
         self.protocol.memory_lost()
 
     async def _forget(self) -> None:
-        """Drafters first: one must not work on memory that is another's."""
+        """Nobody may work on memory that is another's: returns when nobody does."""
         for reply in self._observed:
             reply.abandon()
         self._observed.clear()
         for drafter in self._drafters.values():
             with suppress(ForerunError):
                 await drafter.mailbox.ask(Forget(self._flow, self._held))
+        with suppress(ForerunError):
+            await self._to.target.ask(Forget(self._flow, self._held))
 
     async def _give_back(self) -> None:
         if self._lease is not None:
@@ -313,7 +349,7 @@ class Sequence:
             tuple(protocol.output),
             protocol.finish_reason or FinishReason.CANCELLED,
             request.sampling,
-            Usage(len(request.prompt_ids), len(protocol.output)),
+            Usage(len(request.prompt_ids), len(protocol.output), self._num_cached),
             self._clock.timings(anyio.current_time()),
             Speculation(self._num_rounds, dict(self._statistics)),
         )

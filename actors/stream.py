@@ -28,6 +28,7 @@ class Options(TypedDict, total=False):
     min_p: float | None  # drop tokens less likely than this times the likeliest [0]
     seed: int | None  # of the noise that chooses tokens [random]
     timeout_seconds: float | None  # DeadlineExceeded if it is not finished by then [none]
+    cache_salt: str | None  # only requests with the same one share what is cached of prompts [none]
     ignore_eos: bool  # go on after an end-of-text token [False]
     prefill_progress: PrefillProgress | None  # called with (prompt tokens computed, prompt tokens in all)
 

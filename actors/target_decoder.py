@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
 from ..core.actor import Actor, Executor
 from ..core.channel import Envelope, Mailbox
-from ..core.errors import InternalBug, LeaseLost, PositionLost
-from ..core.messages import Prefill, Verify
+from ..core.errors import InternalBug, LeaseLost, PositionLost, WorkFailed
+from ..core.messages import Forget, Prefill, Verify
 from ..core.vocabulary import Verdict
 from ..kernels.backend import F32
 from ..kernels.model.memory import SequencePool
 from ..kernels.model.sampling import choose
 from ..kernels.model.trunk import Rows
+
+R = TypeVar("R")
 
 
 class Target(Protocol):
@@ -37,13 +39,17 @@ class TargetDecoder(Actor):
     @property
     def enough(self) -> float:
         """Every sequence there is."""
-        return self._pool.num_slots - self._pool.num_free
+        return self._pool.num_used
 
     async def handle(self, batch: list[Envelope]) -> None:
         verifies: list[tuple[Envelope, Verify, Rows]] = []
         prefills: list[tuple[Envelope, Prefill, Rows]] = []
+        forgets: list[Envelope] = []
         for envelope in batch:
             message = envelope.message
+            if isinstance(message, Forget):
+                forgets.append(envelope)
+                continue
             if not isinstance(message, Verify | Prefill):
                 raise InternalBug(f"target decoder got {message!r}")
             rows = self._rows(envelope, message)
@@ -53,11 +59,15 @@ class TargetDecoder(Actor):
                 verifies.append((envelope, message, rows))
             else:
                 prefills.append((envelope, message, rows))
-        if verifies:
-            await self._verify(verifies)
+        together = [each for each in verifies if not each[1].is_suspect]
+        for group in [together, *([each] for each in verifies if each[1].is_suspect)]:
+            if group:
+                await self._verify(group)
         for envelope, message, rows in prefills:
             if not envelope.is_abandoned:
                 await self._prefill(envelope, message, rows)
+        for envelope in forgets:  # what was asked before has been computed or passed over
+            envelope.answer(None)
 
     def _rows(self, envelope: Envelope, message: Verify | Prefill) -> Rows | None:
         """What to compute, or None when the sender has gone away or its memory cannot go there."""
@@ -82,14 +92,26 @@ class TargetDecoder(Actor):
                 verdicts.append(Verdict(tuple(choose(next(logits), message.sampling, position) for position in positions)))
             return verdicts
 
-        verdicts = await self.compute(work, self._target.seconds(sum(len(rows.tokens) for rows in batch)))
-        for (envelope, _, _), verdict in zip(verifies, verdicts, strict=True):
+        envelopes = [envelope for envelope, _, _ in verifies]
+        verdicts = await self._do(work, sum(len(rows.tokens) for rows in batch), envelopes)
+        for envelope, verdict in zip(envelopes, verdicts, strict=True):
             envelope.answer(verdict)
 
     async def _prefill(self, envelope: Envelope, message: Prefill, rows: Rows) -> None:
         def work() -> Verdict:
             logits = self._target.prefill(rows, message.is_last)
+            if message.is_kept:
+                rows.memory.keep()
             return Verdict(() if logits is None else (choose(logits[0], message.sampling, message.position + len(message.tokens)),))
 
         envelope.start()
-        envelope.answer(await self.compute(work, self._target.seconds(len(rows.tokens))))
+        envelope.answer(await self._do(work, len(rows.tokens), [envelope]))
+
+    async def _do(self, work: Callable[[], R], num_rows: int, envelopes: list[Envelope]) -> R:
+        """Computes; should this actor die of it, those whose work it was are told so."""
+        try:
+            return await self.compute(work, self._target.seconds(num_rows))
+        except Exception:
+            for envelope in envelopes:
+                envelope.fail(WorkFailed("the target decoder failed working on this request"))
+            raise

@@ -7,6 +7,7 @@ rendered by chat_template.py in a process of its own.
 from __future__ import annotations
 
 import codecs
+import logging
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,16 +16,20 @@ from tokenizers import Tokenizer
 
 from ..core.actor import Actor, Executor
 from ..core.channel import Envelope, Mailbox
-from ..core.errors import ForerunError, InternalBug, InvalidRequest, ModelFileError
+from ..core.errors import ActorStuck, ForerunError, InternalBug, InvalidRequest, ModelFileError, RequestFailed
 from ..core.messages import Encode
 from ..core.vocabulary import Message
 from ..kernels.model.config import read_json
 from . import chat_template
 
+logger = logging.getLogger("forerun")
+
 #: encoding speed of byte-level BPE on one core, characters a second, rounded down
 CHARACTERS_PER_SECOND = 1e6
-#: prompts encoded at once; each chat among them is a process of its own
-NUM_AT_ONCE = 4
+#: prompts taken out of the mailbox at a time
+NUM_AT_ONCE = 64
+#: chats rendered at a time, each in a process of its own
+NUM_RENDERERS = 4
 
 
 def _bytes_of_characters() -> dict[str, int]:
@@ -102,7 +107,8 @@ class Detokenizer:
 
 
 class TokenizerActor(Actor):
-    """Prompts are encoded side by side, so that a slow chat template holds up its own request alone."""
+    """Texts and chats are encoded side by side, so that a slow one holds up its own request alone; a prompt of ids is no work. What is
+    wrong with one prompt, even a bug that it alone brings out, ends that request."""
 
     def __init__(self, mailbox: Mailbox, executor: Executor, vocabulary: Vocabulary | None) -> None:
         super().__init__(mailbox, executor)
@@ -110,29 +116,40 @@ class TokenizerActor(Actor):
 
     async def run(self) -> None:
         async with anyio.create_task_group() as group:
-            self._group, self._limit = group, anyio.CapacityLimiter(NUM_AT_ONCE)
+            self._group = group
+            self._room, self._renderers = anyio.Semaphore(NUM_AT_ONCE), anyio.CapacityLimiter(NUM_RENDERERS)
             await super().run()
 
     async def handle(self, batch: list[Envelope]) -> None:
         for envelope in batch:
-            self._group.start_soon(self._encode, envelope)
+            message = envelope.message
+            if not isinstance(message, Encode):
+                raise InternalBug(f"tokenizer got {message!r}")
+            prompt = message.prompt
+            if isinstance(prompt, list) and all(isinstance(token, int) for token in prompt):
+                envelope.answer(tuple(cast("list[int]", prompt)))
+            else:
+                await self._room.acquire()  # while it waits the mailbox fills, and refuses
+                self._group.start_soon(self._encode, envelope, cast("str | list[Message]", prompt))
 
-    async def _encode(self, envelope: Envelope) -> None:
-        message = envelope.message
-        if not isinstance(message, Encode):
-            raise InternalBug(f"tokenizer got {message!r}")
-        async with self._limit:
-            if envelope.is_abandoned:
-                return
-            try:
-                envelope.answer(await self._ids(message))
-            except ForerunError as error:
-                envelope.fail(error)
+    async def _encode(self, envelope: Envelope, prompt: str | list[Message]) -> None:
+        try:
+            if not envelope.is_abandoned:
+                envelope.answer(await self._ids(prompt))
+        except ForerunError as error:
+            envelope.fail(error)
+        except (InternalBug, ActorStuck):
+            raise
+        except Exception as error:
+            logger.exception("a prompt could not be encoded")
+            failure = RequestFailed("the prompt could not be encoded")
+            failure.__cause__ = error
+            envelope.fail(failure)
+        finally:
+            self._room.release()
+            self.num_steps += 1
 
-    async def _ids(self, message: Encode) -> tuple[int, ...]:
-        prompt = message.prompt
-        if isinstance(prompt, list) and all(isinstance(token, int) for token in prompt):
-            return tuple(cast("list[int]", prompt))
+    async def _ids(self, prompt: str | list[Message]) -> tuple[int, ...]:
         vocabulary = self._vocabulary
         if vocabulary is None:
             raise InvalidRequest([("prompt", "this model has no tokenizer.json, only token ids can be given")])
@@ -140,7 +157,7 @@ class TokenizerActor(Actor):
             return await self.compute(lambda: vocabulary.encode(prompt), len(prompt) / CHARACTERS_PER_SECOND)
         if vocabulary.chat_template is None:
             raise InvalidRequest([("prompt", "this model has no chat template, give text or token ids")])
-        messages = cast("list[Message]", prompt)
-        parts = await chat_template.render(vocabulary.chat_template, messages, vocabulary.specials)
+        async with self._renderers:
+            parts = await chat_template.render(vocabulary.chat_template, prompt, vocabulary.specials)
         length = sum(len(text) for _, text in parts)
         return await self.compute(lambda: vocabulary.encode_rendered(parts), length / CHARACTERS_PER_SECOND)

@@ -20,6 +20,8 @@ T = TypeVar("T")
 #: two channel hops, so shorter work is faster, and fairer to others, in place (measured in kernels/EXPERIMENTS.md).
 INLINE_SECONDS = 0.005
 
+#: More than the actors can use at a time, those included that a stuck device keeps.
+MAX_THREADS = 64
 #: How many times the estimate of its work an actor may take before the watchdog restarts it: estimates are rough, and a
 #: machine may be busy.
 ALLOWED_FACTOR = 50.0
@@ -36,13 +38,19 @@ class Executor(Protocol):
 
 
 class Threads:
-    """Short work in place, other work in a worker thread. Cancelled: the thread goes on alone, and what it returns is lost."""
+    """Short work in place, other work in a worker thread, of which the engine has its own. Cancelled: the thread goes on alone, and
+    what it returns is lost."""
+
+    def __init__(self) -> None:
+        self._limiter: anyio.CapacityLimiter | None = None
 
     def is_inline(self, seconds: float) -> bool:
         return seconds <= INLINE_SECONDS
 
     async def __call__(self, work: Callable[[], T], seconds: float) -> T:
-        return await run_sync(work, abandon_on_cancel=True)
+        if self._limiter is None:
+            self._limiter = anyio.CapacityLimiter(MAX_THREADS)
+        return await run_sync(work, abandon_on_cancel=True, limiter=self._limiter)
 
 
 class InPlace:
@@ -88,12 +96,14 @@ class Actor(ABC):
         while True:
             batch = await self.mailbox.receive_all(self.enough)
             self._is_handling = True
+            self.num_steps += 1
             await self.handle(batch)
             self._is_handling = False
-            self.num_steps += 1
             for envelope in batch:
                 if envelope.reply is None:
                     envelope.finish("ok")
+                elif envelope.is_abandoned:
+                    envelope.finish("abandoned")
 
     @abstractmethod
     async def handle(self, batch: list[Envelope]) -> None:
@@ -101,9 +111,12 @@ class Actor(ABC):
 
     async def compute(self, work: Callable[[], T], seconds: float) -> T:
         """Has `work` done by the executor, which `seconds` tells how long it may take. Cancelled: the work is finished first, so
-        that an owner never sees its memory half written; only the watchdog leaves it behind, with all the memory it had."""
+        that an owner never sees its memory half written; only a supervisor that ends the actor's life leaves it behind, with all
+        the memory it had."""
         if self._executor.is_inline(seconds):
             return work()
+        await checkpoint_if_cancelled()  # an actor that is to end begins nothing that nobody would leave
+        self.num_steps += 1
         with anyio.CancelScope(shield=True) as scope:
             self._work[scope] = max(self.patience_seconds, ALLOWED_FACTOR * seconds)
             try:

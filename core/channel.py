@@ -6,8 +6,8 @@
 
 Deltas to a reader travel in an Outbox (outbox.py), which merges; trace events in a ring (trace.py), which drops the oldest.
 
-An ask ends when it is answered, when its deadline passes, when its caller is cancelled, or when the actor dies; an answer
-that nobody waits for any more is dropped without harm. A mailbox outlives the actor that reads it: `restart` ends
+An ask ends when it is answered, when its caller is cancelled (a deadline is a cancel scope's), or when the actor dies; an
+answer that nobody waits for any more is dropped without harm. A mailbox outlives the actor that reads it: `restart` ends
 what the dead one had, and those who wait for room send to its successor.
 """
 
@@ -23,7 +23,7 @@ from typing import Any, Generic, TypeVar, cast
 import anyio
 from anyio.lowlevel import checkpoint
 
-from .errors import ActorStopped, DeadlineExceeded, ForerunError, InternalBug, Overloaded, Superseded
+from .errors import ActorStopped, ForerunError, InternalBug, Overloaded, Superseded
 from .messages import Mail, WhenFull
 from .trace import Span, Trace
 
@@ -38,7 +38,7 @@ class Reply(Generic[R]):
 
     __slots__ = ("_error", "_is_set", "_new_event", "_owed", "_undo", "_value", "_waiter", "is_abandoned")
 
-    def __init__(self, owed: dict[Reply[Any], None], undo: Callable[[R], None] | None, new_event: Callable[[], anyio.Event]) -> None:
+    def __init__(self, owed: dict[Reply[Any], Envelope], undo: Callable[[R], None] | None, new_event: Callable[[], anyio.Event]) -> None:
         self._new_event = new_event
         self._owed = owed  # the mailbox's replies not yet given, in order of arrival; this one once it is delivered
         self._undo = undo
@@ -53,8 +53,8 @@ class Reply(Generic[R]):
         """Whether an answer would still reach somebody."""
         return not (self.is_abandoned or self._is_set)
 
-    def delivered(self) -> None:
-        self._owed[self] = None
+    def delivered(self, envelope: Envelope) -> None:
+        self._owed[self] = envelope
 
     def _settle(self) -> None:
         self._is_set = True
@@ -83,23 +83,15 @@ class Reply(Generic[R]):
         if self._is_set and self._error is None and self._undo is not None:
             self._undo(cast(R, self._value))
 
-    async def wait(self, deadline: float = math.inf) -> R:
-        """The answer, or the error it ended with; DeadlineExceeded at `deadline` (anyio.current_time). Once.
-        Cancelled or too late: abandoned."""
+    async def wait(self) -> R:
+        """The answer, or the error it ended with. Once. Cancelled: abandoned."""
         if not self._is_set:
             self._waiter = self._new_event()
             try:
-                if deadline == math.inf:
-                    await self._waiter.wait()
-                else:
-                    with anyio.CancelScope(deadline=deadline):
-                        await self._waiter.wait()
+                await self._waiter.wait()
             except BaseException:
                 self.abandon()
                 raise
-            if not self._is_set:
-                self.abandon()
-                raise DeadlineExceeded("no answer in time")
         if self._error is not None:
             raise self._error.with_traceback(None)  # one error may end many asks; none keeps another's frames
         return cast(R, self._value)
@@ -168,7 +160,7 @@ class Mailbox:
         self.life = 0
         self._trace = trace or Trace(1)
         self._waiting: deque[Envelope] = deque()
-        self._unanswered: dict[Reply[Any], None] = {}
+        self._unanswered: dict[Reply[Any], Envelope] = {}
         self._arrived = anyio.Event()
         self._new_event = type(self._arrived)  # the running library's own: anyio.Event() asks each time which one runs
         self._queue: deque[tuple[Envelope, anyio.Event]] = deque()  # what waits for room, first come first served
@@ -193,10 +185,10 @@ class Mailbox:
             raise
         return reply
 
-    async def ask(self, message: Mail[R], undo: Callable[[R], None] | None = None, deadline: float = math.inf) -> R:
-        """Delivers and waits for the answer. Cancelled, or DeadlineExceeded: the message may still be handled, and its reply
-        says `is_abandoned`; an answer that had come already is handed to `undo`, so that what it lends is not lost."""
-        return await (await self.post(message, undo)).wait(deadline)
+    async def ask(self, message: Mail[R], undo: Callable[[R], None] | None = None) -> R:
+        """Delivers and waits for the answer. Cancelled: the message may still be handled, and its envelope says `is_abandoned`; an
+        answer that had come already is handed to `undo`, so that what it lends is not lost."""
+        return await (await self.post(message, undo)).wait()
 
     async def _put(self, envelope: Envelope) -> None:
         if self._closed is not None:
@@ -214,7 +206,7 @@ class Mailbox:
     def _deliver(self, envelope: Envelope) -> None:
         self._waiting.append(envelope)
         if envelope.reply is not None:
-            envelope.reply.delivered()
+            envelope.reply.delivered(envelope)
         self._num_received += 1
         self._peak = max(self._peak, len(self._waiting))
         if self._trace.is_on:
@@ -286,8 +278,8 @@ class Mailbox:
         for envelope in self._waiting:
             envelope.fail(error)
         self._waiting.clear()
-        for reply in list(self._unanswered):
-            reply.fail(error)
+        for envelope in list(self._unanswered.values()):
+            envelope.fail(error)
 
     def statistics(self) -> MailboxStatistics:
         return MailboxStatistics(

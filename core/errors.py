@@ -85,6 +85,10 @@ class ActorRestarted(ForerunError):
     status = "INTERNAL"
 
 
+class WorkFailed(ActorRestarted):
+    """The actor died working on this ask, which may be the cause."""
+
+
 class Superseded(ForerunError):
     """A newer message took this one's place in a full mailbox."""
 

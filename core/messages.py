@@ -4,8 +4,8 @@ Messages carry handles and small integers, never activations. A `Mail[R]` is ans
 with nothing when it is told. Every request names the absolute position it continues from, so rolling back is asking for
 an earlier position. `lease` is a number never given twice; memory of a former life is refused by it (LeaseLost).
 
-    sequence --Encode--> tokenizer                sequence --Admit/Release--> memory manager
-    sequence --Prefill/Verify--> target decoder   sequence --Observe/Propose/Commit/Resume/Forget--> each drafter
+    sequence --Encode--> tokenizer                       sequence --Admit/Publish/Release--> memory manager
+    sequence --Prefill/Verify/Forget--> target decoder   sequence --Observe/Propose/Commit/Resume/Forget--> each drafter
 """
 
 from __future__ import annotations
@@ -47,11 +47,24 @@ class Encode(Mail[tuple[int, ...]]):
 @dataclass(frozen=True, slots=True)
 class Admit(Mail[Lease]):
     """Sequence to memory manager, once, and again after memory was lost: memory for `num_tokens` positions and verifies of
-    `max_rows` rows. Waits while there is none; one that `is_replay` was admitted before, goes first and is never refused."""
+    `max_rows` rows, with what is known of `prompt`, whose chunks end at `ends`, for this `salt`. Waits while there is none; one
+    that `is_replay` was admitted before, goes first and is never refused."""
 
+    prompt: tuple[int, ...]
+    ends: tuple[int, ...]
+    salt: str
     num_tokens: int
     max_rows: int
     is_replay: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Publish(Mail[None]):
+    """Sequence to memory manager, once, after the prompt: what was kept of it may serve others with the same `salt`."""
+
+    lease: int
+    prompt: tuple[int, ...]
+    salt: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,24 +76,27 @@ class Release(Mail[None]):
 
 @dataclass(frozen=True, slots=True)
 class Prefill(Mail[Verdict]):
-    """Sequence to target decoder, once a chunk of the prompt: compute `tokens` from `position` (a multiple of the chunk size).
-    The verdict holds the choice after the prompt's last row, and is empty for the chunks before."""
+    """Sequence to target decoder, once a chunk of the prompt: compute `tokens` from `position`, and if `is_kept` take a checkpoint
+    after them. The verdict holds the choice after the prompt's last row, and is empty for the chunks before."""
 
     lease: int
     position: int
     tokens: tuple[int, ...]
     sampling: SamplingParams
     is_last: bool
+    is_kept: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Verify(Mail[Verdict]):
-    """Sequence to target decoder, once a round: rows [last token, drafts...] from `position`; rolls back to it first."""
+    """Sequence to target decoder, once a round: rows [last token, drafts...] from `position`; rolls back to it first. One that
+    `is_suspect`, since the target died working on it, is computed in a batch of its own."""
 
     lease: int
     position: int
     tokens: tuple[int, ...]
     sampling: SamplingParams
+    is_suspect: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +134,8 @@ class Commit(Mail[None]):
 
 @dataclass(frozen=True, slots=True)
 class Resume(Mail[None]):
-    """Sequence to a drafter that was restarted, once: `tokens` stand from position 0, computed by the target long ago."""
+    """Sequence to a drafter that was restarted, or has a lease with something in it, once: `tokens` stand from position 0, computed
+    by the target long ago."""
 
     lease: int
     tokens: tuple[int, ...]
@@ -126,6 +143,7 @@ class Resume(Mail[None]):
 
 @dataclass(frozen=True, slots=True)
 class Forget(Mail[None]):
-    """Sequence to each drafter, once for every lease, before Release: drop what is known of it."""
+    """Sequence to target decoder and each drafter, once for every lease, before Release: drop what is known of it. Once it is
+    answered, nothing works on the lease's memory any more."""
 
     lease: int

@@ -37,7 +37,8 @@ class Outbox:
     async def send(self, delta: Delta, flow: Flow) -> None:
         """Hands over, merged with the newest when the reader is slow; waits when that is full too. Cancelled: not handed over."""
         while len(self._waiting) >= self._capacity and self._is_full(delta):
-            self._room = self._new_event()
+            if self._room.is_set():
+                self._room = self._new_event()
             await self._room.wait()
         now = self._trace.clock() if self._trace.is_on else 0
         if len(self._waiting) >= self._capacity:
@@ -55,7 +56,8 @@ class Outbox:
         while not self._waiting:
             if self._is_ended:
                 return None
-            self._arrived = self._new_event()
+            if self._arrived.is_set():
+                self._arrived = self._new_event()
             await self._arrived.wait()
         delta, flow, enqueued = self._waiting.popleft()
         self._room.set()

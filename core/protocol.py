@@ -1,10 +1,11 @@
 """The draft-verify-commit life of one sequence, as a pure state machine: no I/O, no clock, no arrays.
 
-Rules. A prompt is prefilled in chunks that start at multiples of CHUNK, so that what a chunk computes depends on the
-prompt alone. The choice after the prompt's last row is the first token. From then on the newest token is always one
-the target has chosen but not yet computed; a round verifies [that token, drafts...] from its position, and drafts stand
-while they equal the target's own choices. So the tokens are those the target would have chosen alone, and a round
-always brings at least one. A draft is never longer than what may still be produced less one.
+Rules. A prompt is prefilled in chunks that end at multiples of CHUNK, and where a message of a chat ends: where chunks
+begin and end depends on the tokens before alone, and so does what a chunk computes. The choice after the prompt's last
+row is the first token. From then on the newest token is always one the target has chosen but not yet computed; a round
+verifies [that token, drafts...] from its position, and drafts stand while they equal the target's own choices. So the
+tokens are those the target would have chosen alone, and a round always brings at least one. A draft is never longer than
+what may still be produced less one.
 
 Memory may be lost with the actor that lent it. The sequence then waits for a new lease, prefills the same chunks, and
 replays by steps what it had computed by steps, so that every row has the bits it had; the target must choose the very
@@ -16,14 +17,29 @@ What is not in TRANSITIONS is refused, and a refused call changes nothing.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from enum import Enum, auto
 
 from .errors import InternalBug
 from .vocabulary import Draft, FinishReason, Request, Verdict
 
-#: Positions a prefill chunk spans; chunks start at its multiples. The length of the WY blocks of gated delta net kernels.
+#: Positions a prefill chunk spans at most; chunks end at its multiples. The length of the WY blocks of gated delta net kernels.
 CHUNK = 64
+#: Positions a chunk has to have before a message's end may end it: shorter ones cost more than they can save.
+MIN_CHUNK = 16
+
+
+def chunk_ends(tokens: tuple[int, ...], boundary_ids: frozenset[int]) -> tuple[int, ...]:
+    """Where the prefill chunks of a prompt end: at multiples of CHUNK, after a boundary token that stands MIN_CHUNK or more
+    positions into its chunk, and at the end of the prompt."""
+    ends: list[int] = []
+    start = 0
+    for position, token in enumerate(tokens, 1):
+        if position % CHUNK == 0 or position == len(tokens) or (token in boundary_ids and position - start >= MIN_CHUNK):
+            ends.append(position)
+            start = position
+    return tuple(ends)
 
 
 class State(Enum):
@@ -110,6 +126,7 @@ class SequenceProtocol:
 
     def __init__(self, request: Request) -> None:
         self.request = request
+        self.chunk_ends = chunk_ends(request.prompt_ids, request.boundary_ids)
         self.state = State.WAITING
         self.holds_lease = False
         self.finish_reason: FinishReason | None = None
@@ -158,9 +175,13 @@ class SequenceProtocol:
 
     # Memory
 
-    def admitted(self) -> None:
+    def admitted(self, num_cached: int = 0) -> None:
+        """A lease was lent, which holds the prompt's first `num_cached` tokens: up to the end of a chunk before the last."""
+        if num_cached and num_cached not in self.chunk_ends[:-1]:
+            raise InternalBug(f"memory holds {num_cached} tokens, but chunks end at {self.chunk_ends}")
         self._move(Event.ADMITTED, State.PREFILLING)
         self.holds_lease = True
+        self._num_computed = num_cached
 
     def memory_lost(self) -> None:
         """The lease is void: back to waiting for one. What the reader has is kept."""
@@ -172,7 +193,8 @@ class SequenceProtocol:
 
     def next_chunk(self) -> tuple[int, ...]:
         """The prompt's tokens from `position` to the chunk's end."""
-        return self.request.prompt_ids[self._num_computed : self._num_computed + CHUNK]
+        following = self.chunk_ends[bisect_right(self.chunk_ends, self._num_computed) :]
+        return self.request.prompt_ids[self._num_computed : following[0]] if following else ()
 
     def chunk_computed(self, verdict: Verdict) -> None:
         """The chunk stands; after the last one the verdict holds the first token."""

@@ -12,6 +12,7 @@ the event loop itself: nothing in that thread can.
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -100,12 +101,6 @@ class Supervisor:
                 return
         raise KeyError(name)
 
-    def leave_work(self) -> None:
-        """Lets no actor wait for its work any longer. Only when all of them are to end."""
-        for life in self._lives:
-            for actor in life.actors.values():
-                actor.leave_work()
-
     async def _keep(self, group: Group) -> None:
         deaths: deque[float] = deque()
         while True:
@@ -145,6 +140,8 @@ class Supervisor:
                 await anyio.sleep_forever()
             finally:
                 self._lives.remove(life)
+                for actor in life.actors.values():  # whatever ends this life, nobody waits for its work
+                    actor.leave_work()
         if life.failure is None:
             raise InternalBug("a group ended without a reason")
         return life.failure
@@ -157,19 +154,27 @@ class Supervisor:
             raise InternalBug(f"the {name} returned")
         except Exception as error:
             life.end(name, _first(error))
+        except BaseExceptionGroup as group:  # of an actor with tasks: some failed, others were cancelled
+            cancelled, rest = group.split(anyio.get_cancelled_exc_class())
+            if not isinstance(rest, ExceptionGroup):
+                raise
+            life.end(name, _first(cast("ExceptionGroup[Exception]", rest)))
+            if cancelled is not None:
+                raise cancelled from None
 
     async def _watch(self) -> None:
-        seen: dict[Actor, tuple[int, float]] = {}  # what each was at, and since when
+        """Patience is counted in looks, not by the clock: while something blocks the event loop, nobody can make progress."""
+        seen: dict[Actor, tuple[int, int]] = {}  # what each was at, and at how many looks in a row
         while True:
             await anyio.sleep(WATCHDOG_SECONDS)
-            now, before = anyio.current_time(), seen
-            seen = {}
+            before, seen = seen, {}
             for life in list(self._lives):
                 for name, actor in life.actors.items():
-                    step, since = before.get(actor, (-1, now))
-                    seen[actor] = (step, since) if step == actor.num_steps else (actor.num_steps, now)
-                    if now - seen[actor][1] > actor.allowed_seconds:
-                        life.end(name, ActorStuck(f"the {name} has made no progress for {now - since:.0f} s"))
+                    step, num_looks = before.get(actor, (-1, 0))
+                    is_waiting = step == actor.num_steps and actor.allowed_seconds < math.inf
+                    seen[actor] = (actor.num_steps, num_looks + 1 if is_waiting else 0)
+                    if seen[actor][1] * WATCHDOG_SECONDS > actor.allowed_seconds:
+                        life.end(name, ActorStuck(f"the {name} has made no progress for {actor.allowed_seconds:.0f} s"))
                         break
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -113,6 +114,11 @@ class Trace:
         """A stream of the events from now on: `with trace.subscribe() as events: async for event in events`."""
         return Subscription(self)
 
+    def end(self) -> None:
+        """Nothing more will come: ends every subscription after what it has."""
+        for subscription in tuple(self._subscriptions):
+            subscription.close()
+
     def _switch(self) -> None:
         self.is_on = bool(self._observers or self._subscriptions)
 
@@ -141,7 +147,7 @@ class Subscription:
     def __init__(self, trace: Trace) -> None:
         self._trace = trace
         self._cursor = 0
-        self._pending: list[Event] = []
+        self._pending: deque[Event] = deque()
         self._is_open = False
         self.arrived = anyio.Event()
         self.num_missed = 0
@@ -164,7 +170,7 @@ class Subscription:
 
     def _fetch(self) -> None:
         events, num_missed, self._cursor = self._trace.read(self._cursor)
-        self._pending += reversed(events)
+        self._pending.extend(events)
         self.num_missed += num_missed
 
     def __aiter__(self) -> Subscription:
@@ -179,4 +185,4 @@ class Subscription:
             self._fetch()
             if not self._pending:
                 await self.arrived.wait()
-        return self._pending.pop()
+        return self._pending.popleft()

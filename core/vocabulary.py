@@ -30,6 +30,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "ngram_size_m": (1, 64),
     "num_slots": (1, 1024),
     "queue_size": (0, 100_000),
+    "num_pages": (1, 100_000_000),
+    "prefix_bytes": (0, 2**60),
     "timeout_seconds": (0.0, 1e9),
 }
 
@@ -124,7 +126,8 @@ class FinishReason(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request after encoding, with every default resolved. `vocabulary` is the number of token ids there are."""
+    """A request after encoding, with every default resolved. `vocabulary` is the number of token ids there are; prefill chunks also
+    end after a token of `boundary_ids`, which end the messages of a chat."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
@@ -132,6 +135,7 @@ class Request:
     sampling: SamplingParams
     stop_ids: frozenset[int]
     vocabulary: int
+    boundary_ids: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,11 +171,12 @@ def parse_spec_type(text: str) -> tuple[DrafterName, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Memory lent to one sequence under a number never given twice: `capacity` positions, `max_rows` rows at most in one verify."""
+    """Memory lent to one sequence under a number never given twice, for `max_rows` rows at most in one verify. The first `num_cached`
+    tokens of the prompt are in it already."""
 
     number: int
-    capacity: int
     max_rows: int
+    num_cached: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,8 +212,11 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
+    """Tokens of a request. `num_cached_tokens` of the prompt had been computed before, for a request with the same beginning."""
+
     num_prompt_tokens: int
     num_completion_tokens: int
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,90 +1,20 @@
-"""What one sequence remembers, and how it goes back: keys and values, recurrent states, convolution windows, hidden rows.
-
-The recurrent state cannot be cut like a key-value cache. So memory keeps the state at one position (the base) and, for
-every row computed after it, what the recurrence consumed of that row (the log). Asking for a position inside the log
-replays the rows before it onto the base, with the operations and the order of the verify that computed them: the result
-has the same bits. A log folded in another order or precision drifts, and one published engine degenerated that way.
-Asking for a position below the base or above the log is refused. Reading a position clears nothing: only writing new
-rows from it does.
-"""
+"""All that one sequence remembers, and who is lent it: keys and values in pages, recurrent state, hidden rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from ...core.errors import InternalBug, LeaseLost, PositionLost
 from ...core.protocol import CHUNK
-from ..backend import F32, Backend, DeltaInputs
+from ...core.vocabulary import Lease
+from ..backend import F32
 from .config import ModelConfig
-
-
-class RecurrentLog:
-    """Recurrent states [layers, Hv, dk, dv] and convolution windows [layers, width - 1, channels] of one sequence.
-    `base` is the state at `base_position`; `num_rows` rows after it are in the log, at most `max_rows`."""
-
-    def __init__(self, config: ModelConfig, max_rows: int) -> None:
-        c = config
-        state, heads = (c.num_delta, c.value_heads, c.key_dim, c.value_dim), (max_rows, c.num_delta, c.value_heads)
-        self.base_position, self.num_rows, self.max_rows = 0, 0, max_rows
-        self._base = np.zeros(state, np.float32)
-        self._latest = np.zeros(state, np.float32)  # the state after the log's last row
-        self._width = c.conv_width - 1
-        # Pre-convolution columns: the window at the base, then one column a row. A window at base + n starts at column n.
-        self._columns = np.zeros((c.num_delta, self._width + max_rows, c.channels), np.float32)
-        self._k = np.zeros((*heads, c.key_dim), np.float32)
-        self._v = np.zeros((*heads, c.value_dim), np.float32)
-        self._decay, self._beta = np.zeros(heads, np.float32), np.zeros(heads, np.float32)
-
-    def check(self, position: int) -> None:
-        """PositionLost unless memory can go to `position` exactly. Changes nothing."""
-        if not self.base_position <= position <= self.base_position + self.num_rows:
-            held = f"{self.base_position} to {self.base_position + self.num_rows}"
-            raise PositionLost(f"recurrent state at position {position} is gone; held: {held}")
-
-    def seek(self, position: int, backend: Backend) -> None:
-        """Makes `position` the base and empties the log. PositionLost when memory does not hold it exactly."""
-        self.check(position)
-        num_kept = position - self.base_position
-        if num_kept and num_kept == self.num_rows:
-            self._base, self._latest = self._latest, self._base
-        else:
-            for row in range(num_kept):
-                backend.delta_replay(self._base, self._k[row], self._v[row], self._decay[row], self._beta[row])
-        if num_kept:
-            self._columns[:, : self._width] = self._columns[:, num_kept : num_kept + self._width].copy()
-        self.base_position, self.num_rows = position, 0
-
-    def columns(self, layer: int, new: F32) -> F32:
-        """The window at the base with the pre-convolution columns `new` [R, channels] after it: [width - 1 + R, channels]."""
-        self._columns[layer, self._width : self._width + len(new)] = new
-        return self._columns[layer, : self._width + len(new)]
-
-    def steps(self, layer: int, x: DeltaInputs, backend: Backend) -> F32:
-        """Computes rows after the base and logs them; they count once `extend` is called. Outputs [R, Hv, dv]."""
-        rows, latest = len(x.v), self._latest[layer]
-        np.copyto(latest, self._base[layer])
-        self._k[:rows, layer], self._v[:rows, layer] = x.k, x.v
-        self._decay[:rows, layer], self._beta[:rows, layer] = x.decay, x.beta
-        return backend.delta_steps(latest, x)
-
-    def extend(self, num_rows: int) -> None:
-        """Every layer has computed its `num_rows` rows."""
-        self.num_rows = num_rows
-
-    def chunk(self, layer: int, x: DeltaInputs, backend: Backend) -> F32:
-        """Moves one layer's base over a whole prefill chunk. Nothing can go back into a chunk."""
-        return backend.delta_chunk(self._base[layer], x)
-
-    def chunk_columns(self, layer: int, new: F32) -> F32:
-        columns = np.concatenate([self._columns[layer, : self._width], new])
-        self._columns[layer, : self._width] = columns[-self._width :]
-        return columns
-
-    def advance(self, num_rows: int) -> None:
-        """Every layer has moved over its chunk."""
-        self.base_position += num_rows
+from .pages import PAGE, Arena, KeyValues
+from .prefix import Checkpoint, Entry, PrefixIndex
+from .recurrent import STORES, StoreName
 
 
 class HiddenRows:
@@ -96,6 +26,7 @@ class HiddenRows:
 
     def write(self, position: int, rows: F32) -> None:
         at = np.arange(position, position + len(rows)) % len(self._rows)
+        self._positions[at] = -1  # another thread may be reading
         self._rows[at] = rows
         self._positions[at] = range(position, position + len(rows))
 
@@ -103,36 +34,28 @@ class HiddenRows:
         """Rows `position` to `position + num_rows`, [num_rows, hidden]; PositionLost when one of them is gone."""
         wanted = np.arange(position, position + num_rows)
         at = wanted % len(self._rows)
-        if not np.array_equal(self._positions[at], wanted):
+        was_held, rows = np.array_equal(self._positions[at], wanted), self._rows[at]
+        if not was_held or not np.array_equal(self._positions[at], wanted):
             raise PositionLost(f"hidden rows {position} to {position + num_rows} are gone")
-        return self._rows[at]
-
-
-class KeyValues:
-    """Keys and values [layers, KV, capacity, D] of one sequence. Rows at and after the position written from are void."""
-
-    def __init__(self, layers: int, config: ModelConfig, capacity: int) -> None:
-        shape = (layers, config.kv_heads, capacity, config.head_dim)
-        self.keys, self.values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-
-    def write(self, layer: int, position: int, keys: F32, values: F32) -> tuple[F32, F32]:
-        """Rows [R, KV, D] from `position`; returns the layer's whole keys and values [KV, capacity, D]."""
-        end = position + len(keys)
-        self.keys[layer, :, position:end] = keys.swapaxes(0, 1)
-        self.values[layer, :, position:end] = values.swapaxes(0, 1)
-        return self.keys[layer], self.values[layer]
+        return rows
 
 
 class SequenceMemory:
-    """All of one sequence: room for `capacity` positions and for `max_rows` rows in one verify."""
+    """All of one sequence: room in the pages of `table` for `capacity` positions, and for `max_rows` rows in one verify."""
 
-    def __init__(self, config: ModelConfig, capacity: int, max_rows: int) -> None:
-        self.capacity = capacity
-        self.trunk = KeyValues(config.num_attention, config, capacity)
-        self.recurrent = RecurrentLog(config, max_rows)
+    def __init__(self, config: ModelConfig, arena: Arena, table: list[int], capacity: int, max_rows: int, store: StoreName) -> None:
+        self.capacity, self.table = capacity, table
+        self.trunk, self.mtp = KeyValues(arena.trunk, table), KeyValues(arena.mtp, table)
+        self.recurrent = STORES[store](config, max_rows)
         # A drafter reads a chunk's rows while the next is computed, and needs the row before its first.
         self.hidden = HiddenRows(config.hidden, 2 * CHUNK + max_rows + 1)
-        self.mtp = KeyValues(1, config, capacity + max_rows)  # drafts may run past the last position
+        self.checkpoints: list[Checkpoint] = []  # taken while the prompt was computed
+
+    @staticmethod
+    def alone(config: ModelConfig, capacity: int, max_rows: int, store: StoreName = "log") -> SequenceMemory:
+        """Memory of a sequence that shares with nobody."""
+        arena = Arena(num_pages(capacity, max_rows), config.num_attention, config.kv_heads, config.head_dim)
+        return SequenceMemory(config, arena, arena.take(arena.num_pages), capacity, max_rows, store)
 
     def check(self, position: int, num_rows: int, *, is_chunk: bool) -> None:
         """PositionLost unless `num_rows` rows can be computed from `position`. Changes nothing."""
@@ -142,16 +65,68 @@ class SequenceMemory:
             lease = f"a lease of {self.capacity} positions, {max_rows} at once"
             raise PositionLost(f"rows {position} to {position + num_rows} do not fit {lease}")
 
+    def keep(self) -> None:
+        """Takes a checkpoint where a prefill chunk has just ended."""
+        position = self.recurrent.base_position
+        state, columns = self.recurrent.read()
+        self.checkpoints.append(Checkpoint(position, state, columns, self.hidden.read(position - 1, 1)))
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Goes on from a checkpoint whose keys and values are in the pages already."""
+        self.recurrent.restore(checkpoint.position, checkpoint.state, checkpoint.columns)
+        self.hidden.write(checkpoint.position - 1, checkpoint.hidden)
+
+
+def num_pages(capacity: int, max_rows: int) -> int:
+    """Pages of a lease: drafts may run past the last position."""
+    return -(-(capacity + max_rows) // PAGE)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryParams:
+    """How much memory sequences may have: `num_slots` at once, `num_pages` for all of them and the checkpoints of prefixes, of which
+    there are at most `prefix_bytes` (0: none are kept). `store` says how recurrent states go back."""
+
+    num_slots: int
+    num_pages: int
+    prefix_bytes: int
+    store: StoreName
+
+
+class MemoryMaker(Protocol):
+    """What a model gives a pool."""
+
+    def arena(self, num_pages: int) -> Arena: ...
+
+    def memory(self, arena: Arena, table: list[int], capacity: int, max_rows: int, store: StoreName) -> SequenceMemory: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelMemory:
+    """A real model's."""
+
+    config: ModelConfig
+
+    def arena(self, num_pages: int) -> Arena:
+        return Arena(num_pages, self.config.num_attention, self.config.kv_heads, self.config.head_dim)
+
+    def memory(self, arena: Arena, table: list[int], capacity: int, max_rows: int, store: StoreName) -> SequenceMemory:
+        return SequenceMemory(self.config, arena, table, capacity, max_rows, store)
+
 
 class SequencePool:
     """Memory by lease number, the handle that messages carry. The memory manager fills and empties it, the actors that compute
-    read it. `make(capacity, max_rows)` makes one sequence's memory; a number is never given twice."""
+    read it. A number is never given twice. A lease has all the pages it can ever need, so that decoding never runs out."""
 
-    def __init__(self, make: Callable[[int, int], SequenceMemory], num_slots: int) -> None:
-        self._make = make
+    def __init__(self, make: MemoryMaker, params: MemoryParams) -> None:
+        self._make, self._params = make, params
         self._leases: dict[int, tuple[str, SequenceMemory]] = {}
         self._first = self._next = 1  # the numbers lent in this life: from _first, below _next
-        self.num_slots = num_slots
+        self._begin()
+
+    def _begin(self) -> None:
+        self._arena = self._make.arena(self._params.num_pages)
+        self.prefixes = PrefixIndex(self._arena, self._params.prefix_bytes)
 
     def __getitem__(self, lease: int) -> SequenceMemory:
         if lease not in self._leases:
@@ -159,28 +134,88 @@ class SequencePool:
         return self._leases[lease][1]
 
     @property
-    def num_free(self) -> int:
-        return self.num_slots - len(self._leases)
+    def num_slots(self) -> int:
+        return self._params.num_slots
+
+    @property
+    def num_used(self) -> int:
+        return len(self._leases)
+
+    @property
+    def num_pages(self) -> int:
+        return self._params.num_pages
+
+    @property
+    def num_pages_free(self) -> int:
+        return self._arena.num_free
 
     @property
     def owners(self) -> dict[int, str]:
         """Lease number -> who has it."""
         return {lease: owner for lease, (owner, _) in self._leases.items()}
 
-    def lease(self, owner: str, capacity: int, max_rows: int) -> int | None:
-        """A new lease with fresh memory, or None while all slots are lent."""
-        if not self.num_free:
+    def can_ever_lease(self, capacity: int) -> bool:
+        """Whether a lease of `capacity` positions fits into empty memory."""
+        return num_pages(capacity, 1) <= self._params.num_pages
+
+    def lease(
+        self, owner: str, tokens: tuple[int, ...], ends: tuple[int, ...], capacity: int, max_rows: int, salt: str = ""
+    ) -> Lease | None:
+        """Memory for a prompt whose chunks end at `ends`, with as much of it in place as is known; None while there is too little. Room
+        for drafts beyond the last position gives way first, then checkpoints of prefixes."""
+        if len(self._leases) == self.num_slots:
             return None
+        found = self.prefixes.find(tokens, ends, salt) if self._params.prefix_bytes else None
+        shared = self._whole_pages(found)
+        while num_pages(capacity, max_rows) - len(shared) > self._arena.num_free:
+            if num_pages(capacity, 1) < num_pages(capacity, max_rows):
+                max_rows = num_pages(capacity, 1) * PAGE - capacity
+            elif not self.prefixes.evict(but=found):
+                if found is None:
+                    return None
+                found, shared = None, []  # what it would save is in the way
+        self._arena.share(shared)
+        table = [*shared, *self._arena.take(num_pages(capacity, max_rows) - len(shared))]
+        memory = self._make.memory(self._arena, table, capacity, max_rows, self._params.store)
+        position = found.checkpoint.position if found is not None else 0
+        if found is not None:
+            if position % PAGE:  # others hold the page this sequence goes on in
+                self._arena.copy(found.pages[-1], table[len(shared)])
+            memory.restore(found.checkpoint)
+        self.prefixes.count(found, len(tokens))
         number, self._next = self._next, self._next + 1
-        self._leases[number] = (owner, self._make(capacity, max_rows))
-        return number
+        self._leases[number] = (owner, memory)
+        return Lease(number, max_rows, position)
+
+    @staticmethod
+    def _whole_pages(found: Entry | None) -> list[int]:
+        """The pages that can be shared: one in which rows are still to be written is copied."""
+        return found.pages[: found.checkpoint.position // PAGE] if found is not None else []
+
+    def publish(self, lease: int, tokens: tuple[int, ...], salt: str = "") -> None:
+        """What was kept of a prompt while it was computed may be used by others. A lease that has ended has nothing to give."""
+        if lease in self._leases:
+            memory = self._leases[lease][1]
+            self.prefixes.publish(tokens, salt, memory.checkpoints, memory.table, PAGE)
+            memory.checkpoints.clear()
 
     def release(self, lease: int) -> None:
         """The lease ends. One of a former life has ended already."""
-        if lease >= self._first and self._leases.pop(lease, None) is None:
+        if lease < self._first:
+            return
+        if lease not in self._leases:
             raise InternalBug(f"lease {lease} was given back, but is not lent")
+        _, memory = self._leases.pop(lease)
+        self._arena.give_back(memory.table)
 
     def reset(self) -> None:
-        """All leases end, and a new life begins."""
+        """All leases end, and a new life begins, in new arrays: work that was left behind may still write into the old ones."""
         self._leases.clear()
         self._first = self._next
+        self._begin()
+
+    def check_integrity(self) -> None:
+        """InternalBug unless every page is free or held as often as counted, and leases are within their number."""
+        if len(self._leases) > self.num_slots:
+            raise InternalBug(f"{len(self._leases)} leases of {self.num_slots} slots")
+        self._arena.check_integrity([*(memory.table for _, memory in self._leases.values()), *self.prefixes.holders])

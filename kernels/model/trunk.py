@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..backend import F32, Backend, Matrix
-from .memory import KeyValues, SequenceMemory
+from .memory import SequenceMemory
+from .pages import KeyValues
 from .weights import AttentionWeights, DeltaWeights, DenseWeights, LayerWeights, ModelWeights, MoeWeights
 
 

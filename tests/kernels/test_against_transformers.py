@@ -51,7 +51,7 @@ def prefill_all(trunk: Trunk, memory: SequenceMemory, ids: list[int]) -> Any:
 @pytest.mark.parametrize("rows_a_verify", [1, 4])
 def test_trunk(weights: ModelWeights, recorded: Any, length: int, rows_a_verify: int) -> None:
     trunk = Trunk(weights, ReferenceBackend())
-    memory = SequenceMemory(weights.config, length + STEPS, 8)
+    memory = SequenceMemory.alone(weights.config, length + STEPS, 8)
     logits = [prefill_all(trunk, memory, prompt(length))]
     tokens = recorded[f"tokens_{length}"].tolist()
     for i in range(0, STEPS, rows_a_verify):
@@ -62,7 +62,7 @@ def test_trunk(weights: ModelWeights, recorded: Any, length: int, rows_a_verify:
 @pytest.mark.parametrize("length", LENGTHS)
 def test_the_step_form_alone_computes_a_prompt(weights: ModelWeights, recorded: Any, length: int) -> None:
     trunk = Trunk(weights, ReferenceBackend())
-    memory = SequenceMemory(weights.config, length, 8)
+    memory = SequenceMemory.alone(weights.config, length, 8)
     logits = [trunk.verify([Rows(memory, i, (token,))])[0] for i, token in enumerate(prompt(length))]
     assert_close(np.concatenate(logits), recorded[f"logits_{length}"][:length])
 
@@ -70,7 +70,7 @@ def test_the_step_form_alone_computes_a_prompt(weights: ModelWeights, recorded: 
 def test_mtp_warm_up_over_a_prompt(weights: ModelWeights, recorded: Any) -> None:
     trunk, head = Trunk(weights, ReferenceBackend()), MtpHead(weights, ReferenceBackend())
     ids = prompt(65) + recorded["tokens_65"].tolist()
-    memory = SequenceMemory(weights.config, len(ids), 20)
+    memory = SequenceMemory.alone(weights.config, len(ids), 20)
     logits: list[Any] = []
     for start in range(0, len(ids), CHUNK):
         tokens = tuple(ids[start : start + CHUNK])
@@ -85,7 +85,7 @@ def test_mtp_warm_up_over_a_prompt(weights: ModelWeights, recorded: Any) -> None
 def test_mtp_chained_drafts(weights: ModelWeights, recorded: Any, chain: int) -> None:
     trunk, head = Trunk(weights, ReferenceBackend()), MtpHead(weights, ReferenceBackend())
     ids = (prompt(65) + recorded["tokens_65"].tolist())[: DRAFT_FROM[chain] + 2]
-    memory = SequenceMemory(weights.config, len(ids), 70)
+    memory = SequenceMemory.alone(weights.config, len(ids), 70)
     trunk.verify([Rows(memory, 0, tuple(ids))])
     zero = np.zeros((1, weights.config.hidden), np.float32)
     hidden = np.concatenate([zero, memory.hidden.read(0, len(ids) - 1)])

@@ -31,7 +31,7 @@ class Run:
 
     def __init__(self, weights: ModelWeights) -> None:
         self.trunk = Trunk(weights, ReferenceBackend())
-        self.memory = SequenceMemory(weights.config, len(PROMPT) + len(TEXT) + MAX_ROWS, MAX_ROWS)
+        self.memory = SequenceMemory.alone(weights.config, len(PROMPT) + len(TEXT) + MAX_ROWS, MAX_ROWS)
         for start in range(0, len(PROMPT), CHUNK):
             self.trunk.prefill(Rows(self.memory, start, tuple(PROMPT[start : start + CHUNK])), is_last=False)
 

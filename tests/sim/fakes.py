@@ -16,11 +16,14 @@ import numpy as np
 from forerun.actors.model import Defaults
 from forerun.actors.tokenizer import Vocabulary
 from forerun.core.errors import PositionLost
-from forerun.core.protocol import CHUNK
+from forerun.core.protocol import CHUNK, chunk_ends
 from forerun.core.vocabulary import SamplingParams
 from forerun.kernels.backend import F32
-from forerun.kernels.model.memory import HiddenRows, SequenceMemory, SequencePool
+from forerun.kernels.model.memory import HiddenRows, SequenceMemory
 from forerun.kernels.model.mtp import MtpRows
+from forerun.kernels.model.pages import Arena, KeyValues
+from forerun.kernels.model.prefix import Checkpoint
+from forerun.kernels.model.recurrent import StoreName
 from forerun.kernels.model.sampling import choose
 from forerun.kernels.model.trunk import Rows
 
@@ -49,32 +52,45 @@ def choice(state: int) -> int:
     return state % 7 if state % 3 else state // 3 % NUM_TOKEN_IDS
 
 
-def logits_of(states: Sequence[int]) -> F32:
-    """[R, V], greedy choice `choice`."""
-    out = np.zeros((len(states), NUM_TOKEN_IDS), np.float32)
-    out[range(len(states)), [choice(state) for state in states]] = 1
+def logits_of(hidden: F32) -> F32:
+    """[R, V] of hidden rows [R, 2], each a state and the sum of all keys up to its own."""
+    out = np.zeros((len(hidden), NUM_TOKEN_IDS), np.float32)
+    out[range(len(hidden)), [choice((int(state) + 131 * int(total)) % MODULUS) for state, total in hidden]] = 1
     return out
+
+
+def key_of(state: int) -> int:
+    return state % 997
 
 
 def reference(prompt: Sequence[int], max_tokens: int, sampling: SamplingParams) -> tuple[int, ...]:
     """The text of a request that is left alone."""
-    state = 0
-    for start in range(0, len(prompt), CHUNK):
-        state = chunk(state, prompt[start : start + CHUNK])[-1]
+    state, start, total = 0, 0, 0
+    for end in chunk_ends(tuple(prompt), frozenset({STOP})):
+        states = chunk(state, prompt[start:end])
+        total += sum(map(key_of, states))
+        start, state = end, states[-1]
     out: list[int] = []
-    while len(out) < max_tokens and (token := choose(logits_of([state])[0], sampling, len(prompt) + len(out))) != STOP:
+    while len(out) < max_tokens:
+        logits = logits_of(np.array([[state, total]], np.float32))
+        token = choose(logits[0], sampling, len(prompt) + len(out))
+        if token == STOP:
+            break
         out.append(token)
         state = step(state, token)
+        total += key_of(state)
     return tuple(out)
 
 
 class FakeMemory(SequenceMemory):
-    """States by position, from the oldest that is held: the newest verify's rows and the one before them."""
+    """States by position, from the oldest that is held: the newest verify's rows and the one before them. Keys in real pages."""
 
-    def __init__(self, capacity: int, max_rows: int) -> None:
-        self.capacity, self.max_rows = capacity, max_rows
+    def __init__(self, arena: Arena, table: list[int], capacity: int, max_rows: int) -> None:
+        self.capacity, self.max_rows, self.table = capacity, max_rows, table
+        self.trunk = KeyValues(arena.trunk, table)
         self.first, self.states = 0, [0]
-        self.hidden = HiddenRows(1, 2 * CHUNK + max_rows + 1)
+        self.hidden = HiddenRows(2, 2 * CHUNK + max_rows + 1)
+        self.checkpoints = []
 
     def check(self, position: int, num_rows: int, *, is_chunk: bool) -> None:
         if not self.first <= position < self.first + len(self.states):
@@ -87,27 +103,43 @@ class FakeMemory(SequenceMemory):
         self.first, self.states = position, [state]
         return state
 
+    def rows(self, position: int, states: Sequence[int]) -> F32:
+        """Hidden rows [R, 2] of states from `position`: each the state and the sum of all keys in the pages, up to its own."""
+        new = np.array([[key_of(state)] for state in states], np.float32)[:, None]
+        keys = self.trunk.write(0, position, new, new)[0][0, : position + len(states), 0]
+        hidden = np.stack([np.array(states, np.float32), keys.cumsum()[position:]], -1)
+        self.hidden.write(position, hidden)
+        return hidden
+
+    def keep(self) -> None:
+        state = np.array(self.states, np.int64)
+        self.checkpoints.append(Checkpoint(self.first, cast(F32, state), cast(F32, state[:0]), self.hidden.read(self.first - 1, 1)))
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        self.first, self.states = checkpoint.position, [int(checkpoint.state[0])]
+        self.hidden.write(checkpoint.position - 1, checkpoint.hidden)
+
 
 class FakeTarget:
     def verify(self, batch: Sequence[Rows]) -> tuple[F32, F32]:
-        new: list[int] = []
+        new: list[F32] = []
         for rows in batch:
             memory = cast(FakeMemory, rows.memory)
             memory.check(rows.position, len(rows.tokens), is_chunk=False)
             state = memory.seek(rows.position)
             for token in rows.tokens:
                 memory.states.append(state := step(state, token))
-            memory.hidden.write(rows.position, np.array(memory.states[1:], np.float32)[:, None])
-            new += memory.states[1:]
-        return logits_of(new), np.array(new, np.float32)[:, None]
+            new.append(memory.rows(rows.position, memory.states[1:]))
+        hidden = np.concatenate(new)
+        return logits_of(hidden), hidden
 
     def prefill(self, rows: Rows, is_last: bool) -> F32 | None:
         memory = cast(FakeMemory, rows.memory)
         memory.check(rows.position, len(rows.tokens), is_chunk=True)
         states = chunk(memory.seek(rows.position), rows.tokens)
+        hidden = memory.rows(rows.position, states)
         memory.first, memory.states = rows.position + len(rows.tokens), states[-1:]
-        memory.hidden.write(rows.position, np.array(states, np.float32)[:, None])
-        return logits_of(states[-1:]) if is_last else None
+        return logits_of(hidden[-1:]) if is_last else None
 
     def seconds(self, num_rows: int) -> float:
         return 0.001 * num_rows
@@ -116,17 +148,20 @@ class FakeTarget:
 class FakeHead:
     """Guesses right from right hidden rows, but for one in HEAD_ERRS."""
 
-    hidden = 1
+    hidden = 2
 
     def forward(self, batch: Sequence[MtpRows]) -> F32:
-        pairs = [(int(hidden), token) for rows in batch for hidden, token in zip(rows.hidden[:, 0], rows.tokens, strict=True)]
-        return np.array([step(state, token) for state, token in pairs], np.float32)[:, None]
+        out: list[tuple[int, int]] = []
+        for rows in batch:
+            for (state, total), token in zip(rows.hidden, rows.tokens, strict=True):
+                after = step(int(state), token)
+                out.append((after, int(total) + key_of(after)))
+        return np.array(out, np.float32)
 
     def logits(self, outputs: F32) -> F32:
-        states = [int(state) for state in outputs[:, 0]]
-        logits = logits_of(states)
-        for row, state in zip(logits, states, strict=True):
-            if state // 24 % HEAD_ERRS == 0:
+        logits = logits_of(outputs)
+        for row, (state, _) in zip(logits, outputs, strict=True):
+            if int(state) // 24 % HEAD_ERRS == 0:
                 row[:] = np.roll(row, 1)
         return logits
 
@@ -149,6 +184,14 @@ class FakeVocabulary(Vocabulary):
         return bytes([ord("a") + token])
 
 
+class FakeMaker:
+    def arena(self, num_pages: int) -> Arena:
+        return Arena(num_pages, 1, 1, 1)
+
+    def memory(self, arena: Arena, table: list[int], capacity: int, max_rows: int, store: StoreName) -> SequenceMemory:
+        return FakeMemory(arena, table, capacity, max_rows)
+
+
 @dataclass
 class FakeModel:
     name: str = "fake"
@@ -158,8 +201,8 @@ class FakeModel:
     context: int = 4096
     has_mtp: bool = True
 
-    def pool(self, num_slots: int) -> SequencePool:
-        return SequencePool(FakeMemory, num_slots)
+    def memory(self) -> FakeMaker:
+        return FakeMaker()
 
     def target(self) -> Any:
         return FakeTarget()

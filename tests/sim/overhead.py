@@ -14,17 +14,20 @@ import anyio
 import numpy as np
 from forerun.actors.engine import EngineParams, run_engine
 from forerun.core.vocabulary import SpeculationParams, parse_spec_type
-from forerun.kernels.model.memory import SequenceMemory, SequencePool
+from forerun.kernels.model.memory import MemoryParams, SequenceMemory
+from forerun.kernels.model.pages import Arena
+from forerun.kernels.model.recurrent import StoreName
 
-from tests.sim.fakes import NUM_TOKEN_IDS, FakeModel
+from tests.sim.fakes import NUM_TOKEN_IDS, FakeMaker, FakeModel
 
 ZEROS = np.zeros((64, NUM_TOKEN_IDS), np.float32)
 NUM_TOKENS = 2000
 
 
 class InstantMemory(SequenceMemory):
-    def __init__(self, capacity: int, max_rows: int) -> None:
+    def __init__(self, table: list[int]) -> None:
         self.hidden: Any = self
+        self.table, self.checkpoints = table, []
 
     def check(self, position: int, num_rows: int, *, is_chunk: bool) -> None:
         pass
@@ -54,9 +57,14 @@ class Instant:
         return 0.0
 
 
+class InstantMaker(FakeMaker):
+    def memory(self, arena: Arena, table: list[int], capacity: int, max_rows: int, store: StoreName) -> SequenceMemory:
+        return InstantMemory(table)
+
+
 class InstantModel(FakeModel):
-    def pool(self, num_slots: int) -> SequencePool:
-        return SequencePool(InstantMemory, num_slots)
+    def memory(self) -> FakeMaker:
+        return InstantMaker()
 
     def target(self) -> Any:
         return Instant()
@@ -86,7 +94,7 @@ async def bare() -> float:
 async def layer(spec_type: str, at_once: int, overlap: bool, watched: bool) -> float:
     """Microseconds a round and sequence; with a draft, of one token."""
     speculation = SpeculationParams(parse_spec_type(spec_type), draft_n_max=1, ngram_size_n=64, ngram_size_m=1)
-    params = EngineParams(speculation, at_once, 100, overlap)
+    params = EngineParams(speculation, MemoryParams(at_once, at_once * 40, 0, "log"), 100, overlap)
     async with run_engine(InstantModel(), params) as engine:
 
         async def one() -> int:

@@ -37,13 +37,16 @@ from forerun.core.errors import (
     EngineClosed,
     EngineDead,
     ForerunError,
+    InternalBug,
+    InvalidRequest,
     Overloaded,
     RequestFailed,
 )
 from forerun.core.messages import Propose
 from forerun.core.protocol import ENDS
-from forerun.core.trace import Event, Notice, Trace
+from forerun.core.trace import Event, Notice, Subscription, Trace
 from forerun.core.vocabulary import DRAFTERS, Draft, DrafterName, FinishReason, SamplingParams, SpeculationParams
+from forerun.kernels.model.memory import MemoryParams
 from trio.testing import MockClock
 
 from tests.sim.fakes import NUM_TOKEN_IDS, FakeModel, reference
@@ -65,6 +68,7 @@ class Crash(Exception):
 @dataclass
 class RequestPlan:
     prompt: list[int]
+    is_text: bool
     max_tokens: int
     sampling: SamplingParams
     arrival: float
@@ -89,7 +93,13 @@ class Plan:
     late_drafts: float
     drain_at: float
     close_at: float
+    is_cancelled: bool  # at close_at, from outside, and not closed
+    latency: float  # seconds of a call to the device, on average
     has_raising_observer: bool
+
+    @property
+    def loses_actors(self) -> bool:
+        return bool(self.crashes or self.storm or self.device_errors or self.device_hangs or self.late_drafts)
 
 
 def make_plan(rng: random.Random) -> Plan:
@@ -98,16 +108,19 @@ def make_plan(rng: random.Random) -> Plan:
         for fault in ("cancel", "deadline", "crash", "device", "hang", "spoilt", "late", "drain", "close", "stall")
     }
     requests: list[RequestPlan] = []
+    is_long = rng.random() < 0.1
     for _ in range(rng.randint(2, 9)):
-        length = rng.choice([1, 3, 20, 63, 64, 65, 130])
-        unit = [rng.randrange(NUM_TOKEN_IDS - 1) for _ in range(rng.choice([1, 5, length]))]
+        length = rng.choice([1, 3, 20, 63, 64, 65, 130]) if not is_long else rng.randint(200, 900)
+        unit = [rng.randrange(NUM_TOKEN_IDS) for _ in range(rng.choice([1, 5, length]))]
+        former = rng.choice(requests).prompt if requests and rng.random() < 0.5 else []
         requests.append(
             RequestPlan(
-                prompt=(unit * length)[:length],
+                prompt=(former[: rng.choice([20, 64, 130])] + unit * length)[: max(length, len(former))],
+                is_text=rng.random() < 0.3,
                 max_tokens=rng.randint(1, 40),
                 sampling=SamplingParams(rng.choice([0.0, 0.0, 0.3]), seed=rng.randrange(1000)),
-                arrival=rng.choice([0.0, rng.random() * 0.05, rng.random() * 0.3]),
-                timeout=rng.random() * 0.2 if has["deadline"] and rng.random() < 0.5 else None,
+                arrival=rng.choice([0.0, rng.random() * 0.05, rng.random() * 0.3, 0.0 if rng.random() < 0.9 else 100.0]),
+                timeout=rng.random() * rng.choice([0.2, 5.0]) if has["deadline"] and rng.random() < 0.5 else None,
                 cancel_at_message=rng.randrange(300) if has["cancel"] and rng.random() < 0.5 else math.inf,
                 leave_after=rng.randrange(4) if has["cancel"] and rng.random() < 0.2 else math.inf,
                 pause=rng.choice([0.0, 0.0, 0.01]),
@@ -118,9 +131,12 @@ def make_plan(rng: random.Random) -> Plan:
     how = ("before", "within", "after", "stuck")
     crashes = {(rng.choice(names), rng.randint(1, 60)): rng.choice(how) for _ in range(rng.randint(1, 6) if has["crash"] else 0)}
     types: tuple[DrafterName, ...] = tuple(name for name in DRAFTERS if rng.random() < 0.8)
+    num_slots = rng.randint(1, 4)
     params = EngineParams(
         SpeculationParams(types, draft_n_max=rng.randint(1, 4), ngram_size_n=rng.randint(1, 3), ngram_size_m=rng.randint(1, 8)),
-        num_slots=rng.randint(1, 4),
+        MemoryParams(
+            num_slots, num_pages=rng.choice([3, 4, 8, 20]) if not is_long else 50, prefix_bytes=rng.choice([0, 60, 10_000]), store="log"
+        ),
         queue_size=rng.choice([0, 2, 100, 100, 100]),
         overlap=rng.random() < 0.8,
         mailbox_capacity=rng.choice([1, 4, 2048, 2048]),
@@ -138,6 +154,8 @@ def make_plan(rng: random.Random) -> Plan:
         late_drafts=0.02 if has["late"] else 0.0,
         drain_at=rng.random() * 0.2 if has["drain"] else math.inf,
         close_at=rng.random() * 0.3 if has["close"] and rng.random() < 0.4 else math.inf,
+        is_cancelled=rng.random() < 0.5,
+        latency=rng.choice([0.002, 0.002, 0.002, 1.0]),
         has_raising_observer=rng.random() < 0.2,
     )
 
@@ -184,6 +202,7 @@ class Simulation:
         self._actors: dict[str, Actor] = {}
         self._former: list[tuple[int, ...]] = []
         self._restarts: dict[str, list[float]] = {}
+        self._drafts = [0, 0]  # of the head; how many had a right first token
 
     # How the seed gets in
 
@@ -194,7 +213,7 @@ class Simulation:
         """Virtual latency before or after the work, and faults."""
         is_early, fault = self.rng.random() < 0.5, self.rng.random()
         early = work() if is_early else None
-        await anyio.sleep(self.rng.expovariate(1 / 0.002))
+        await anyio.sleep(self.rng.expovariate(1 / self.plan.latency))
         if fault < self.plan.device_errors:
             raise DeviceError
         if fault > 1 - self.plan.device_hangs:
@@ -258,7 +277,11 @@ class Simulation:
         is_draining = engine._is_draining  # pyright: ignore[reportPrivateUsage]
         try:
             stream = engine.generate(
-                plan.prompt, max_tokens=plan.max_tokens, temperature=s.temperature, seed=s.seed, timeout_seconds=plan.timeout
+                "".join(chr(ord("a") + token) for token in plan.prompt) if plan.is_text else plan.prompt,
+                max_tokens=plan.max_tokens,
+                temperature=s.temperature,
+                seed=s.seed,
+                timeout_seconds=plan.timeout,
             )
         except EngineClosed:
             assert min(self.plan.drain_at, self.plan.close_at) < math.inf
@@ -292,6 +315,10 @@ class Simulation:
             assert job.sequence.protocol.state in ENDS
         if job.error is None:
             result = stream.result
+            if "draft-mtp" in result.speculation.drafters:
+                drafter = result.speculation.drafters["draft-mtp"]
+                self._drafts[0] += drafter.num_drafts
+                self._drafts[1] += (*drafter.num_accepted_tokens_per_pos, 0)[0]
             assert result.token_ids == expected[: len(result.token_ids)]
             assert tuple(tokens) == result.token_ids[: len(tokens)]
             if result.finish_reason is not FinishReason.CANCELLED:
@@ -307,14 +334,19 @@ class Simulation:
         match error:
             case DeadlineExceeded():
                 assert plan.timeout is not None
+            case InvalidRequest():
+                assert "do not fit" in str(error)
+                assert len(plan.prompt) + plan.max_tokens + 1 > 64 * self.plan.params.memory.num_pages
             case Overloaded():
                 assert self.plan.params.queue_size < len(self.plan.requests) or self.plan.params.mailbox_capacity < 2048
             case EngineDead():
                 assert max(restarts.values()) >= RESTARTS
+                assert not isinstance(error.__cause__, InternalBug)
             case EngineClosed():
                 assert self.plan.close_at < math.inf
             case RequestFailed():
-                assert restarts["target decoder"] > MAX_FRUITLESS_REPLAYS or restarts["tokenizer"] >= 2
+                is_encoding_failed = plan.is_text and self.plan.device_errors > 0
+                assert is_encoding_failed or restarts["target decoder"] > MAX_FRUITLESS_REPLAYS or restarts["tokenizer"] >= 2
             case _:
                 raise AssertionError(f"nobody may see {error!r}")
 
@@ -329,16 +361,20 @@ class Simulation:
         params = replace(plan.params, executor=self, instrument=self.instrument, trace=trace)
         try:
             with anyio.fail_after(HANG_SECONDS):
-                async with run_engine(FakeModel(), params) as self.engine, anyio.create_task_group() as group:
-                    for i in range(len(plan.requests)):
-                        group.start_soon(self.request, i)
-                    if plan.drain_at < math.inf:
-                        group.start_soon(self._at, plan.drain_at, self.engine.drain)
-                    if plan.close_at < math.inf:
-                        await anyio.sleep(plan.close_at)
-                        self.engine._stop(EngineClosed("closed by the seed"))  # pyright: ignore[reportPrivateUsage]
-                    else:
-                        await self._rest(self.engine)
+                with anyio.CancelScope() as scope:
+                    async with run_engine(FakeModel(), params) as self.engine, anyio.create_task_group() as group:
+                        group.start_soon(self._watch, self.engine.trace())
+                        for i in range(len(plan.requests)):
+                            group.start_soon(self.request, i)
+                        if plan.drain_at < math.inf:
+                            group.start_soon(self._at, plan.drain_at, self.engine.drain)
+                        if plan.close_at < math.inf:
+                            await anyio.sleep(plan.close_at)
+                            scope.cancel() if plan.is_cancelled else self.engine._stop(EngineClosed("closed by the seed"))  # pyright: ignore[reportPrivateUsage]
+                        else:
+                            await self._rest(self.engine)
+                            self.engine._stop(EngineClosed("at rest"))  # pyright: ignore[reportPrivateUsage]
+                assert not scope.cancelled_caught or plan.is_cancelled
         except TimeoutError:
             raise AssertionError(f"hangs: {self.engine and self.engine.statistics()}") from None
         except EngineDead:
@@ -347,20 +383,33 @@ class Simulation:
         assert all(count <= 1 for count in self.num_terminal.values())
 
     @staticmethod
+    async def _watch(events: Subscription) -> None:
+        """Reads as fast as it can, and must come to an end with the engine."""
+        with events:
+            async for _ in events:
+                pass
+
+    @staticmethod
     async def _at(seconds: float, do: Callable[[], Awaitable[None]]) -> None:
         await anyio.sleep(seconds)
         await do()
 
     async def _rest(self, engine: Engine) -> None:
         """Waits until all requests have ended; nothing may be left of them."""
-        await anyio.sleep(1)
+        await anyio.sleep(101)  # the last have begun
         await engine.drain()
         while any(actor.allowed_seconds < math.inf and not actor.mailbox.is_closed for actor in self._actors.values()):
             await anyio.sleep(1)  # a drafter may still be at work that nobody waits for
         if engine._end is not None:  # pyright: ignore[reportPrivateUsage]
             return
         statistics = engine.statistics()
+        if not self.plan.loses_actors:
+            assert not any(actor.num_restarts for actor in statistics.actors.values())
+            if not self.plan.spoilt_drafts and self._drafts[0] >= 20:
+                assert self._drafts[1] > 0.5 * self._drafts[0], f"the head's first drafts are mostly wrong: {self._drafts}"
         assert (statistics.num_requests_running, statistics.num_requests_waiting, statistics.num_slots_used) == (0, 0, 0)
+        assert statistics.num_pages_used == statistics.prefixes.num_pages
+        engine._pool.check_integrity()  # pyright: ignore[reportPrivateUsage]
         for name, actor in statistics.actors.items():
             assert (actor.mailbox.num_waiting, actor.mailbox.num_unanswered) == (0, 0), f"{name}: {actor}"
         for actor in self._actors.values():

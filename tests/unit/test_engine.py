@@ -170,7 +170,7 @@ async def test_a_slow_reader_holds_up_itself_alone_and_loses_nothing(model: str)
             other = await engine.complete(prompt(5), max_tokens=600, ignore_eos=True)
             assert len(other.token_ids) == 600
             received = engine.statistics().actors["target decoder"].mailbox.num_received - before
-            assert received < 600 + CAPACITY + MERGED_TOKENS  # the slow one has stopped at its bound
+            assert received < 600 + CAPACITY + MERGED_TOKENS + 8  # and Forgets: the slow one has stopped at its bound
             rest = [delta async for delta in slow]
         assert max(len(delta.token_ids) for delta in rest) > 100  # merged
         assert first.token_ids + tuple(token for delta in rest for token in delta.token_ids) == alone
@@ -240,37 +240,72 @@ async def test_a_bug_of_ours_ends_everybody_with_engine_dead(model: str, method:
     assert isinstance(caught.value.__cause__, InternalBug)
 
 
-async def test_a_request_that_kills_the_target_is_found_out_and_too_many_end_the_engine(
-    model: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    verify = Trunk.verify
+class Poison:
+    """A target that fails whenever it verifies a row of token 99, which is what a prompt that begins with 98 continues with."""
 
-    def poisoned(self: Trunk, batch: Any) -> Any:
-        if any(99 in rows.tokens for rows in batch):
-            raise ZeroDivisionError
-        return verify(self, batch)
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        verify, prefill = Trunk.verify, Trunk.prefill
 
-    with pytest.raises(forerun.EngineDead) as caught:
-        async with forerun.open_engine(model, spec_type="none") as engine:
-            alone = await engine.complete(prompt(70), max_tokens=30, ignore_eos=True)
-            assert 99 not in alone.token_ids
-            monkeypatch.setattr(Trunk, "verify", poisoned)
-            prefill = Trunk.prefill
+        def poisoned(trunk: Trunk, batch: Any) -> Any:
+            if any(99 in rows.tokens for rows in batch):
+                raise ZeroDivisionError
+            logits, hidden = verify(trunk, batch)
+            logits[:, 99] = -1e9
+            return logits, hidden
 
-            def first_is_99(self: Trunk, rows: Any, is_last: bool) -> Any:
-                logits = prefill(self, rows, is_last)
-                if logits is not None and rows.tokens[0] == 98:
-                    logits[0, 99] = 1e9
-                return logits
+        def first_is_99(trunk: Trunk, rows: Any, is_last: bool) -> Any:
+            logits = prefill(trunk, rows, is_last)
+            if logits is not None:
+                logits[0, 99] = 1e9 if rows.tokens[0] == 98 else -1e9
+            return logits
 
-            monkeypatch.setattr(Trunk, "prefill", first_is_99)
+        patch.setattr(Trunk, "verify", poisoned)
+        patch.setattr(Trunk, "prefill", first_is_99)
+
+
+async def test_a_request_that_kills_the_target_is_found_out_and_its_neighbours_go_on(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Poison(monkeypatch)
+    async with forerun.open_engine(model, spec_type="none") as engine:
+        alone = [(await engine.complete(prompt(length), max_tokens=30, ignore_eos=True)).token_ids for length in (70, 200, 3)]
+        found: list[tuple[int, ...]] = []
+
+        async def one(length: int) -> None:
+            found.append((await engine.complete(prompt(length), max_tokens=30, ignore_eos=True)).token_ids)
+
+        async with anyio.create_task_group() as group:
+            for length in (70, 200, 3):
+                group.start_soon(one, length)
             with anyio.fail_after(10), pytest.raises(forerun.RequestFailed, match="each time"):
                 await engine.complete([98, 1, 2], max_tokens=5)
-            assert engine.statistics().actors["target decoder"].num_restarts == 4
-            assert (await engine.complete(prompt(70), max_tokens=30, ignore_eos=True)).token_ids == alone.token_ids
+        assert engine.statistics().actors["target decoder"].num_restarts == 4
+        assert sorted(found) == sorted(alone)
+
+
+async def test_too_many_deaths_end_the_engine(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Poison(monkeypatch)
+    with pytest.raises(forerun.EngineDead) as caught:
+        async with forerun.open_engine(model, spec_type="none") as engine:
+            with pytest.raises(forerun.RequestFailed):
+                await engine.complete([98, 1, 2], max_tokens=5)
             with anyio.fail_after(10), pytest.raises(forerun.EngineDead):
                 await engine.complete([98, 1, 2], max_tokens=5)
+            assert engine.statistics().num_slots_used == 0
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+async def test_a_block_cancelled_from_outside_says_closed_to_other_readers(model: str) -> None:
+    streams: list[forerun.Stream] = []
+    with anyio.CancelScope() as scope:
+        async with forerun.open_engine(model, num_slots=1) as engine:
+            streams.append(engine.generate(prompt(100), max_tokens=900, ignore_eos=True))
+            await anext(streams[0])
+            streams += [engine.generate(prompt(100), max_tokens=900, ignore_eos=True) for _ in range(2)]
+            scope.cancel()
+            await anyio.sleep(1)
+    for stream in streams:
+        with anyio.fail_after(1), pytest.raises(forerun.EngineClosed):
+            async for _ in stream:
+                pass
 
 
 async def test_the_blocks_own_error_comes_out_as_it_is(model: str) -> None:

@@ -166,7 +166,7 @@ async def test_the_watchdog_restarts_who_is_stuck_and_leaves_who_is_idle_or_slow
     await anyio.sleep(10 * Worker.patience_seconds)
     assert house.supervisor.num_restarts["c"] == 1
 
-    house.executor = After(40)
+    house.executor = After(40)  # begun after a long idle time
     await house.ask("c", "fail")
     assert await house.ask("c", "compute") == 1  # 40 s of work, announced as 1 s
 

@@ -28,6 +28,31 @@ async def test_a_slow_subscription_is_bounded_and_counts_what_it_missed() -> Non
     assert (kept, slow.num_missed) == (list(range(12, 20)), 12)
 
 
+async def test_a_subscription_closed_half_read_keeps_its_order() -> None:
+    trace = Trace(8)
+    with trace.subscribe() as events:
+        for i in range(3):
+            trace.count("x", i)
+        first = await anext(events)
+        for i in range(3, 6):
+            trace.count("x", i)
+    assert [event.value async for event in events if isinstance(event, Counter)] == list(range(1, 6))
+    assert isinstance(first, Counter)
+
+
+async def test_a_subscription_ends_with_its_engine(checkpoints: dict[str, Path]) -> None:
+    async with anyio.create_task_group() as group:
+
+        async def read(events: forerun.Subscription) -> None:
+            with events:
+                assert [event async for event in events]
+
+        async with forerun.open_engine(str(checkpoints["dense"])) as engine:
+            group.start_soon(read, engine.trace())
+            await anyio.wait_all_tasks_blocked()
+            await engine.complete([1], max_tokens=3)
+
+
 async def test_a_subscription_waits_for_what_comes() -> None:
     trace = Trace(8)
     seen: list[Event] = []
@@ -80,7 +105,8 @@ async def test_every_message_of_a_request_has_a_span_and_its_rounds_tie_them_tog
         by_message.setdefault(span.message, []).append(span)
     num_rounds = result.speculation.num_rounds
     assert {name: len(found) for name, found in by_message.items() if name not in ("Propose", "Delta")} == {
-        "Encode": 1, "Admit": 1, "Prefill": 2, "Observe": 4, "Verify": num_rounds, "Commit": 2 * num_rounds, "Forget": 2, "Release": 1,
+        "Encode": 1, "Admit": 1, "Prefill": 2, "Observe": 4, "Verify": num_rounds, "Commit": 2 * num_rounds, "Forget": 3, "Release": 1,
+        "Publish": 1,
     }  # fmt: skip
     for round_number in range(1, num_rounds + 1):
         drafted, verified, committed, delivered = (

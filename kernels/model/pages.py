@@ -1,0 +1,112 @@
+"""Keys and values in pages of PAGE positions, shared by reference count.
+
+A page belongs to whoever holds a reference. Several holders may read it; a row is only ever written by the one that was
+lent the page new, beyond what the others know of it. Who wants to write into a page that others hold takes a copy first.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+
+from ...core.errors import InternalBug
+from ...core.protocol import CHUNK
+from ..backend import F32
+
+#: Positions a page holds: those of a prefill chunk, so that whole chunks can be shared without copying.
+PAGE = CHUNK
+
+
+class Arena:
+    """`num_pages` pages: keys and values of the trunk's attention layers [2, layers, pages, KV, PAGE, D], and of the MTP head's one."""
+
+    def __init__(self, num_pages: int, layers: int, kv_heads: int, head_dim: int) -> None:
+        shape = (num_pages, kv_heads, PAGE, head_dim)
+        # Zeros are taken from the system untouched: a page costs memory once it is written.
+        self.trunk = np.zeros((2, layers, *shape), np.float32)
+        self.mtp = np.zeros((2, 1, *shape), np.float32)
+        self.num_pages = num_pages
+        self._references = [0] * num_pages
+        self._free = deque(range(num_pages))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def take(self, count: int) -> list[int]:
+        """New pages, with one reference each and nothing of their former holders in them. InternalBug when there are too few."""
+        if count > len(self._free):
+            raise InternalBug(f"{count} pages wanted of {len(self._free)}")
+        pages = [self._free.popleft() for _ in range(count)]
+        for page in pages:
+            self._references[page] = 1
+        self.trunk[:, :, pages] = 0
+        self.mtp[:, :, pages] = 0
+        return pages
+
+    def share(self, pages: list[int]) -> None:
+        """One reference more to each."""
+        for page in pages:
+            if not self._references[page]:
+                raise InternalBug(f"page {page} is nobody's")
+            self._references[page] += 1
+
+    def give_back(self, pages: list[int]) -> None:
+        """One reference less to each; a page without any is free."""
+        for page in pages:
+            if not self._references[page]:
+                raise InternalBug(f"page {page} was given back too often")
+            self._references[page] -= 1
+            if not self._references[page]:
+                self._free.append(page)
+
+    def copy(self, source: int, target: int) -> None:
+        """All of one page into another."""
+        self.trunk[:, :, target] = self.trunk[:, :, source]
+        self.mtp[:, :, target] = self.mtp[:, :, source]
+
+    def check_integrity(self, holders: list[list[int]]) -> None:
+        """InternalBug unless the pages that `holders` hold are the ones referred to, each as often, and all others are free once."""
+        counts = [0] * self.num_pages
+        for pages in holders:
+            for page in pages:
+                counts[page] += 1
+        if counts != self._references:
+            wrong = [page for page in range(self.num_pages) if counts[page] != self._references[page]]
+            raise InternalBug(f"pages {wrong[:10]} are held {[counts[p] for p in wrong[:10]]} times, not as counted")
+        if sorted(self._free) != [page for page in range(self.num_pages) if not counts[page]]:
+            raise InternalBug("the free pages are not those that nobody holds")
+
+
+class KeyValues:
+    """One sequence's keys and values, in the pages of `table`. Rows at and after the position written from are void."""
+
+    def __init__(self, arrays: F32, table: list[int]) -> None:
+        self._arrays, self._table = arrays, table
+
+    def write(self, layer: int, position: int, keys: F32, values: F32) -> tuple[F32, F32]:
+        """Rows [R, KV, D] from `position`; returns the layer's keys and values [KV, at least position + R, D], in order of position."""
+        end = position + len(keys)
+        pages = self._arrays[:, layer]
+        start = position
+        while start < end:
+            stop = min(end, (start // PAGE + 1) * PAGE)
+            page, rows, at = self._table[start // PAGE], slice(start - position, stop - position), start % PAGE
+            pages[0, page, :, at : at + stop - start] = keys[rows].swapaxes(0, 1)
+            pages[1, page, :, at : at + stop - start] = values[rows].swapaxes(0, 1)
+            start = stop
+        seen = pages[:, self._table[: -(-end // PAGE)]].swapaxes(1, 2)  # [2, KV, pages, PAGE, D]
+        both = seen.reshape(2, seen.shape[1], -1, seen.shape[-1])
+        return both[0], both[1]
+
+    def read(self, num_positions: int) -> F32:
+        """The first rows of all layers: [2, layers, KV, num_positions, D], a copy."""
+        pages = self._arrays[:, :, self._table[: -(-num_positions // PAGE)]].swapaxes(2, 3)
+        return np.ascontiguousarray(pages.reshape(*pages.shape[:3], -1, pages.shape[-1])[..., :num_positions, :])
+
+    def restore(self, rows: F32) -> None:
+        """What `read` gave, into this sequence's own pages."""
+        for start in range(0, rows.shape[3], PAGE):
+            part = rows[:, :, :, start : start + PAGE]
+            self._arrays[:, :, self._table[start // PAGE], :, : part.shape[3]] = part

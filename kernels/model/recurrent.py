@@ -1,0 +1,176 @@
+"""Recurrent states and convolution windows of one sequence, and how they go back: two stores behind one interface.
+
+A recurrent state cannot be cut like a key-value cache. After a verify of R rows from position p a store can make any of
+p, p + 1, ..., p + R the position it goes on from, with the bits of a run that computed no row beyond it:
+
+    RecurrentLog   one state at p (the base) and, for every row after it, what the recurrence consumed of the row. A position
+                   is reached by replaying the rows before it onto the base, with the operations and the order of the verify.
+    SnapshotRing   the state after every row, in a ring keyed by absolute position.
+
+A log folded in another order or precision drifts, and one published engine degenerated that way. Reading a position
+clears nothing: only writing new rows from it does. The convolution needs the last columns before it, so both keep the
+rows' pre-convolution columns, and a window is cut out of them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import numpy as np
+
+from ...core.errors import PositionLost
+from ..backend import F32, Backend, DeltaInputs
+from .config import ModelConfig
+
+StoreName = Literal["log", "snapshots"]
+
+
+class RecurrentStore(ABC):
+    """States [layers, Hv, dk, dv] and windows [layers, width - 1, channels]: at `base_position`, and after each of the
+    `num_rows` rows computed since, of which there are at most `max_rows`."""
+
+    def __init__(self, config: ModelConfig, max_rows: int) -> None:
+        self.config, self.max_rows = config, max_rows
+        self.base_position, self.num_rows = 0, 0
+        self._is_whole = True  # False while a state is being moved: what fails then has lost it
+        self._width = config.conv_width - 1
+        # Pre-convolution columns: the window at the base, then one column a row. A window at base + n starts at column n.
+        self._columns = np.zeros((config.num_delta, self._width + max_rows, config.channels), np.float32)
+
+    def check(self, position: int) -> None:
+        """PositionLost unless the store can go to `position` exactly. Changes nothing."""
+        if not self._is_whole:
+            raise PositionLost(f"recurrent state at position {position} is gone; a rollback failed half way, nothing is held")
+        if not self.base_position <= position <= self.base_position + self.num_rows:
+            held = f"{self.base_position} to {self.base_position + self.num_rows}"
+            raise PositionLost(f"recurrent state at position {position} is gone; held: {held}")
+
+    def seek(self, position: int, backend: Backend) -> None:
+        """Makes `position` the base, with no rows after it. PositionLost when it is not held exactly."""
+        self.check(position)
+        num_kept = position - self.base_position
+        self._is_whole = False
+        if num_kept:
+            self._go(num_kept, backend)
+            self._columns[:, : self._width] = self._columns[:, num_kept : num_kept + self._width].copy()
+        self.base_position, self.num_rows = position, 0
+        self._is_whole = True
+
+    def columns(self, layer: int, new: F32) -> F32:
+        """The window at the base with the pre-convolution columns `new` [R, channels] after it: [width - 1 + R, channels]."""
+        self._columns[layer, self._width : self._width + len(new)] = new
+        return self._columns[layer, : self._width + len(new)]
+
+    def extend(self, num_rows: int) -> None:
+        """Every layer has computed its `num_rows` rows."""
+        self.num_rows = num_rows
+
+    def chunk(self, layer: int, x: DeltaInputs, backend: Backend) -> F32:
+        """Moves one layer's base over a whole prefill chunk. Nothing can go back into a chunk. Outputs [C, Hv, dv]."""
+        self._is_whole = False
+        return backend.delta_chunk(self._base(layer), x)
+
+    def chunk_columns(self, layer: int, new: F32) -> F32:
+        self._is_whole = False
+        columns = np.concatenate([self._columns[layer, : self._width], new])
+        self._columns[layer, : self._width] = columns[-self._width :]
+        return columns
+
+    def advance(self, num_rows: int) -> None:
+        """Every layer has moved over its chunk."""
+        self.base_position += num_rows
+        self._is_whole = True
+
+    def read(self) -> tuple[F32, F32]:
+        """Copies of the states [layers, Hv, dk, dv] and windows [layers, width - 1, channels] at the base."""
+        layers = range(self.config.num_delta)
+        return np.array([self._base(layer) for layer in layers]), self._columns[:, : self._width].copy()
+
+    def restore(self, position: int, state: F32, columns: F32) -> None:
+        """Makes what `read` gave the base at `position`, whatever was here before."""
+        self.base_position, self.num_rows, self._is_whole = position, 0, True
+        self._columns[:, : self._width] = columns
+        for layer in range(self.config.num_delta):
+            self._base(layer)[...] = state[layer]
+
+    @abstractmethod
+    def steps(self, layer: int, x: DeltaInputs, backend: Backend) -> F32:
+        """Computes rows after the base; they count once `extend` is called. Outputs [R, Hv, dv]."""
+
+    @abstractmethod
+    def _go(self, num_rows: int, backend: Backend) -> None:
+        """Moves the base over `num_rows` rows, in all layers."""
+
+    @abstractmethod
+    def _base(self, layer: int) -> F32:
+        """One layer's state at the base, to be changed in place."""
+
+
+class RecurrentLog(RecurrentStore):
+    """Keys are logged once for all value heads that read them."""
+
+    def __init__(self, config: ModelConfig, max_rows: int) -> None:
+        super().__init__(config, max_rows)
+        c = config
+        state, heads = (c.num_delta, c.value_heads, c.key_dim, c.value_dim), (max_rows, c.num_delta, c.value_heads)
+        self._ratio = c.value_heads // c.key_heads
+        self._states = np.zeros(state, np.float32)
+        self._latest = np.zeros(state, np.float32)  # after the log's last row
+        self._k = np.zeros((max_rows, c.num_delta, c.key_heads, c.key_dim), np.float32)
+        self._v = np.zeros((*heads, c.value_dim), np.float32)
+        self._decay, self._beta = np.zeros(heads, np.float32), np.zeros(heads, np.float32)
+
+    def steps(self, layer: int, x: DeltaInputs, backend: Backend) -> F32:
+        rows, latest = len(x.v), self._latest[layer]
+        np.copyto(latest, self._states[layer])
+        self._k[:rows, layer], self._v[:rows, layer] = x.k[:, :: self._ratio], x.v
+        self._decay[:rows, layer], self._beta[:rows, layer] = x.decay, x.beta
+        return backend.delta_steps(latest, x)
+
+    def _go(self, num_rows: int, backend: Backend) -> None:
+        if num_rows == self.num_rows:
+            self._states, self._latest = self._latest, self._states
+            return
+        for row in range(num_rows):
+            k = np.repeat(self._k[row], self._ratio, axis=1)
+            backend.delta_replay(self._states, k, self._v[row], self._decay[row], self._beta[row])
+
+    def _base(self, layer: int) -> F32:
+        return self._states[layer]
+
+
+class SnapshotRing(RecurrentStore):
+    """`max_rows` + 1 states of all layers; the one at position p stands in place p modulo their number."""
+
+    def __init__(self, config: ModelConfig, max_rows: int) -> None:
+        super().__init__(config, max_rows)
+        c = config
+        self._states = np.zeros((max_rows + 1, c.num_delta, c.value_heads, c.key_dim, c.value_dim), np.float32)
+
+    def steps(self, layer: int, x: DeltaInputs, backend: Backend) -> F32:
+        out = np.empty_like(x.v)
+        for i in range(len(out)):
+            position = self.base_position + i
+            state = self._at(position + 1)[layer]
+            np.copyto(state, self._at(position)[layer])
+            row = DeltaInputs(*(part[i : i + 1] for part in (x.q, x.k, x.v, x.g, x.decay, x.beta)))
+            out[i] = backend.delta_steps(state, row)[0]
+        return out
+
+    def _at(self, position: int) -> F32:
+        return self._states[position % len(self._states)]
+
+    def _go(self, num_rows: int, backend: Backend) -> None:
+        pass  # the state is there; only the base's position moves
+
+    def _base(self, layer: int) -> F32:
+        return self._at(self.base_position)[layer]
+
+    def advance(self, num_rows: int) -> None:
+        before = self._at(self.base_position)
+        super().advance(num_rows)
+        np.copyto(self._at(self.base_position), before)
+
+
+STORES: dict[StoreName, type[RecurrentStore]] = {"log": RecurrentLog, "snapshots": SnapshotRing}
