@@ -32,6 +32,8 @@ from .core.vocabulary import (
     Timings,
     Usage,
 )
+from .kernels.model.prefix import PrefixStatistics
+from .kernels.model.recurrent import StoreName
 
 __version__ = "0.1.0"
 
@@ -56,12 +58,14 @@ __all__ = [
     "Notice",
     "Options",
     "Overloaded",
+    "PrefixStatistics",
     "Prompt",
     "RequestFailed",
     "Result",
     "SamplingParams",
     "Span",
     "Speculation",
+    "StoreName",
     "Stream",
     "Subscription",
     "Timings",

@@ -100,6 +100,7 @@ class Sequence:
             name: _Drafter(mailbox, mailbox.life) for name, mailbox in neighbours.drafters.items()
         }
         self._keeps_prefixes, self._salt, self._num_cached = keeps_prefixes, salt, 0
+        self._has_queued = False
         self._lease: Lease | None = None
         self._flow = Flow(request.request_id, 0)
         self._observed: list[Reply[None]] = []  # of the last chunk, where drafters still read it
@@ -137,7 +138,7 @@ class Sequence:
     # One function for each state
 
     async def _admit(self) -> None:
-        request, is_replay = self._request, self._clock.admitted is not None
+        request, is_replay = self._request, self._clock.admitted is not None or self._has_queued
         max_rows = 1 + max((self._params.limit(name) for name in self._drafters), default=0)
         prompt, ends = request.prompt_ids, self.protocol.chunk_ends
         admit = Admit(self._flow, prompt, ends, self._salt, len(prompt) + request.max_tokens, max_rows, is_replay)
@@ -146,7 +147,7 @@ class Sequence:
             self._lease = lease
 
         keep(lease := await self._to.memory.ask(admit, undo=keep))
-        if not is_replay:
+        if self._clock.admitted is None:
             self._clock.admitted = anyio.current_time()
             self._num_cached = lease.num_cached
         self.protocol.admitted(lease.num_cached)
@@ -278,6 +279,7 @@ class Sequence:
     async def _lose_memory(self, error: ForerunError) -> None:
         """Back to waiting for memory. RequestFailed when the target has died of this request again and again."""
         if not self.protocol.holds_lease:
+            self._has_queued = True  # and must not lose its place
             return
         if isinstance(error, WorkFailed):
             self._num_deaths = self._num_deaths + 1 if self._is_suspect else 1

@@ -187,7 +187,6 @@ class SequenceProtocol:
         """The lease is void: back to waiting for one. What the reader has is kept."""
         self._move(Event.MEMORY_LOST, State.WAITING)
         self.holds_lease = False
-        self._num_computed = 0
 
     # The prompt
 

@@ -1,4 +1,5 @@
-"""Exact rollback: whatever was drafted and rejected, the rows that follow have the bits of a run that never drafted."""
+"""Exact rollback, of both stores and every layout: whatever was drafted and rejected, the rows that follow have the bits of a
+run that never drafted."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import pytest
 from forerun.core.errors import PositionLost
 from forerun.core.protocol import CHUNK
 from forerun.kernels.model.memory import HiddenRows, SequenceMemory
+from forerun.kernels.model.recurrent import STORES, StoreName
 from forerun.kernels.model.trunk import Rows, Trunk
 from forerun.kernels.model.weights import ModelWeights
 from forerun.kernels.reference import ReferenceBackend
@@ -26,12 +28,17 @@ def layout(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(params=STORES)
+def store(request: pytest.FixtureRequest) -> StoreName:
+    return request.param
+
+
 class Run:
     """One sequence after its prompt, verified step by step."""
 
-    def __init__(self, weights: ModelWeights) -> None:
+    def __init__(self, weights: ModelWeights, store: StoreName) -> None:
         self.trunk = Trunk(weights, ReferenceBackend())
-        self.memory = SequenceMemory.alone(weights.config, len(PROMPT) + len(TEXT) + MAX_ROWS, MAX_ROWS)
+        self.memory = SequenceMemory.alone(weights.config, len(PROMPT) + len(TEXT) + MAX_ROWS, MAX_ROWS, store)
         for start in range(0, len(PROMPT), CHUNK):
             self.trunk.prefill(Rows(self.memory, start, tuple(PROMPT[start : start + CHUNK])), is_last=False)
 
@@ -43,14 +50,14 @@ class Run:
 @pytest.fixture
 def plain(weights: ModelWeights) -> Any:
     """Logits of every row of TEXT, computed one row at a time: the truth."""
-    run = Run(weights)
+    run = Run(weights, "log")
     return np.concatenate([run.verify(i, TEXT[i : i + 1]) for i in range(len(TEXT))])
 
 
 @pytest.mark.parametrize("length", range(1, MAX_ROWS + 1))
-def test_every_length_and_every_number_accepted(weights: ModelWeights, plain: Any, length: int) -> None:
+def test_every_length_and_every_number_accepted(weights: ModelWeights, store: StoreName, plain: Any, length: int) -> None:
     for accepted in range(length + 1):
-        run = Run(weights)
+        run = Run(weights, store)
         run.verify(0, TEXT[:3])
         rows = TEXT[3 : 3 + accepted] + WRONG[3 + accepted : 3 + length]
         logits = run.verify(3, rows)
@@ -59,16 +66,16 @@ def test_every_length_and_every_number_accepted(weights: ModelWeights, plain: An
         np.testing.assert_array_equal(after, plain[3 + accepted : 6 + accepted])
 
 
-def test_the_whole_batch_twice_and_after_a_short_one(weights: ModelWeights, plain: Any) -> None:
-    run = Run(weights)
+def test_the_whole_batch_twice_and_after_a_short_one(weights: ModelWeights, store: StoreName, plain: Any) -> None:
+    run = Run(weights, store)
     run.verify(0, TEXT[:5])
     for rows in (WRONG[5:9], WRONG[5:14], WRONG[5:6]):  # each rolled back whole; the last one is short
         run.verify(5, rows)
     np.testing.assert_array_equal(run.verify(5, TEXT[5:8]), plain[5:8])
 
 
-def test_200_random_operations(weights: ModelWeights, plain: Any) -> None:
-    rng, run, at = np.random.default_rng(7), Run(weights), 0
+def test_200_random_operations(weights: ModelWeights, store: StoreName, plain: Any) -> None:
+    rng, run, at = np.random.default_rng(7), Run(weights, store), 0
     for _ in range(200):
         length = int(rng.integers(1, MAX_ROWS + 1))
         right = int(rng.integers(0, length + 1))
@@ -78,11 +85,11 @@ def test_200_random_operations(weights: ModelWeights, plain: Any) -> None:
         np.testing.assert_array_equal(logits[:right], plain[at : at + right])
         at += int(rng.integers(0, right + 1))  # any held position, not only the furthest
         if at > len(TEXT) - MAX_ROWS:
-            run, at = Run(weights), 0
+            run, at = Run(weights, store), 0
 
 
-def test_a_decode_that_fails_leaves_its_start(weights: ModelWeights, plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(weights)
+def test_a_decode_that_fails_leaves_its_start(weights: ModelWeights, store: StoreName, plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(weights, store)
     run.verify(0, TEXT[:4])
     with monkeypatch.context() as patch:
 
@@ -95,8 +102,8 @@ def test_a_decode_that_fails_leaves_its_start(weights: ModelWeights, plain: Any,
     np.testing.assert_array_equal(run.verify(2, TEXT[2:6]), plain[2:6])
 
 
-def test_a_position_that_is_gone_is_refused(weights: ModelWeights) -> None:
-    run = Run(weights)
+def test_a_position_that_is_gone_is_refused(weights: ModelWeights, store: StoreName) -> None:
+    run = Run(weights, store)
     run.verify(0, TEXT[:4])
     run.verify(3, TEXT[3:5])
     first = len(PROMPT) + 3
@@ -107,14 +114,42 @@ def test_a_position_that_is_gone_is_refused(weights: ModelWeights) -> None:
         run.verify(5, TEXT * 2)
 
 
-def test_rows_have_the_same_bits_in_any_company(weights: ModelWeights, plain: Any) -> None:
-    runs = [Run(weights) for _ in range(5)]
+def test_rows_have_the_same_bits_in_any_company(weights: ModelWeights, store: StoreName, plain: Any) -> None:
+    runs = [Run(weights, store) for _ in range(5)]
     rows = [Rows(run.memory, len(PROMPT), tuple(TEXT[: i + 1] + WRONG[i + 1 : i + 3])) for i, run in enumerate(runs)]
     logits = runs[0].trunk.verify(rows)[0]
     start = 0
     for i, each in enumerate(rows):
         np.testing.assert_array_equal(logits[start : start + i + 1], plain[: i + 1])
         start += len(each.tokens)
+
+
+def test_a_rollback_that_fails_half_way_says_so_ever_after(weights: ModelWeights, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(weights, "log")
+    run.verify(0, TEXT[:4])
+    with monkeypatch.context() as patch:
+
+        def fail(*_: Any) -> Any:
+            raise FloatingPointError
+
+        patch.setattr(run.trunk.backend, "delta_replay", fail)
+        with pytest.raises(FloatingPointError):
+            run.verify(2, WRONG[2:6])
+    with pytest.raises(PositionLost, match="failed half way"):
+        run.verify(2, TEXT[2:6])
+
+
+def test_a_checkpoint_goes_on_in_any_memory_used_or_not(weights: ModelWeights, store: StoreName, plain: Any) -> None:
+    run, other = Run(weights, store), Run(weights, store)
+    other.verify(0, WRONG[:7])
+    run.verify(0, TEXT[:4])
+    run.verify(2, TEXT[2:3])
+    run.memory.recurrent.seek(len(PROMPT) + 3, run.trunk.backend)
+    state, columns = run.memory.recurrent.read()
+    other.memory.recurrent.restore(len(PROMPT) + 3, state, columns)
+    other.memory.trunk.restore(run.memory.trunk.read(len(PROMPT) + 3))
+    np.testing.assert_array_equal(other.verify(3, TEXT[3:8]), plain[3:8])
+    np.testing.assert_array_equal(other.verify(5, TEXT[5:8]), plain[5:8])
 
 
 def test_hidden_rows_are_read_by_position_or_refused() -> None:

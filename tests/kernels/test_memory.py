@@ -1,0 +1,182 @@
+"""Pages and prefixes against plain models of them; and how much memory a sequence takes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from forerun.core.errors import InternalBug, LeaseLost
+from forerun.core.protocol import chunk_ends
+from forerun.core.vocabulary import Lease
+from forerun.kernels.model.memory import MemoryParams, ModelMemory, SequenceMemory, SequencePool
+from forerun.kernels.model.pages import PAGE, Arena, KeyValues
+from forerun.kernels.model.recurrent import STORES, StoreName
+from forerun.kernels.model.sizes import MIB, PUBLISHED, memory_sizes, table
+from forerun.kernels.model.weights import ModelWeights
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from tests.checkpoints import LAYOUTS
+from tests.sim.fakes import FakeMaker, FakeMemory, FakeTarget, Rows
+
+BOUNDARY = frozenset({7})
+
+
+class Arenas(RuleBasedStateMachine):
+    """An arena against a counter of references."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arena = Arena(8, 1, 1, 1)
+        self.held: list[list[int]] = []
+
+    @precondition(lambda self: self.arena.num_free > 0)
+    @rule(data=st.data())
+    def take(self, data: st.DataObject) -> None:
+        pages = self.arena.take(data.draw(st.integers(1, self.arena.num_free)))
+        held = {page for each in self.held for page in each}
+        assert not held & set(pages)
+        assert not self.arena.trunk[:, :, pages].any()  # nothing of a former holder
+        self.arena.trunk[:, :, pages] = 1
+        self.held.append(pages)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def share(self, data: st.DataObject) -> None:
+        pages = data.draw(st.sampled_from(self.held))
+        self.arena.share(pages)
+        self.held.append(pages)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def give_back(self, data: st.DataObject) -> None:
+        self.arena.give_back(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))))
+
+    @invariant()
+    def counts(self) -> None:
+        counts = Counter(page for each in self.held for page in each)
+        assert self.arena.num_free == 8 - len(counts)
+        self.arena.check_integrity(self.held)
+
+
+class Pools(RuleBasedStateMachine):
+    """A pool of leases whose prompts have beginnings in common: what a lease holds is what the prompt's own chunks would have
+    made, nothing is lost, and what was refused would not have fitted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.target = FakeTarget()
+        self.pool = SequencePool(FakeMaker(), MemoryParams(num_slots=4, num_pages=10, prefix_bytes=200, store="log"))
+        self.leases: dict[int, tuple[Lease, tuple[int, ...], str]] = {}
+
+    @rule(data=st.data(), salt=st.sampled_from(["", "a"]), num_tokens=st.integers(1, 300), seed=st.integers(0, 2), rows=st.integers(1, 70))
+    def lease(self, data: st.DataObject, salt: str, num_tokens: int, seed: int, rows: int) -> None:
+        tokens = tuple((i * 5 + (seed if i > 100 else 0)) % 11 for i in range(num_tokens))
+        ends = chunk_ends(tokens, BOUNDARY)
+        lease = self.pool.lease("someone", tokens, ends, num_tokens + 5, rows, salt)
+        if lease is None:
+            needed = -(-(num_tokens + 5 + 1) // PAGE)
+            held = {page for number in self.leases for page in self.pool[number].table}
+            assert len(self.leases) == 4 or needed > 10 - len(held)
+            return
+        assert 1 <= lease.max_rows <= rows
+        assert lease.num_cached in (0, *ends[:-1])
+        memory: Any = self.pool[lease.number]
+        fresh = FakeMemory(arena := Arena(10, 1, 1, 1), arena.take(10), 640, 1)
+        start, logits, expected = 0, None, None
+        for end in ends:
+            expected = self.target.prefill(Rows(fresh, start, tokens[start:end]), True)
+            if end > lease.num_cached:
+                logits = self.target.prefill(Rows(memory, start, tokens[start:end]), True)
+                if end < num_tokens:
+                    memory.keep()
+            start = end
+        assert memory.states == fresh.states
+        assert (memory.trunk.read(num_tokens) == fresh.trunk.read(num_tokens)).all()
+        assert (logits == expected).all()  # type: ignore[union-attr]
+        self.leases[lease.number] = (lease, tokens, salt)
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def publish(self, data: st.DataObject) -> None:
+        lease, tokens, salt = data.draw(st.sampled_from(list(self.leases.values())))
+        self.pool.publish(lease.number, tokens, salt)
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def decode(self, data: st.DataObject) -> None:
+        """Rows after the prompt never reach what others hold."""
+        lease, tokens, _ = data.draw(st.sampled_from(list(self.leases.values())))
+        others = {number: self.pool[number].trunk.read(len(prompt)) for number, (_, prompt, _) in self.leases.items()}
+        self.target.verify([Rows(self.pool[lease.number], len(tokens), (1,))])
+        for number, before in others.items():
+            assert (self.pool[number].trunk.read(before.shape[3]) == before).all()
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        number = data.draw(st.sampled_from(list(self.leases)))
+        del self.leases[number]
+        self.pool.release(number)
+        with pytest.raises(LeaseLost):
+            self.pool[number]
+        with pytest.raises(InternalBug):
+            self.pool.release(number)
+
+    @rule()
+    def reset(self) -> None:
+        former = list(self.leases)
+        self.leases.clear()
+        self.pool.reset()
+        for number in former:
+            self.pool.release(number)  # as a sequence does that has not noticed
+
+    @invariant()
+    def is_whole(self) -> None:
+        self.pool.check_integrity()
+        assert self.pool.num_used == len(self.leases)
+        assert self.pool.prefixes.statistics().num_bytes <= 200
+
+
+TestArenas = Arenas.TestCase
+TestArenas.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestPools = Pools.TestCase
+TestPools.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_keys_and_values_come_back_in_order_of_position_whatever_the_pages() -> None:
+    arena = Arena(6, 2, 3, 4)
+    memory = KeyValues(arena.trunk, [4, 1, 5])
+    rng = np.random.default_rng(0)
+    keys, values = (rng.random((PAGE * 3, 3, 4), np.float32) for _ in range(2))
+    for start, end in ((0, 1), (1, 64), (64, 130), (130, PAGE * 3)):
+        read = memory.write(1, start, keys[start:end], values[start:end])
+        for whole, part in zip((keys, values), read, strict=True):
+            np.testing.assert_array_equal(part[:, :end], whole[:end].swapaxes(0, 1))
+    np.testing.assert_array_equal(memory.read(100)[:, 1], np.stack([keys, values])[:, :100].swapaxes(1, 2))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("store", STORES)
+def test_sizes_are_what_is_allocated(weights: ModelWeights, store: StoreName) -> None:
+    sizes = memory_sizes(weights.config, 9, store)
+    memory = SequenceMemory.alone(weights.config, 100, 9, store).recurrent
+    num_bytes = sum(getattr(value, "nbytes", 0) for value in vars(memory).values())
+    assert num_bytes == sizes.state + sizes.rollback + sizes.columns
+    arena = ModelMemory(weights.config).arena(3)
+    assert arena.trunk.nbytes + arena.mtp.nbytes == 3 * sizes.page
+
+
+def test_a_log_of_64_rows_of_the_27b_stays_small() -> None:
+    log, snapshots = (memory_sizes(PUBLISHED["27B"], 64, store) for store in ("log", "snapshots"))
+    rows_alone = log.rollback - memory_sizes(PUBLISHED["27B"], 0, "log").rollback
+    assert rows_alone < 110 * MIB
+    assert snapshots.rollback == 64 * 144 * MIB
+
+
+def test_the_readmes_sizes_are_these() -> None:
+    assert table() in (Path(__file__).parents[2] / "README.md").read_text(), "run: python -m forerun.kernels.model.sizes"

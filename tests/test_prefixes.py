@@ -1,0 +1,90 @@
+"""What the demo model's requests share: a chat is computed turn by turn, many requests live in little memory, the texts stay."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import anyio
+import forerun
+import pytest
+
+HELD_OUT = [case["text"] for case in json.loads((Path(__file__).parent / "data" / "heldout_prompts.json").read_text())]
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+def demo() -> forerun.Model:
+    return forerun.load_model("demo")
+
+
+async def chat(demo: forerun.Model, prefix_bytes: int, store: forerun.StoreName) -> tuple[list[tuple[int, ...]], forerun.EngineStatistics]:
+    """Ten turns, and what the engine counted."""
+    messages: list[forerun.Message] = [{"role": "system", "content": "\n".join(HELD_OUT[:3])}]
+    answers: list[tuple[int, ...]] = []
+    async with forerun.open_engine(demo, prefix_bytes=prefix_bytes, recurrent_store=store) as engine:
+        for turn in range(10):
+            messages.append({"role": "user", "content": HELD_OUT[turn + 3][:120]})
+            result = await engine.complete(messages, max_tokens=24, temperature=0.7, seed=turn, ignore_eos=True)
+            answers.append(result.token_ids)
+            messages.append({"role": "assistant", "content": result.text})
+        return answers, engine.statistics()
+
+
+async def test_a_chat_of_ten_turns_computes_each_message_once_with_either_store(demo: forerun.Model) -> None:
+    plain, _ = await chat(demo, 0, "log")
+    answers, statistics = await chat(demo, 2**28, "log")
+    assert answers == plain
+    assert (await chat(demo, 2**28, "snapshots"))[0] == plain
+    prefixes = statistics.prefixes
+    assert (prefixes.num_hits, prefixes.num_misses) == (9, 1)
+    num_computed = prefixes.num_prompt_tokens - prefixes.num_cached_tokens
+    assert prefixes.num_prompt_tokens >= 5 * num_computed
+    assert statistics.num_pages_used == prefixes.num_pages
+
+
+async def test_only_requests_with_the_same_salt_share(demo: forerun.Model) -> None:
+    async with forerun.open_engine(demo) as engine:
+
+        async def cached(salt: str | None) -> int:
+            return (await engine.complete(HELD_OUT[0] * 3, max_tokens=2, cache_salt=salt)).usage.num_cached_tokens
+
+        assert [await cached(salt) for salt in ("a", "b", None, "a")][:3] == [0, 0, 0]
+        assert await cached("a") > 0
+        assert await cached(None) > 0
+
+
+async def test_200_requests_in_memory_for_20_with_random_cancels(demo: forerun.Model) -> None:
+    rng = random.Random(200)
+    prompts = [HELD_OUT[i % 20][: rng.randint(20, 160)] for i in range(200)]
+    done: dict[int, tuple[int, ...]] = {}
+    async with forerun.open_engine(demo, num_slots=20, num_pages=40, prefix_bytes=2**20) as engine:
+
+        async def one(i: int, seconds: float | None) -> None:
+            with anyio.move_on_after(seconds):
+                done[i] = (await engine.complete(prompts[i], max_tokens=8, temperature=0.7, seed=i, ignore_eos=True)).token_ids
+
+        async with anyio.create_task_group() as group:
+            for i in range(200):
+                group.start_soon(one, i, rng.random() * 5 if i % 4 == 0 else None)
+        statistics = engine.statistics()
+        assert (statistics.num_requests_running, statistics.num_requests_waiting, statistics.num_slots_used) == (0, 0, 0)
+        assert len(done) >= 150  # nobody was refused, nobody starved
+    async with forerun.open_engine(demo, num_slots=1, prefix_bytes=0) as engine:
+        for i in rng.sample(sorted(done), 60):
+            alone = await engine.complete(prompts[i], max_tokens=8, temperature=0.7, seed=i, ignore_eos=True)
+            assert done[i] == alone.token_ids
+
+
+async def test_a_request_that_can_never_fit_is_refused_at_once(demo: forerun.Model) -> None:
+    async with forerun.open_engine(demo, num_pages=2) as engine:
+        with pytest.raises(forerun.InvalidRequest, match="2 pages of 64"):
+            await engine.complete([1] * 100, max_tokens=28)
+        assert len((await engine.complete([1] * 100, max_tokens=27, ignore_eos=True)).token_ids) == 27
