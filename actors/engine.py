@@ -46,6 +46,7 @@ from ..core.vocabulary import (
     Usage,
     check_prompt,
     check_ranges,
+    check_salt,
     parse_spec_type,
 )
 from ..kernels.model.memory import MemoryParams, SequencePool
@@ -64,7 +65,8 @@ from .tokenizer import Detokenizer, TokenizerActor
 
 logger = logging.getLogger("forerun")
 
-#: More than every sequence of a full engine can have outstanding at one actor (at most 1024 slots, two messages each).
+#: More than every sequence of a full engine can have outstanding at one actor (at most 1024 slots, two messages each). The tokenizer
+#: hears from those who will queue for memory as well.
 MAILBOX = 2048
 #: Positions that each slot has pages for by default, when the context is longer.
 PAGED_CONTEXT = 8192
@@ -143,7 +145,8 @@ class Engine:
         model, params, pool, trace = self.model, self._params, self._pool, self._trace
 
         def child(name: str, make: Callable[[Mailbox], Actor]) -> ChildSpec:
-            mailbox = self._mailboxes[name] = Mailbox(name, params.mailbox_capacity, trace)
+            capacity = params.mailbox_capacity + (params.queue_size if name == "tokenizer" else 0)
+            mailbox = self._mailboxes[name] = Mailbox(name, capacity, trace)
 
             def begin() -> Actor:
                 actor = make(mailbox)
@@ -223,7 +226,7 @@ class Engine:
         if unknown := options.keys() - Options.__annotations__.keys():
             raise TypeError(f"generate() got an unexpected keyword argument {min(unknown)!r}")
         numbers = {name: value for name, value in options.items() if name in RANGES}
-        if violations := check_ranges(cast("dict[str, float | int | None]", numbers)):
+        if violations := check_ranges(cast("dict[str, float | int | None]", numbers)) + check_salt(options.get("cache_salt")):
             raise InvalidRequest(violations)
         prompt = check_prompt(prompt)
         if self._end is not None:
@@ -277,7 +280,6 @@ class Engine:
                     self._trace,
                     self._params.overlap,
                     self._params.memory.prefix_bytes > 0,
-                    job.options.get("cache_salt") or "",
                     progress,
                 )
                 await job.sequence.run()
@@ -338,7 +340,8 @@ class Engine:
         stop_ids = frozenset[int]() if job.options.get("ignore_eos") else self.model.defaults.stop_ids
         boundary_ids = self.model.defaults.stop_ids
         max_tokens = max_tokens or min(room, DEFAULT_MAX_TOKENS)
-        return Request(job.request_id, ids, max_tokens, job.sampling, stop_ids, vocabulary, boundary_ids)
+        salt = job.options.get("cache_salt") or ""
+        return Request(job.request_id, ids, max_tokens, job.sampling, stop_ids, vocabulary, boundary_ids, salt)
 
     # Observation
 

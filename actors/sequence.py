@@ -90,7 +90,6 @@ class Sequence:
         trace: Trace,
         overlap: bool,
         keeps_prefixes: bool,
-        salt: str,
         progress: PrefillProgress | None,
     ) -> None:
         self._request, self._to, self._params = request, neighbours, speculation
@@ -99,7 +98,7 @@ class Sequence:
         self._drafters: dict[DrafterName, _Drafter] = {
             name: _Drafter(mailbox, mailbox.life) for name, mailbox in neighbours.drafters.items()
         }
-        self._keeps_prefixes, self._salt, self._num_cached = keeps_prefixes, salt, 0
+        self._keeps_prefixes, self._num_cached = keeps_prefixes, 0
         self._has_queued = False
         self._lease: Lease | None = None
         self._flow = Flow(request.request_id, 0)
@@ -141,7 +140,7 @@ class Sequence:
         request, is_replay = self._request, self._clock.admitted is not None or self._has_queued
         max_rows = 1 + max((self._params.limit(name) for name in self._drafters), default=0)
         prompt, ends = request.prompt_ids, self.protocol.chunk_ends
-        admit = Admit(self._flow, prompt, ends, self._salt, len(prompt) + request.max_tokens, max_rows, is_replay)
+        admit = Admit(self._flow, prompt, ends, self._request.cache_salt, len(prompt) + request.max_tokens, max_rows, is_replay)
 
         def keep(lease: Lease) -> None:
             self._lease = lease
@@ -172,7 +171,7 @@ class Sequence:
         if not self._overlap or is_last:
             await self._hear_observed()
         if is_last and self._keeps_prefixes:
-            await self._to.memory.tell(Publish(self._flow, lease, prompt, self._salt))
+            await self._to.memory.tell(Publish(self._flow, lease, prompt, self._request.cache_salt))
         if self._clock.first_token is None:
             self._report(end)
             if is_last:

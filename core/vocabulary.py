@@ -84,6 +84,19 @@ def _check_text(field: str, text: object) -> list[tuple[str, str]]:
     return []
 
 
+#: characters of a cache salt: room for a tenant's name and a hash
+SALT_CHARACTERS = 256
+
+
+def check_salt(salt: object) -> list[tuple[str, str]]:
+    """What is wrong with a cache salt; None means none."""
+    if salt is None:
+        return []
+    if isinstance(salt, str) and len(salt) > SALT_CHARACTERS:
+        return [("cache_salt", f"must have at most {SALT_CHARACTERS} characters")]
+    return _check_text("cache_salt", salt)
+
+
 def check_ranges(values: Mapping[str, object]) -> list[tuple[str, str]]:
     """Every violation of RANGES among `values`; None means unset and is always fine."""
     violations: list[tuple[str, str]] = []
@@ -127,7 +140,8 @@ class FinishReason(Enum):
 @dataclass(frozen=True, slots=True)
 class Request:
     """A request after encoding, with every default resolved. `vocabulary` is the number of token ids there are; prefill chunks also
-    end after a token of `boundary_ids`, which end the messages of a chat."""
+    end after a token of `boundary_ids`, which end the messages of a chat. What is cached of prompts is shared by those with the
+    same `cache_salt`."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
@@ -136,6 +150,7 @@ class Request:
     stop_ids: frozenset[int]
     vocabulary: int
     boundary_ids: frozenset[int] = frozenset()
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -176,7 +176,11 @@ class SequencePool:
                 found, shared = None, []  # what it would save is in the way
         self._arena.share(shared)
         table = [*shared, *self._arena.take(num_pages(capacity, max_rows) - len(shared))]
-        memory = self._make.memory(self._arena, table, capacity, max_rows, self._params.store)
+        try:
+            memory = self._make.memory(self._arena, table, capacity, max_rows, self._params.store)
+        except MemoryError:
+            self._arena.give_back(table)
+            raise
         position = found.checkpoint.position if found is not None else 0
         if found is not None:
             if position % PAGE:  # others hold the page this sequence goes on in

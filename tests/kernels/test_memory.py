@@ -148,6 +148,20 @@ TestPools = Pools.TestCase
 TestPools.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
+def test_a_lease_the_system_has_no_memory_for_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = SequencePool(FakeMaker(), MemoryParams(num_slots=4, num_pages=10, prefix_bytes=0, store="log"))
+
+    def fail(*_: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeMaker, "memory", fail)
+        with pytest.raises(MemoryError):
+            pool.lease("someone", (1, 2), (2,), 10, 1)
+    pool.check_integrity()
+    assert (pool.num_used, pool.num_pages_free) == (0, 10)
+
+
 def test_keys_and_values_come_back_in_order_of_position_whatever_the_pages() -> None:
     arena = Arena(6, 2, 3, 4)
     memory = KeyValues(arena.trunk, [4, 1, 5])
