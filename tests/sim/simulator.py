@@ -422,7 +422,7 @@ class Simulation:
             assert not any(actor.num_restarts for actor in statistics.actors.values())
             assert not self._num_skips, "the head found hidden rows gone"
             if not self.plan.spoilt_drafts and self._drafts[0] >= 20:
-                assert self._drafts[1] > 0.5 * self._drafts[0], f"the head's first drafts are mostly wrong: {self._drafts}"
+                assert self._drafts[1] > 0.25 * self._drafts[0], f"the head's first drafts are mostly wrong: {self._drafts}"
         assert (statistics.num_requests_running, statistics.num_requests_waiting, statistics.num_slots_used) == (0, 0, 0)
         assert statistics.num_pages_used == statistics.prefixes.num_pages
         engine._pool.check_integrity()  # pyright: ignore[reportPrivateUsage]
