@@ -48,13 +48,16 @@ def anyio_backend() -> str:
 
 @pytest.mark.parametrize("options", SAMPLING)
 @pytest.mark.parametrize("layout", LAYOUTS)
-async def test_random_checkpoints(layout: str, options: forerun.Options, checkpoints: dict[str, Path]) -> None:
+async def test_random_checkpoints(
+    layout: str, options: forerun.Options, checkpoints: dict[str, Path], request: pytest.FixtureRequest
+) -> None:
+    num_tokens = 32 if request.config.getoption("--full") else 20
     model = forerun.load_model(str(checkpoints[layout]))
     prompts = [prompt(length) for length in (1, 5, 63, 64, 65, 130)] + [prompt(9) * 6, [7] * 40]
-    plain = await all_tokens(model, prompts, 32, options, 1, "none")
-    assert await all_tokens(model, prompts, 32, options, 8, "none") == plain
+    plain = await all_tokens(model, prompts, num_tokens, options, 1, "none")
+    assert await all_tokens(model, prompts, num_tokens, options, 8, "none") == plain
     for spec_type, n_max, at_once in product(SPEC_TYPES, (1, 3, 8), (1, 8)):
-        assert await all_tokens(model, prompts, 32, options, at_once, spec_type, n_max) == plain, (spec_type, n_max, at_once)
+        assert await all_tokens(model, prompts, num_tokens, options, at_once, spec_type, n_max) == plain, (spec_type, n_max, at_once)
 
 
 @pytest.mark.parametrize("options", SAMPLING)
