@@ -200,7 +200,7 @@ class SequencePool:
         """What was kept of a prompt while it was computed may be used by others. A lease that has ended has nothing to give."""
         if lease in self._leases:
             memory = self._leases[lease][1]
-            self.prefixes.publish(tokens, salt, memory.checkpoints, memory.table, PAGE)
+            self.prefixes.publish(tokens, salt, memory.checkpoints, memory.table)
             memory.checkpoints.clear()
 
     def release(self, lease: int) -> None:

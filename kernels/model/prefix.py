@@ -13,11 +13,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from ..backend import F32
+from .pages import PAGE, Arena
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +59,6 @@ class PrefixStatistics:
     num_pages: int
 
 
-class Pages(Protocol):
-    """What an index needs of an arena."""
-
-    def share(self, pages: list[int]) -> None: ...
-
-    def give_back(self, pages: list[int]) -> None: ...
-
-
 def keys(tokens: Sequence[int], ends: Sequence[int], salt: str) -> Iterator[tuple[int, bytes]]:
     """(position, key of the tokens before it) for each of `ends`, which ascend."""
     chain = hashlib.blake2b(salt.encode(), digest_size=32)
@@ -80,7 +72,7 @@ def keys(tokens: Sequence[int], ends: Sequence[int], salt: str) -> Iterator[tupl
 class PrefixIndex:
     """At most `max_bytes` of checkpoints, pages not counted: those are the arena's."""
 
-    def __init__(self, pages: Pages, max_bytes: int) -> None:
+    def __init__(self, pages: Arena, max_bytes: int) -> None:
         self._pages, self._max_bytes = pages, max_bytes
         self._entries: dict[bytes, Entry] = {}
         self._num_bytes = self._clock = 0
@@ -104,7 +96,7 @@ class PrefixIndex:
         self._num_cached_tokens += found.checkpoint.position if found is not None else 0
         self._num_prompt_tokens += num_tokens
 
-    def publish(self, tokens: Sequence[int], salt: str, checkpoints: Sequence[Checkpoint], table: list[int], page_size: int) -> None:
+    def publish(self, tokens: Sequence[int], salt: str, checkpoints: Sequence[Checkpoint], table: list[int]) -> None:
         """Takes in the checkpoints of a prompt that are not known yet, with a reference to each page before them."""
         self._clock += 1
         by_position = {checkpoint.position: checkpoint for checkpoint in checkpoints}
@@ -112,7 +104,7 @@ class PrefixIndex:
             if key in self._entries:
                 self._entries[key].last_used = self._clock
                 continue
-            pages = table[: -(-end // page_size)]
+            pages = table[: -(-end // PAGE)]
             self._pages.share(pages)
             self._entries[key] = Entry(key, by_position[end], pages, self._clock)
             self._num_bytes += by_position[end].num_bytes
