@@ -25,7 +25,7 @@ Matrix = Any
 @dataclass(frozen=True, slots=True)
 class DeltaInputs:
     """What the gated delta rule consumes, row by row: q and k [R, Hv, dk] (normalised, q scaled, key heads repeated for
-    their value heads), v [R, Hv, dv], g, decay = exp(g) and beta [R, Hv]. k, v, decay and beta are what a rollback log keeps."""
+    their value heads), v [R, Hv, dv], g, decay = exp(g) and beta [R, Hv]. A replay needs k, v, decay and beta."""
 
     q: F32
     k: F32
@@ -96,8 +96,8 @@ class Backend(Protocol):
         ...
 
     def delta_replay(self, state: F32, k: F32, v: F32, decay: F32, beta: F32) -> None:
-        """The state half of one row of `delta_steps`, same operations in the same order, for all layers at once: state
-        [layers, Hv, dk, dv] in place; k [layers, Hv, dk], v [layers, Hv, dv], decay and beta [layers, Hv]."""
+        """The state half of one row of `delta_steps`, same operations in the same order: state [Hv, dk, dv] in place; k [Hv, dk],
+        v [Hv, dv], decay and beta [Hv]."""
         ...
 
     def delta_chunk(self, state: F32, x: DeltaInputs) -> F32:

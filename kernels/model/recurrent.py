@@ -3,18 +3,20 @@
 A recurrent state cannot be cut like a key-value cache. After a verify of R rows from position p a store can make any of
 p, p + 1, ..., p + R the position it goes on from, with the bits of a run that computed no row beyond it:
 
-    RecurrentLog   one state at p (the base) and, for every row after it, what the recurrence consumed of the row. A position
-                   is reached by replaying the rows before it onto the base, with the operations and the order of the verify.
+    RecurrentLog   one state at p (the base) and, for every row after it, what its part of the recurrence is made of: the
+                   pre-convolution columns, b and a. A position is reached by computing k, v, decay and beta of the rows
+                   before it again and replaying them onto the base, with the operations and the order of the verify.
     SnapshotRing   the state after every row, in a ring keyed by absolute position.
 
 A log folded in another order or precision drifts, and one published engine degenerated that way. Reading a position
 clears nothing: only writing new rows from it does. The convolution needs the last columns before it, so both keep the
-rows' pre-convolution columns, and a window is cut out of them.
+rows' columns, and a window is cut out of them; k and v can be had from the same columns, and are not kept as well.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -24,6 +26,8 @@ from ..backend import F32, Backend, DeltaInputs
 from .config import ModelConfig
 
 StoreName = Literal["log", "snapshots"]
+#: (layer, columns with the window first [width - 1 + R, channels], b and a [R, Hv]) -> what the recurrence consumes of the R rows
+Inputs = Callable[[int, F32, F32, F32], DeltaInputs]
 
 
 class RecurrentStore(ABC):
@@ -46,13 +50,13 @@ class RecurrentStore(ABC):
             held = f"{self.base_position} to {self.base_position + self.num_rows}"
             raise PositionLost(f"recurrent state at position {position} is gone; held: {held}")
 
-    def seek(self, position: int, backend: Backend) -> None:
+    def seek(self, position: int, inputs: Inputs, backend: Backend) -> None:
         """Makes `position` the base, with no rows after it. PositionLost when it is not held exactly."""
         self.check(position)
         num_kept = position - self.base_position
         self._is_whole = False
         if num_kept:
-            self._go(num_kept, backend)
+            self._go(num_kept, inputs, backend)
             self._columns[:, : self._width] = self._columns[:, num_kept : num_kept + self._width].copy()
         self.base_position, self.num_rows = position, 0
         self._is_whole = True
@@ -95,11 +99,12 @@ class RecurrentStore(ABC):
             self._base(layer)[...] = state[layer]
 
     @abstractmethod
-    def steps(self, layer: int, x: DeltaInputs, backend: Backend) -> F32:
-        """Computes rows after the base; they count once `extend` is called. Outputs [R, Hv, dv]."""
+    def steps(self, layer: int, x: DeltaInputs, b: F32, a: F32, backend: Backend) -> F32:
+        """Computes rows after the base, which `x` was made for from b and a [R, Hv]; they count once `extend` is called. Outputs
+        [R, Hv, dv]."""
 
     @abstractmethod
-    def _go(self, num_rows: int, backend: Backend) -> None:
+    def _go(self, num_rows: int, inputs: Inputs, backend: Backend) -> None:
         """Moves the base over `num_rows` rows, in all layers."""
 
     @abstractmethod
@@ -108,33 +113,22 @@ class RecurrentStore(ABC):
 
 
 class RecurrentLog(RecurrentStore):
-    """Keys are logged once for all value heads that read them."""
-
     def __init__(self, config: ModelConfig, max_rows: int) -> None:
         super().__init__(config, max_rows)
         c = config
-        state, heads = (c.num_delta, c.value_heads, c.key_dim, c.value_dim), (max_rows, c.num_delta, c.value_heads)
-        self._ratio = c.value_heads // c.key_heads
-        self._states = np.zeros(state, np.float32)
-        self._latest = np.zeros(state, np.float32)  # after the log's last row
-        self._k = np.zeros((max_rows, c.num_delta, c.key_heads, c.key_dim), np.float32)
-        self._v = np.zeros((*heads, c.value_dim), np.float32)
-        self._decay, self._beta = np.zeros(heads, np.float32), np.zeros(heads, np.float32)
+        self._states = np.zeros((c.num_delta, c.value_heads, c.key_dim, c.value_dim), np.float32)
+        self._b, self._a = (np.zeros((c.num_delta, max_rows, c.value_heads), np.float32) for _ in range(2))
 
-    def steps(self, layer: int, x: DeltaInputs, backend: Backend) -> F32:
-        rows, latest = len(x.v), self._latest[layer]
-        np.copyto(latest, self._states[layer])
-        self._k[:rows, layer], self._v[:rows, layer] = x.k[:, :: self._ratio], x.v
-        self._decay[:rows, layer], self._beta[:rows, layer] = x.decay, x.beta
-        return backend.delta_steps(latest, x)
+    def steps(self, layer: int, x: DeltaInputs, b: F32, a: F32, backend: Backend) -> F32:
+        self._b[layer, : len(b)], self._a[layer, : len(a)] = b, a
+        return backend.delta_steps(self._states[layer].copy(), x)
 
-    def _go(self, num_rows: int, backend: Backend) -> None:
-        if num_rows == self.num_rows:
-            self._states, self._latest = self._latest, self._states
-            return
-        for row in range(num_rows):
-            k = np.repeat(self._k[row], self._ratio, axis=1)
-            backend.delta_replay(self._states, k, self._v[row], self._decay[row], self._beta[row])
+    def _go(self, num_rows: int, inputs: Inputs, backend: Backend) -> None:
+        columns, b, a = self._columns[:, : self._width + num_rows], self._b[:, :num_rows], self._a[:, :num_rows]
+        for layer, state in enumerate(self._states):
+            x = inputs(layer, columns[layer], b[layer], a[layer])
+            for row in range(num_rows):
+                backend.delta_replay(state, x.k[row], x.v[row], x.decay[row], x.beta[row])
 
     def _base(self, layer: int) -> F32:
         return self._states[layer]
@@ -148,7 +142,7 @@ class SnapshotRing(RecurrentStore):
         c = config
         self._states = np.zeros((max_rows + 1, c.num_delta, c.value_heads, c.key_dim, c.value_dim), np.float32)
 
-    def steps(self, layer: int, x: DeltaInputs, backend: Backend) -> F32:
+    def steps(self, layer: int, x: DeltaInputs, b: F32, a: F32, backend: Backend) -> F32:
         out = np.empty_like(x.v)
         for i in range(len(out)):
             position = self.base_position + i
@@ -161,7 +155,7 @@ class SnapshotRing(RecurrentStore):
     def _at(self, position: int) -> F32:
         return self._states[position % len(self._states)]
 
-    def _go(self, num_rows: int, backend: Backend) -> None:
+    def _go(self, num_rows: int, inputs: Inputs, backend: Backend) -> None:
         pass  # the state is there; only the base's position moves
 
     def _base(self, layer: int) -> F32:

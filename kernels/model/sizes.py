@@ -19,12 +19,11 @@ MIB = 2**20
 @dataclass(frozen=True, slots=True)
 class MemorySizes:
     """Bytes of one sequence. `state` is one set of recurrent states and windows, which any sequence has; `rollback` what is kept besides
-    to go back over `max_rows` rows: states or their log; `columns` the rows' pre-convolution columns, which windows are cut
-    from and which either store needs; `page` one page of keys and values, trunk and MTP head."""
+    to go back over `max_rows` rows: their pre-convolution columns, and their states or what besides the columns makes them; `page`
+    one page of keys and values, trunk and MTP head."""
 
     state: int
     rollback: int
-    columns: int
     page: int
 
 
@@ -32,13 +31,10 @@ def memory_sizes(config: ModelConfig, max_rows: int, store: StoreName) -> Memory
     c = config
     states = c.num_delta * c.value_heads * c.key_dim * c.value_dim * FLOAT
     column = c.num_delta * c.channels * FLOAT
-    if store == "snapshots":
-        rollback = max_rows * states
-    else:  # a second state, which the newest rows are computed on, and k, v, decay and beta of every row
-        row = c.key_heads * c.key_dim + c.value_heads * (c.value_dim + 2)
-        rollback = states + max_rows * c.num_delta * row * FLOAT
+    gates = c.num_delta * 2 * c.value_heads * FLOAT  # b and a of a row; k and v are in its columns
+    row = column + (states if store == "snapshots" else gates)
     page = 2 * (c.num_attention + 1) * c.kv_heads * PAGE * c.head_dim * FLOAT
-    return MemorySizes(states + (c.conv_width - 1) * column, rollback, max_rows * column, page)
+    return MemorySizes(states + (c.conv_width - 1) * column, max_rows * row, page)
 
 
 def _config(hidden: int, layers: int, heads: tuple[int, int], delta_heads: tuple[int, int]) -> ModelConfig:
@@ -63,11 +59,11 @@ PUBLISHED = {
 
 def table() -> str:
     """MiB of one sequence, as a Markdown table."""
-    lines = ["| model | rows | one state | log, besides | snapshots, besides | columns, both | a page |", "|---|---|---|---|---|---|---|"]
+    lines = ["| model | rows | one state | log, besides | snapshots, besides | a page |", "|---|---|---|---|---|---|"]
     for name, config in PUBLISHED.items():
         for rows in (3, 64):
             log, snapshots = (memory_sizes(config, rows, store) for store in ("log", "snapshots"))
-            figures = (log.state, log.rollback, snapshots.rollback, log.columns, log.page)
+            figures = (log.state, log.rollback, snapshots.rollback, log.page)
             lines.append(f"| {name} | {rows} | " + " | ".join(f"{figure / MIB:.1f}" for figure in figures) + " |")
     return "\n".join(lines)
 

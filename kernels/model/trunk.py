@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..backend import F32, Backend, Matrix
+from ..backend import F32, Backend, DeltaInputs, Matrix
 from .memory import SequenceMemory
 from .pages import KeyValues
 from .weights import AttentionWeights, DeltaWeights, DenseWeights, LayerWeights, ModelWeights, MoeWeights
@@ -87,6 +87,10 @@ class LayerGraph:
 
 
 class Trunk(LayerGraph):
+    def __init__(self, weights: ModelWeights, backend: Backend) -> None:
+        super().__init__(weights, backend)
+        self._deltas = [layer.mixer for layer in weights.layers if isinstance(layer.mixer, DeltaWeights)]
+
     def verify(self, batch: Sequence[Rows]) -> tuple[F32, F32]:
         """Computes every sequence's rows from its position, rolling back to it first. Each row's results have the same
         bits whatever else is in the batch. Returns logits [R, V] and post-norm hidden rows [R, hidden], in batch order.
@@ -94,7 +98,7 @@ class Trunk(LayerGraph):
         for rows in batch:
             rows.memory.check(rows.position, len(rows.tokens), is_chunk=False)
         for rows in batch:
-            rows.memory.recurrent.seek(rows.position, self.backend)
+            rows.memory.recurrent.seek(rows.position, self._inputs, self.backend)
         hidden = self._forward(batch, is_chunk=False)
         for rows in batch:
             rows.memory.recurrent.extend(len(rows.tokens))
@@ -103,7 +107,7 @@ class Trunk(LayerGraph):
     def prefill(self, rows: Rows, is_last: bool) -> F32 | None:
         """Computes one chunk of a prompt. Returns the logits [1, V] after its last row when it is the prompt's last."""
         rows.memory.check(rows.position, len(rows.tokens), is_chunk=True)
-        rows.memory.recurrent.seek(rows.position, self.backend)
+        rows.memory.recurrent.seek(rows.position, self._inputs, self.backend)
         hidden = self._forward([rows], is_chunk=True)
         rows.memory.recurrent.advance(len(rows.tokens))
         return self.backend.linear(hidden[-1:], self.weights.head) if is_last else None
@@ -135,13 +139,18 @@ class Trunk(LayerGraph):
     def _delta(self, u: F32, w: DeltaWeights, batch: Sequence[Rows], layer: int, is_chunk: bool) -> F32:
         c, linear, backend = self.config, self.linear(is_chunk), self.backend
         qkv, b, a = linear(u, w.qkv), linear(u, w.b), linear(u, w.a)
-        sizes = (c.key_heads, c.value_heads, c.key_dim, c.value_dim)
         out, start = np.empty((len(u), c.value_heads, c.value_dim), np.float32), 0
         for rows in batch:
-            log, span = rows.memory.recurrent, slice(start, start + len(rows.tokens))
-            columns = log.chunk_columns(layer, qkv[span]) if is_chunk else log.columns(layer, qkv[span])
-            x = backend.delta_inputs(backend.causal_conv(columns, w.conv), b[span], a[span], w.log_decay, w.dt_bias, sizes)
-            out[span] = log.chunk(layer, x, backend) if is_chunk else log.steps(layer, x, backend)
+            store, span = rows.memory.recurrent, slice(start, start + len(rows.tokens))
+            columns = store.chunk_columns(layer, qkv[span]) if is_chunk else store.columns(layer, qkv[span])
+            x = self._inputs(layer, columns, b[span], a[span])
+            out[span] = store.chunk(layer, x, backend) if is_chunk else store.steps(layer, x, b[span], a[span], backend)
             start = span.stop
         z = linear(u, w.z).reshape(out.shape)
         return linear(backend.gated_rms_norm(out, z, w.norm, c.rms_eps).reshape(len(u), -1), w.out)
+
+    def _inputs(self, layer: int, columns: F32, b: F32, a: F32) -> DeltaInputs:
+        """What the recurrence of gated delta net `layer` consumes; see recurrent.Inputs."""
+        c, w = self.config, self._deltas[layer]
+        convolved = self.backend.causal_conv(columns, w.conv)
+        return self.backend.delta_inputs(convolved, b, a, w.log_decay, w.dt_bias, (c.key_heads, c.value_heads, c.key_dim, c.value_dim))

@@ -144,7 +144,7 @@ def test_a_checkpoint_goes_on_in_any_memory_used_or_not(weights: ModelWeights, s
     other.verify(0, WRONG[:7])
     run.verify(0, TEXT[:4])
     run.verify(2, TEXT[2:3])
-    run.memory.recurrent.seek(len(PROMPT) + 3, run.trunk.backend)
+    run.memory.recurrent.seek(len(PROMPT) + 3, run.trunk._inputs, run.trunk.backend)  # pyright: ignore[reportPrivateUsage]
     state, columns = run.memory.recurrent.read()
     other.memory.recurrent.restore(len(PROMPT) + 3, state, columns)
     other.memory.trunk.restore(run.memory.trunk.read(len(PROMPT) + 3))
