@@ -72,6 +72,8 @@ MAILBOX = 2048
 PAGED_CONTEXT = 8192
 #: Bytes of checkpoints kept by default.
 PREFIX_BYTES = 256 * 2**20
+#: Seconds a request waits for memory before others are pre-empted for it, by default.
+PREEMPT_AFTER_SECONDS = 20.0
 #: Restarts a group is allowed, and within how many seconds. More than a sequence's MAX_FRUITLESS_REPLAYS, so that a request
 #: which kills the target whenever it is worked on is found out before the engine gives up.
 RESTARTS, PERIOD_SECONDS = 5, 60.0
@@ -92,6 +94,7 @@ class EngineStatistics:
 
     num_requests_running: int
     num_requests_waiting: int  # for memory
+    num_preemptions: int
     num_slots_used: int
     num_slots: int
     num_pages_used: int
@@ -108,6 +111,7 @@ class EngineParams:
     memory: MemoryParams
     queue_size: int
     overlap: bool
+    preempt_after_seconds: float = math.inf
     executor: Executor = field(default_factory=Threads)
     instrument: Callable[[Actor], None] = lambda actor: None
     trace: Trace | None = None
@@ -158,7 +162,7 @@ class Engine:
         executor = params.executor if params.overlap else InPlace()
 
         def memory_manager(mailbox: Mailbox) -> Actor:
-            self._memory = MemoryManager(mailbox, executor, pool, params.queue_size, trace)
+            self._memory = MemoryManager(mailbox, executor, pool, params.queue_size, params.preempt_after_seconds, trace)
             return self._memory
 
         tokenizer = child("tokenizer", lambda mailbox: TokenizerActor(mailbox, executor, model.vocabulary))
@@ -360,7 +364,15 @@ class Engine:
         pool, prefixes = self._pool, self._pool.prefixes.statistics()
         num_pages_used = pool.num_pages - pool.num_pages_free
         return EngineStatistics(
-            len(self._jobs) - num_waiting, num_waiting, pool.num_used, pool.num_slots, num_pages_used, pool.num_pages, prefixes, actors
+            len(self._jobs) - num_waiting,
+            num_waiting,
+            pool.num_revoked,
+            pool.num_used,
+            pool.num_slots,
+            num_pages_used,
+            pool.num_pages,
+            prefixes,
+            actors,
         )
 
 
@@ -386,6 +398,7 @@ async def open_engine(
     queue_size: int = 256,
     prefix_bytes: int = PREFIX_BYTES,
     recurrent_store: StoreName = "log",
+    preempt_after_seconds: float | None = PREEMPT_AFTER_SECONDS,
     overlap: bool = True,
     load_progress: Progress | None = None,
 ) -> AsyncGenerator[Engine]:
@@ -395,11 +408,14 @@ async def open_engine(
     `num_slots` requests run at once, `queue_size` more wait. They share `num_pages` pages of 64 positions, by default as many as all of
     them need for the context, or for PAGED_CONTEXT positions if that is less. `prefix_bytes` of checkpoints let requests go on from what
     others with the same beginning have computed (and the same `cache_salt`); 0 keeps none. `recurrent_store` is `log`, or `snapshots`:
-    the same tokens, more memory for a draft. `overlap=False` does one thing at a time, in the event loop: the same
-    tokens, for comparison. Leaving the block ends what still runs with EngineClosed.
+    the same tokens, more memory for a draft. For a request that has waited `preempt_after_seconds` (None: however long) the newest that
+    have run as long are pre-empted, once each, and go on later with the same tokens. `overlap=False` does one thing at a time, in the
+    event loop: the same tokens, for comparison. Leaving the block ends what still runs with EngineClosed.
     Raises ModelFileError, InvalidRequest; at the end, EngineDead if an actor failed beyond repair and the block did not raise."""
     sizes: dict[str, object] = {"num_slots": num_slots, "queue_size": queue_size, "prefix_bytes": prefix_bytes}
-    if violations := check_ranges(sizes | {"num_pages": num_pages}) or [(name, "must be given") for name in sizes if sizes[name] is None]:
+    if violations := check_ranges(sizes | {"num_pages": num_pages, "preempt_after_seconds": preempt_after_seconds}) or [
+        (name, "must be given") for name in sizes if sizes[name] is None
+    ]:
         raise InvalidRequest(violations)
     if recurrent_store not in STORES:
         raise InvalidRequest([("recurrent_store", f"must be one of {', '.join(STORES)}, got {recurrent_store!r:.50}")])
@@ -416,7 +432,8 @@ async def open_engine(
         max_rows = 1 + max(map(speculation.limit, types), default=0)
         num_pages = num_slots * pages_of(min(model.context, PAGED_CONTEXT), max_rows)
     memory = MemoryParams(num_slots, num_pages, prefix_bytes, recurrent_store)
-    async with run_engine(model, EngineParams(speculation, memory, queue_size, overlap)) as engine:
+    patience = math.inf if preempt_after_seconds is None else preempt_after_seconds
+    async with run_engine(model, EngineParams(speculation, memory, queue_size, overlap, patience)) as engine:
         yield engine
 
 

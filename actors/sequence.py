@@ -258,7 +258,7 @@ class Sequence:
                 with suppress(ForerunError):
                     await reply.wait()
 
-    # Memory that is lost, and given back
+    # Memory that is lost or revoked, and given back
 
     @property
     def _is_suspect(self) -> bool:
@@ -285,8 +285,7 @@ class Sequence:
             self._num_tokens_at_death = len(self.protocol.output)
             if self._num_deaths > MAX_FRUITLESS_REPLAYS:
                 raise RequestFailed("the target failed each time it worked on this request") from error
-        await self._forget()
-        self._lease = None
+        await self._give_back()
         self.protocol.memory_lost()
 
     async def _forget(self) -> None:
@@ -304,7 +303,7 @@ class Sequence:
         if self._lease is not None:
             with anyio.CancelScope(shield=True):
                 await self._forget()
-                with suppress(ForerunError):  # memory that has stopped or begun anew lends nothing to this lease
+                with suppress(ForerunError):  # memory that has stopped lends nothing; of a former life's leases it wants to know nothing
                     await self._to.memory.ask(Release(self._flow, self._held))
             self._lease = None
 

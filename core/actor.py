@@ -75,6 +75,7 @@ class Actor(ABC):
         self._executor = executor
         self._work: dict[anyio.CancelScope, float] = {}  # under way at the executor, and the seconds it is allowed
         self._is_handling = False
+        self.wake_at = math.inf  # anyio time at which `handle` is called, with nothing, if nothing arrives before
         self.num_steps = 0  # of progress, counted for the watchdog, which reads the clock so that nobody else must
 
     @property
@@ -94,7 +95,12 @@ class Actor(ABC):
     async def run(self) -> None:
         """Serves until cancelled."""
         while True:
-            batch = await self.mailbox.receive_all(self.enough)
+            batch: list[Envelope] = []
+            if self.wake_at == math.inf:
+                batch = await self.mailbox.receive_all(self.enough)
+            else:
+                with anyio.CancelScope(deadline=self.wake_at):
+                    batch = await self.mailbox.receive_all(self.enough)
             self._is_handling = True
             self.num_steps += 1
             await self.handle(batch)
@@ -107,7 +113,7 @@ class Actor(ABC):
 
     @abstractmethod
     async def handle(self, batch: list[Envelope]) -> None:
-        """Answers every ask in `batch`, now or later, but those that are abandoned."""
+        """Answers every ask in `batch`, now or later, but those that are abandoned. `batch` is empty when `wake_at` has come."""
 
     async def compute(self, work: Callable[[], T], seconds: float) -> T:
         """Has `work` done by the executor, which `seconds` tells how long it may take. Cancelled: the work is finished first, so

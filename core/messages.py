@@ -46,7 +46,7 @@ class Encode(Mail[tuple[int, ...]]):
 
 @dataclass(frozen=True, slots=True)
 class Admit(Mail[Lease]):
-    """Sequence to memory manager, once, and again after memory was lost: memory for `num_tokens` positions and verifies of
+    """Sequence to memory manager, once, and again after memory was lost or revoked: memory for `num_tokens` positions and verifies of
     `max_rows` rows, with what is known of `prompt`, whose chunks end at `ends`, for this `salt`. Waits while there is none; one
     that `is_replay` was admitted or had queued before, goes first, and is not refused for a full queue."""
 

@@ -7,9 +7,9 @@ verifies [that token, drafts...] from its position, and drafts stand while they 
 tokens are those the target would have chosen alone, and a round always brings at least one. A draft is never longer than
 what may still be produced less one.
 
-Memory may be lost with the actor that lent it. The sequence then waits for a new lease, prefills the same chunks, and
-replays by steps what it had computed by steps, so that every row has the bits it had; the target must choose the very
-tokens that the reader has seen already. Whatever ends a sequence leads through FINISHING, where the lease is given
+Memory may be lost with the actor that lent it, or be revoked for others. The sequence then waits for a new lease, prefills
+the same chunks, and replays by steps what it had computed by steps, so that every row has the bits it had; the target
+must choose the very tokens that the reader has seen already. Whatever ends a sequence leads through FINISHING, where the lease is given
 back, to exactly one of three ends.
 
 What is not in TRANSITIONS is refused, and a refused call changes nothing.

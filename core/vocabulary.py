@@ -33,6 +33,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "num_pages": (1, 100_000_000),
     "prefix_bytes": (0, 2**60),
     "timeout_seconds": (0.0, 1e9),
+    "preempt_after_seconds": (0.0, 1e9),
 }
 
 

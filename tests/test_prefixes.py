@@ -90,3 +90,26 @@ async def test_a_request_that_can_never_fit_is_refused_at_once(demo: forerun.Mod
         with pytest.raises(forerun.InvalidRequest, match="2 pages of 64"):
             await engine.complete([1] * 100, max_tokens=28)
         assert len((await engine.complete([1] * 100, max_tokens=27, ignore_eos=True)).token_ids) == 27
+
+
+async def test_who_waits_too_long_is_made_room_for_and_nobodys_text_changes(demo: forerun.Model) -> None:
+    """The newest is pre-empted, for a short request that is done before it goes on; once, though others wait as long."""
+    order: list[int] = []
+    results: dict[int, forerun.Result] = {}
+    lengths = (150, 150, 5, 5)
+    async with forerun.open_engine(demo, num_slots=2, preempt_after_seconds=0.05) as engine:
+
+        async def one(i: int) -> None:
+            results[i] = await engine.complete(HELD_OUT[i], max_tokens=lengths[i], temperature=0.7, seed=i, ignore_eos=True)
+            order.append(i)
+
+        async with anyio.create_task_group() as group:
+            for i in range(4):
+                group.start_soon(one, i)
+                await anyio.sleep(0.1 if i < 2 else 0)  # the second is the newest
+        assert order[:2] == [2, 3]
+        assert engine.statistics().num_preemptions in (1, 2)
+    async with forerun.open_engine(demo, num_slots=1, prefix_bytes=0) as engine:
+        for i, result in results.items():
+            alone = await engine.complete(HELD_OUT[i], max_tokens=lengths[i], temperature=0.7, seed=i, ignore_eos=True)
+            assert (result.token_ids, result.text) == (alone.token_ids, alone.text)

@@ -121,6 +121,8 @@ class SequencePool:
     def __init__(self, make: MemoryMaker, params: MemoryParams) -> None:
         self._make, self._params = make, params
         self._leases: dict[int, tuple[str, SequenceMemory]] = {}
+        self._revoked: set[int] = set()
+        self.num_revoked = 0
         self._first = self._next = 1  # the numbers lent in this life: from _first, below _next
         self._begin()
 
@@ -129,7 +131,7 @@ class SequencePool:
         self.prefixes = PrefixIndex(self._arena, self._params.prefix_bytes)
 
     def __getitem__(self, lease: int) -> SequenceMemory:
-        if lease not in self._leases:
+        if lease not in self._leases or lease in self._revoked:
             raise LeaseLost(f"lease {lease} is not lent")
         return self._leases[lease][1]
 
@@ -196,6 +198,24 @@ class SequencePool:
         """The pages that can be shared: one in which rows are still to be written is copied."""
         return found.pages[: found.checkpoint.position // PAGE] if found is not None else []
 
+    def revoke(self, lease: int) -> None:
+        """Nobody begins to work on the lease any more; its memory is still its owner's to give back."""
+        if lease not in self._leases:
+            raise InternalBug(f"lease {lease} is not lent, and cannot be revoked")
+        self._revoked.add(lease)
+        self.num_revoked += 1
+
+    @property
+    def is_yielding(self) -> bool:
+        """Whether a revoked lease has not been given back yet."""
+        return bool(self._revoked)
+
+    def would_fit(self, capacity: int, without: list[int]) -> bool:
+        """Whether a lease of `capacity` positions could be had once those of `without` are given back. A page they share counts as free:
+        an upper bound."""
+        num_free = self._arena.num_free + self.prefixes.statistics().num_pages + sum(len(self._leases[lease][1].table) for lease in without)
+        return num_pages(capacity, 1) <= num_free and len(self._leases) - len(without) < self.num_slots
+
     def publish(self, lease: int, tokens: tuple[int, ...], salt: str = "") -> None:
         """What was kept of a prompt while it was computed may be used by others. A lease that has ended has nothing to give."""
         if lease in self._leases:
@@ -210,11 +230,13 @@ class SequencePool:
         if lease not in self._leases:
             raise InternalBug(f"lease {lease} was given back, but is not lent")
         _, memory = self._leases.pop(lease)
+        self._revoked.discard(lease)
         self._arena.give_back(memory.table)
 
     def reset(self) -> None:
         """All leases end, and a new life begins, in new arrays: work that was left behind may still write into the old ones."""
         self._leases.clear()
+        self._revoked.clear()
         self._first = self._next
         self._begin()
 

@@ -141,6 +141,7 @@ def make_plan(rng: random.Random) -> Plan:
         ),
         queue_size=rng.choice([0, 2, 100, 100, 100]),
         overlap=rng.random() < 0.8,
+        preempt_after_seconds=rng.choice([math.inf, 0.0, 0.02, 0.2]),
         mailbox_capacity=rng.choice([1, 4, 2048, 2048]),
         outbox_capacity=rng.choice([1, 2, 16]),
         merged_tokens=rng.choice([1, 6, 256]),
@@ -256,7 +257,8 @@ class Simulation:
 
             def counted(lease: int, position: int, next_token: tuple[int, ...]) -> Any:
                 rows = catch_up(lease, position, next_token)
-                self._num_skips += rows is None
+                pool: Any = self.engine and self.engine._pool  # pyright: ignore[reportPrivateUsage]
+                self._num_skips += rows is None and lease not in pool._revoked
                 return rows
 
             setattr(actor, "_catch_up", counted)  # noqa: B010
