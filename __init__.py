@@ -18,6 +18,7 @@ from .core.errors import (
     ModelFileError,
     Overloaded,
     RequestFailed,
+    SavedSequenceError,
 )
 from .core.trace import Counter, Flow, Notice, Span, Subscription
 from .core.vocabulary import (
@@ -63,6 +64,7 @@ __all__ = [
     "RequestFailed",
     "Result",
     "SamplingParams",
+    "SavedSequenceError",
     "Span",
     "Speculation",
     "StoreName",

@@ -27,6 +27,7 @@ from ..core.errors import (
     InvalidRequest,
     PositionLost,
     RequestFailed,
+    SavedSequenceError,
 )
 from ..core.messages import Encode
 from ..core.outbox import CAPACITY, MERGED_TOKENS, Outbox
@@ -40,6 +41,7 @@ from ..core.vocabulary import (
     Request,
     Result,
     SamplingParams,
+    SavedFile,
     Speculation,
     SpeculationParams,
     Timings,
@@ -49,16 +51,18 @@ from ..core.vocabulary import (
     check_salt,
     parse_spec_type,
 )
+from ..kernels.model import saved
 from ..kernels.model.memory import MemoryParams, SequencePool
 from ..kernels.model.memory import num_pages as pages_of
 from ..kernels.model.prefix import PrefixStatistics
 from ..kernels.model.recurrent import STORES, StoreName
+from ..kernels.model.saved import PrefixFolder
 from ..kernels.model.weights import Progress
 from .memory_manager import MemoryManager
 from .model import Model, load_model
 from .mtp_drafter import MtpDrafter
 from .ngram_drafter import NgramDrafter
-from .sequence import Neighbours, Sequence
+from .sequence import Origin, Sequence, Surroundings
 from .stream import DEFAULT_MAX_TOKENS, Job, Options, Stream
 from .target_decoder import TargetDecoder
 from .tokenizer import Detokenizer, TokenizerActor
@@ -72,8 +76,12 @@ MAILBOX = 2048
 PAGED_CONTEXT = 8192
 #: Bytes of checkpoints kept by default.
 PREFIX_BYTES = 256 * 2**20
+#: Bytes of checkpoints kept in files by default, where a folder is given.
+FOLDER_BYTES = 8 * 2**30
 #: Seconds a request waits for memory before others are pre-empted for it, by default.
 PREEMPT_AFTER_SECONDS = 20.0
+#: Seconds a saved request's file may take to be read.
+FILE_SECONDS = 120.0
 #: Restarts a group is allowed, and within how many seconds. More than a sequence's MAX_FRUITLESS_REPLAYS, so that a request
 #: which kills the target whenever it is worked on is found out before the engine gives up.
 RESTARTS, PERIOD_SECONDS = 5, 60.0
@@ -112,6 +120,7 @@ class EngineParams:
     queue_size: int
     overlap: bool
     preempt_after_seconds: float = math.inf
+    folder: PrefixFolder | None = None
     executor: Executor = field(default_factory=Threads)
     instrument: Callable[[Actor], None] = lambda actor: None
     trace: Trace | None = None
@@ -162,7 +171,8 @@ class Engine:
         executor = params.executor if params.overlap else InPlace()
 
         def memory_manager(mailbox: Mailbox) -> Actor:
-            self._memory = MemoryManager(mailbox, executor, pool, params.queue_size, params.preempt_after_seconds, trace)
+            limits = params.queue_size, params.preempt_after_seconds
+            self._memory = MemoryManager(mailbox, executor, pool, model.fingerprint, params.folder, *limits, trace)
             return self._memory
 
         tokenizer = child("tokenizer", lambda mailbox: TokenizerActor(mailbox, executor, model.vocabulary))
@@ -176,7 +186,11 @@ class Engine:
             drafters["ngram-simple"] = child("n-gram drafter", lambda mailbox: NgramDrafter(mailbox, executor, size_n))
         if "draft-mtp" in types:
             drafters["draft-mtp"] = child("MTP drafter", lambda mailbox: MtpDrafter(mailbox, executor, model.draft_head(), pool))
-        self._neighbours = Neighbours(memory.mailbox, target.mailbox, {name: spec.mailbox for name, spec in drafters.items()})
+        mailboxes: dict[DrafterName, Mailbox] = {name: spec.mailbox for name, spec in drafters.items()}
+        keeps_prefixes = params.memory.prefix_bytes > 0
+        self._surroundings = Surroundings(
+            memory.mailbox, target.mailbox, mailboxes, params.speculation, params.overlap, keeps_prefixes, trace
+        )
         limits = RESTARTS, PERIOD_SECONDS
         return [
             Group((tokenizer,), *limits, WhenExhausted.ESCALATE),
@@ -214,11 +228,15 @@ class Engine:
             self._trace.end()
 
     async def _finish(self) -> None:
+        prefixes, is_whole = self._pool.prefixes, self._end is None
         self._stop(EngineClosed("the engine is closed"))
         with anyio.CancelScope(shield=True):
             for job in list(self._jobs):
                 job.scope.cancel()
                 await job.done.wait()
+            folder = self._params.folder
+            if folder is not None and is_whole:
+                await anyio.to_thread.run_sync(lambda: folder.store_all(prefixes))
 
     # Requests
 
@@ -232,7 +250,19 @@ class Engine:
         numbers = {name: value for name, value in options.items() if name in RANGES}
         if violations := check_ranges(cast("dict[str, float | int | None]", numbers)) + check_salt(options.get("cache_salt")):
             raise InvalidRequest(violations)
-        prompt = check_prompt(prompt)
+        return self._begin(check_prompt(prompt), options, None)
+
+    def restore(self, path: str | Path, *, timeout_seconds: float | None = None) -> Stream:
+        """Goes on with a request that `Stream.save` put into a file, under its own options, and with the tokens it would have had. The
+        stream has what was not yet delivered then; its result has everything.
+
+        InvalidRequest, EngineClosed and EngineDead are raised here; SavedSequenceError, if the file is damaged or another model's, by
+        the stream, and so are Overloaded and DeadlineExceeded."""
+        if violations := check_ranges({"timeout_seconds": timeout_seconds}):
+            raise InvalidRequest(violations)
+        return self._begin([], {"timeout_seconds": timeout_seconds}, Path(path))
+
+    def _begin(self, prompt: Prompt, options: Options, saved: Path | None) -> Stream:
         if self._end is not None:
             raise self._end.with_traceback(None)
         if self._is_draining:
@@ -242,7 +272,7 @@ class Engine:
         request_id, timeout = f"request-{self._num_started}", options.get("timeout_seconds")
         deadline = math.inf if timeout is None else anyio.current_time() + timeout
         outbox = Outbox(request_id, self._trace, self._params.outbox_capacity, self._params.merged_tokens)
-        job = Job(request_id, prompt, options, self._sampling(options), outbox, anyio.CancelScope(deadline=deadline))
+        job = Job(request_id, prompt, options, self._sampling(options), outbox, anyio.CancelScope(deadline=deadline), saved)
         self._jobs[job] = None
         self._group.start_soon(self._run, job, name=f"forerun {request_id}")
         return Stream(job, self._call_soon)
@@ -273,19 +303,13 @@ class Engine:
         is_delivered = False
         try:
             with job.scope:
-                request = self._request(job, await self._encode(job))
+                origin: Origin | None = None
+                if job.saved is not None:
+                    request, origin = await self._look_into(job.saved, job.request_id)
+                else:
+                    request = self._request(job, await self._encode(job))
                 detokenizer, progress = Detokenizer(self.model.vocabulary), job.options.get("prefill_progress")
-                job.sequence = Sequence(
-                    request,
-                    self._neighbours,
-                    self.speculation,
-                    detokenizer,
-                    job.outbox,
-                    self._trace,
-                    self._params.overlap,
-                    self._params.memory.prefix_bytes > 0,
-                    progress,
-                )
+                job.sequence = Sequence(request, self._surroundings, detokenizer, job.outbox, job.saves, origin, progress)
                 await job.sequence.run()
                 is_delivered = True
         except PositionLost as error:  # our fault, and of no use to the caller
@@ -304,6 +328,8 @@ class Engine:
             if job.error is None and not is_delivered:
                 job.error = self._end or self._why_cancelled(job)
             job.outbox.end()
+            for order in job.saves:
+                order.finish(SavedSequenceError("the request ended before it could be saved"))
             del self._jobs[job]
             if not self._jobs:
                 self._idle.set()
@@ -316,6 +342,18 @@ class Engine:
         if anyio.current_time() >= job.scope.deadline:
             return DeadlineExceeded(f"not finished after {job.options.get('timeout_seconds')} s")
         return EngineClosed("the engine is closed")
+
+    async def _look_into(self, path: Path, request_id: str) -> tuple[Request, Origin]:
+        """The request in a file, which was found to be whole and of this model."""
+        try:
+            with anyio.fail_after(FILE_SECONDS):
+                record, _, checksum = await self._params.executor(lambda: saved.read(path, self.model.fingerprint), 1.0)
+        except ForerunError:
+            raise
+        except Exception as error:
+            raise SavedSequenceError(f"{path}: could not be read: {error!r:.100}") from error
+        request, output = saved.parse_record(record, request_id, self.model.num_token_ids, self.model.context)
+        return request, Origin(SavedFile(path, checksum), output)
 
     async def _encode(self, job: Job) -> tuple[int, ...]:
         """The prompt's ids. A tokenizer that dies is asked once more; twice may be this prompt's doing."""
@@ -361,7 +399,7 @@ class Engine:
             name: ActorStatistics(mailbox.statistics(), self.supervisor.num_restarts[name], name in self.supervisor.switched_off)
             for name, mailbox in self._mailboxes.items()
         }
-        pool, prefixes = self._pool, self._pool.prefixes.statistics()
+        pool, prefixes = self._pool, self._pool.prefixes.statistics(len(self._params.folder or ()))
         num_pages_used = pool.num_pages - pool.num_pages_free
         return EngineStatistics(
             len(self._jobs) - num_waiting,
@@ -397,6 +435,8 @@ async def open_engine(
     num_pages: int | None = None,
     queue_size: int = 256,
     prefix_bytes: int = PREFIX_BYTES,
+    prefix_folder: str | Path | None = None,
+    folder_bytes: int = FOLDER_BYTES,
     recurrent_store: StoreName = "log",
     preempt_after_seconds: float | None = PREEMPT_AFTER_SECONDS,
     overlap: bool = True,
@@ -407,12 +447,16 @@ async def open_engine(
     `spec_type` is `none` or a comma list of `draft-mtp` and `ngram-simple`; by default all that the model can do.
     `num_slots` requests run at once, `queue_size` more wait. They share `num_pages` pages of 64 positions, by default as many as all of
     them need for the context, or for PAGED_CONTEXT positions if that is less. `prefix_bytes` of checkpoints let requests go on from what
-    others with the same beginning have computed (and the same `cache_salt`); 0 keeps none. `recurrent_store` is `log`, or `snapshots`:
-    the same tokens, more memory for a draft. For a request that has waited `preempt_after_seconds` (None: however long) the newest that
-    have run as long are pre-empted, once each, and go on later with the same tokens. `overlap=False` does one thing at a time, in the
-    event loop: the same tokens, for comparison. Leaving the block ends what still runs with EngineClosed.
-    Raises ModelFileError, InvalidRequest; at the end, EngineDead if an actor failed beyond repair and the block did not raise."""
-    sizes: dict[str, object] = {"num_slots": num_slots, "queue_size": queue_size, "prefix_bytes": prefix_bytes}
+    others with the same beginning have computed (and the same `cache_salt`); 0 keeps none. What does not fit goes into at most
+    `folder_bytes` of files in `prefix_folder`, if there is one, and so does everything at the end. `recurrent_store` is `log`, or
+    `snapshots`: the same tokens, more memory for a draft. For a request that has waited `preempt_after_seconds` (None: however long) the
+    newest that have run as long are pre-empted, once each, and go on later with the same tokens. `overlap=False` does one thing at a
+    time, in the event loop: the same tokens, for comparison. Leaving the block ends what still runs with EngineClosed.
+    Raises ModelFileError, InvalidRequest, SavedSequenceError if `prefix_folder` cannot be used; at the end, EngineDead if an actor
+    failed beyond repair and the block did not raise."""
+    sizes: dict[str, object] = {
+        "num_slots": num_slots, "queue_size": queue_size, "prefix_bytes": prefix_bytes, "folder_bytes": folder_bytes,
+    }  # fmt: skip
     if violations := check_ranges(sizes | {"num_pages": num_pages, "preempt_after_seconds": preempt_after_seconds}) or [
         (name, "must be given") for name in sizes if sizes[name] is None
     ]:
@@ -431,9 +475,12 @@ async def open_engine(
     if num_pages is None:
         max_rows = 1 + max(map(speculation.limit, types), default=0)
         num_pages = num_slots * pages_of(min(model.context, PAGED_CONTEXT), max_rows)
-    memory = MemoryParams(num_slots, num_pages, prefix_bytes, recurrent_store)
+    memory = MemoryParams(num_slots, num_pages, prefix_bytes, recurrent_store, is_archived=prefix_folder is not None)
+    folder: PrefixFolder | None = None
+    if prefix_folder is not None:
+        folder = await anyio.to_thread.run_sync(PrefixFolder, Path(prefix_folder), model.fingerprint, folder_bytes)
     patience = math.inf if preempt_after_seconds is None else preempt_after_seconds
-    async with run_engine(model, EngineParams(speculation, memory, queue_size, overlap, patience)) as engine:
+    async with run_engine(model, EngineParams(speculation, memory, queue_size, overlap, patience, folder)) as engine:
         yield engine
 
 

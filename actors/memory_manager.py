@@ -4,30 +4,56 @@ A lease has all the memory it can need, so nobody is ever out of it in mid-text;
 for long. When the first in the queue has waited `preempt_after_seconds`, the newest of those that have run as long are
 pre-empted: their leases are revoked, they queue behind the one they made room for, and compute again what they had, with
 the same tokens. It happens to a request once at most, so that everybody gets on.
+
+It owns the files of memory as well, saved sequences and checkpoints of prefixes: no file's name or content reaches the
+actors that compute.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
+from dataclasses import replace
+from functools import partial
 
 import anyio
 
 from ..core.actor import Actor, Executor
 from ..core.channel import RETRY_AFTER_SECONDS, Envelope, Mailbox
-from ..core.errors import InternalBug, InvalidRequest, Overloaded
-from ..core.messages import Admit, Publish, Release
+from ..core.errors import InternalBug, InvalidRequest, LeaseLost, Overloaded, SavedSequenceError
+from ..core.messages import Admit, Publish, Release, Save
 from ..core.trace import Trace
+from ..core.vocabulary import Lease, SavedFile
+from ..kernels.model import saved
 from ..kernels.model.memory import SequencePool
 from ..kernels.model.pages import PAGE
+from ..kernels.model.prefix import keys
+from ..kernels.model.saved import PrefixFolder
+
+logger = logging.getLogger("forerun")
+
+#: About what a file's bytes take to be checked and copied.
+BYTES_PER_SECOND = 5e8
+#: What a checkpoint in a file takes at most.
+FILE_SECONDS = 5.0
 
 
 class MemoryManager(Actor):
     def __init__(
-        self, mailbox: Mailbox, executor: Executor, pool: SequencePool, queue_size: int, preempt_after_seconds: float, trace: Trace
+        self,
+        mailbox: Mailbox,
+        executor: Executor,
+        pool: SequencePool,
+        fingerprint: str,
+        folder: PrefixFolder | None,
+        queue_size: int,
+        preempt_after_seconds: float,
+        trace: Trace,
     ) -> None:
         super().__init__(mailbox, executor)
-        self._pool, self._trace = pool, trace
+        self._pool, self._fingerprint, self._folder, self._trace = pool, fingerprint, folder, trace
+        self._looked_up: Envelope | None = None  # the last whose prompt was looked for in the folder
         self._queue: deque[tuple[Envelope, Admit, float]] = deque()  # and since when
         self._queue_size, self._patience = queue_size, preempt_after_seconds
         self._lent: dict[int, float] = {}  # to those that may be pre-empted, and since when; the newest last
@@ -48,6 +74,8 @@ class MemoryManager(Actor):
                 case Publish(_, lease, prompt, salt):
                     self._pool.publish(lease, prompt, salt)
                     envelope.answer(None)
+                case Save() as message:
+                    await self._save(envelope, message)
                 case Admit(is_replay=True) as message:  # admitted before: ahead of those who never were, behind its like
                     ahead = [i for i, (other, admit, _) in enumerate(self._queue) if admit.is_replay or other is self._pressing]
                     self._queue.insert(ahead[-1] + 1 if ahead else 0, (envelope, message, now))
@@ -59,12 +87,13 @@ class MemoryManager(Actor):
         for each in [each for each in self._queue if each[0].is_abandoned]:
             self._queue.remove(each)
             each[0].finish("abandoned")
-        while self._queue and self._admit(*self._queue[0]):
+        while self._queue and await self._admit(*self._queue[0]):
             self._queue.popleft()
         for each in [each for each in self._queue if not each[1].is_replay][self._queue_size :]:
             self._queue.remove(each)
             each[0].fail(Overloaded(f"{self._queue_size} requests are waiting already", RETRY_AFTER_SECONDS))
         self.wake_at = self._preempt(now)
+        await self._archive()
         self._trace.count("slots used", self._pool.num_used)
         self._trace.count("pages used", self._pool.num_pages - self._pool.num_pages_free)
         if not self._pool.num_used:
@@ -93,19 +122,92 @@ class MemoryManager(Actor):
         self._trace.notice(self.name, f"pre-empted {len(victims)} for {message.flow.request}")
         return math.inf
 
-    def _admit(self, envelope: Envelope, message: Admit, _since: float) -> bool:
+    async def _admit(self, envelope: Envelope, message: Admit, _since: float) -> bool:
+        """Whether the first in the queue has been dealt with."""
         if not self._pool.can_ever_lease(message.num_tokens):
             problem = f"prompt and answer, {message.num_tokens} positions, do not fit into {self._pool.num_pages} pages of {PAGE}"
             envelope.fail(InvalidRequest([("max_tokens", problem)]))
             return True
+        if message.saved is None:
+            await self._look_up(envelope, message)
+        ends = message.ends if message.saved is None else ()
         try:
-            lease = self._pool.lease(message.flow.request, message.prompt, message.ends, message.num_tokens, message.max_rows, message.salt)
+            lease = self._pool.lease(message.flow.request, message.prompt, ends, message.num_tokens, message.max_rows, message.salt)
         except MemoryError:
             envelope.fail(Overloaded(f"no memory for {message.num_tokens} positions", RETRY_AFTER_SECONDS))
             return True
         if lease is None:
             return False
+        if message.saved is not None:
+            try:
+                lease = await self._restore(lease, message.saved)
+            except SavedSequenceError as error:
+                self._pool.release(lease.number)
+                envelope.fail(error)
+                return True
+        if envelope.is_abandoned:  # while a file was read
+            self._pool.release(lease.number)
+            envelope.finish("abandoned")
+            return True
         if not message.is_replay:
             self._lent[lease.number] = anyio.current_time()
         envelope.answer(lease)
         return True
+
+    # Files
+
+    async def _save(self, envelope: Envelope, message: Save) -> None:
+        try:
+            memory = self._pool[message.lease]
+            snapshot, memory.frozen = memory.frozen, None
+            if snapshot is None:
+                raise InternalBug(f"lease {message.lease} is to be saved, but was not frozen")
+            work = partial(saved.write, message.path, self._fingerprint, message.record, snapshot)
+            await self.compute(work, snapshot.num_bytes / BYTES_PER_SECOND)
+        except (LeaseLost, SavedSequenceError) as error:
+            envelope.fail(error)
+        else:
+            envelope.answer(None)
+
+    async def _restore(self, lease: Lease, file: SavedFile) -> Lease:
+        memory, blank = self._pool[lease.number], self._pool.blank
+
+        def work() -> int:
+            _, snapshot, checksum = saved.read(file.path, self._fingerprint)
+            if checksum != file.checksum or not snapshot.fits(blank) or snapshot.checkpoint.position > memory.capacity:
+                raise SavedSequenceError(f"{file.path}: is another file than it was a moment ago")
+            memory.restore_snapshot(snapshot)
+            return snapshot.checkpoint.position
+
+        try:
+            return replace(lease, num_cached=await self.compute(work, file.path.stat().st_size / BYTES_PER_SECOND))
+        except OSError as error:
+            raise SavedSequenceError(f"{file.path}: cannot be read: {error.strerror}") from error
+
+    async def _look_up(self, envelope: Envelope, message: Admit) -> None:
+        """Brings back the longest checkpoint that the folder has of a prompt, once, if memory does not have as much."""
+        folder = self._folder
+        if folder is None or not len(folder) or self._looked_up is envelope or self._pool.num_used == self._pool.num_slots:
+            return
+        self._looked_up = envelope
+        found = self._pool.prefixes.find(message.prompt, message.ends, message.salt)
+        start = found.checkpoint.position if found is not None else 0
+        there = [key for end, key in keys(message.prompt, message.ends[:-1], message.salt) if end > start and key in folder]
+        if there:
+            try:
+                blank = self._pool.blank
+                snapshot = await self.compute(lambda: folder.load(there[-1], blank), FILE_SECONDS)
+                self._pool.prefixes.adopt(there[-1], snapshot)
+            except SavedSequenceError as error:
+                logger.warning("a checkpoint is forgotten: %s", error)
+
+    async def _archive(self) -> None:
+        """Puts into the folder what the index has forgotten."""
+        folder, outgoing = self._folder, self._pool.prefixes.outgoing
+        while folder is not None and outgoing:
+            key = next(iter(outgoing))
+            snapshot = outgoing.pop(key)
+            try:
+                await self.compute(partial(folder.store, key, snapshot), FILE_SECONDS)
+            except SavedSequenceError as error:
+                logger.warning("a checkpoint is forgotten: %s", error)

@@ -62,6 +62,11 @@ class Model(Protocol):
     @property
     def has_mtp(self) -> bool: ...
 
+    @property
+    def fingerprint(self) -> str:
+        """What tells its saved sequences from those of other models: 64 hexadecimal digits."""
+        ...
+
     def memory(self) -> MemoryMaker: ...
 
     def target(self) -> Target: ...
@@ -77,6 +82,10 @@ class LoadedModel:
     weights: ModelWeights
     vocabulary: Vocabulary | None
     defaults: Defaults
+
+    @property
+    def fingerprint(self) -> str:
+        return self.weights.fingerprint
 
     @property
     def num_token_ids(self) -> int:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import anyio
 
 from ..core.channel import Mailbox, Reply
-from ..core.errors import ActorRestarted, ForerunError, LeaseLost, RequestFailed, WorkFailed
-from ..core.messages import Admit, Commit, Forget, Observe, Prefill, Propose, Publish, Release, Resume, Verify
+from ..core.errors import ActorRestarted, ForerunError, LeaseLost, RequestFailed, SavedSequenceError, WorkFailed
+from ..core.messages import Admit, Commit, Forget, Freeze, Observe, Prefill, Propose, Publish, Release, Resume, Save, Verify
 from ..core.outbox import Outbox
 from ..core.protocol import CHUNK, SequenceProtocol, State
 from ..core.trace import Flow, Trace
@@ -28,11 +29,13 @@ from ..core.vocabulary import (
     Lease,
     Request,
     Result,
+    SavedFile,
     Speculation,
     SpeculationParams,
     Timings,
     Usage,
 )
+from ..kernels.model.saved import record_of
 from .tokenizer import Detokenizer
 
 logger = logging.getLogger("forerun")
@@ -47,12 +50,37 @@ MAX_FRUITLESS_REPLAYS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Neighbours:
-    """The mailboxes a sequence talks to. Drafters in the order they are asked."""
+class Surroundings:
+    """What all sequences of an engine share: the mailboxes they talk to, drafters in the order they are asked, and how they go about it."""
 
     memory: Mailbox
     target: Mailbox
     drafters: dict[DrafterName, Mailbox]
+    speculation: SpeculationParams
+    overlap: bool
+    keeps_prefixes: bool
+    trace: Trace
+
+
+@dataclass(slots=True, eq=False)
+class SaveOrder:
+    """Somebody wants a request put into the file `path`, and waits for `done`."""
+
+    path: Path
+    done: anyio.Event = field(default_factory=anyio.Event)
+    error: ForerunError | None = None
+
+    def finish(self, error: ForerunError | None = None) -> None:
+        self.error = error
+        self.done.set()
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """A request that goes on from a file, and what it had produced."""
+
+    file: SavedFile
+    output: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -83,35 +111,34 @@ class Sequence:
     def __init__(
         self,
         request: Request,
-        neighbours: Neighbours,
-        speculation: SpeculationParams,
+        surroundings: Surroundings,
         detokenizer: Detokenizer,
         outbox: Outbox,
-        trace: Trace,
-        overlap: bool,
-        keeps_prefixes: bool,
-        progress: PrefillProgress | None,
+        saves: list[SaveOrder],
+        origin: Origin | None = None,
+        progress: PrefillProgress | None = None,
     ) -> None:
-        self._request, self._to, self._params = request, neighbours, speculation
-        self.protocol = SequenceProtocol(request)
-        self._detokenizer, self._outbox, self._trace, self._overlap, self._progress = detokenizer, outbox, trace, overlap, progress
+        self._request, self._to, self._origin, self._saves = request, surroundings, origin, saves
+        self._params, self._overlap, self._trace = surroundings.speculation, surroundings.overlap, surroundings.trace
+        self.protocol = SequenceProtocol(request, origin.output if origin is not None else ())
+        self._detokenizer, self._outbox, self._progress = detokenizer, outbox, progress
         self._drafters: dict[DrafterName, _Drafter] = {
-            name: _Drafter(mailbox, mailbox.life) for name, mailbox in neighbours.drafters.items()
+            name: _Drafter(mailbox, mailbox.life) for name, mailbox in surroundings.drafters.items()
         }
-        self._keeps_prefixes, self._num_cached = keeps_prefixes, 0
+        self._num_cached = 0
         self._has_queued = False
         self._lease: Lease | None = None
         self._flow = Flow(request.request_id, 0)
         self._observed: list[Reply[None]] = []  # of the last chunk, where drafters still read it
         self._draft: Draft | None = None
         self._clock = _Clock(anyio.current_time())
-        self._text: list[str] = []
+        self._text = [detokenizer.push(origin.output)] if origin is not None else []
         self._num_rounds = 0
         self._num_tokens_at_death, self._num_deaths = -1, 0  # of the target, working on this
         # How long a looked-up draft may be now. Twelve rows cost five times one here, and a match says little about how far
         # it reaches: so twice as far after a draft accepted whole, and just beyond the miss after one that was not.
-        self._ngram_reach = speculation.ngram_size_n
-        self._statistics: dict[DrafterName, DrafterStatistics] = {name: DrafterStatistics() for name in neighbours.drafters}
+        self._ngram_reach = self._params.ngram_size_n
+        self._statistics: dict[DrafterName, DrafterStatistics] = {name: DrafterStatistics() for name in surroundings.drafters}
 
     async def run(self) -> None:
         """From admission to the last delta. Cancelled or failed: the lease is given back before this returns."""
@@ -140,7 +167,8 @@ class Sequence:
         request, is_replay = self._request, self._clock.admitted is not None or self._has_queued
         max_rows = 1 + max((self._params.limit(name) for name in self._drafters), default=0)
         prompt, ends = request.prompt_ids, self.protocol.chunk_ends
-        admit = Admit(self._flow, prompt, ends, self._request.cache_salt, len(prompt) + request.max_tokens, max_rows, is_replay)
+        saved = self._origin.file if self._origin is not None and not is_replay else None
+        admit = Admit(self._flow, prompt, ends, request.cache_salt, len(prompt) + request.max_tokens, max_rows, is_replay, saved)
 
         def keep(lease: Lease) -> None:
             self._lease = lease
@@ -148,8 +176,8 @@ class Sequence:
         keep(lease := await self._to.memory.ask(admit, undo=keep))
         if self._clock.admitted is None:
             self._clock.admitted = anyio.current_time()
-            self._num_cached = lease.num_cached
-        self.protocol.admitted(lease.num_cached)
+            self._num_cached = min(lease.num_cached, len(prompt))
+        self.protocol.restored() if saved is not None else self.protocol.admitted(lease.num_cached)
         if lease.num_cached:
             for drafter in self._drafters.values():
                 drafter.life = drafter.mailbox.life
@@ -170,7 +198,7 @@ class Sequence:
                 self._observed.append(reply)
         if not self._overlap or is_last:
             await self._hear_observed()
-        if is_last and self._keeps_prefixes:
+        if is_last and self._to.keeps_prefixes:
             await self._to.memory.tell(Publish(self._flow, lease, prompt, self._request.cache_salt))
         if self._clock.first_token is None:
             self._report(end)
@@ -180,7 +208,7 @@ class Sequence:
     def _is_kept(self, end: int) -> bool:
         """Whether others may want to go on from here: where a message ends, near the prompt's end, and now and then between."""
         ends = self.protocol.chunk_ends
-        return self._keeps_prefixes and end < ends[-1] and (end % CHUNK != 0 or end % CHECKPOINT_INTERVAL == 0 or end == ends[-2])
+        return self._to.keeps_prefixes and end < ends[-1] and (end % CHUNK != 0 or end % CHECKPOINT_INTERVAL == 0 or end == ends[-2])
 
     async def _replay(self) -> None:
         assert self._lease is not None
@@ -195,6 +223,7 @@ class Sequence:
         """The first draft with anything in it, or none. Twelve matching tokens say more than a head's guess: the n-gram drafter goes
         first. The overlapped loop asks all together, and takes back what it does not need."""
         protocol = self.protocol
+        await self._save()
         self._flow = Flow(self._request.request_id, self._num_rounds + 1)
         self._draft = None
         asked: list[tuple[DrafterName, int, Reply[Draft]]] = []
@@ -257,6 +286,20 @@ class Sequence:
             if reply is not None and not self._overlap:
                 with suppress(ForerunError):
                     await reply.wait()
+
+    async def _save(self) -> None:
+        """Does what is ordered. An order outlives the loss of memory."""
+        while self._saves:
+            order = self._saves[0]
+            try:
+                await self._to.target.ask(Freeze(self._flow, self._held, self.protocol.position))
+                record = record_of(self._request, self.protocol.output)
+                await self._to.memory.ask(Save(self._flow, self._held, order.path, record))
+            except SavedSequenceError as error:
+                order.error = error
+            if order in self._saves:  # else nobody waits for it any more
+                self._saves.remove(order)
+                order.finish(order.error)
 
     # Memory that is lost or revoked, and given back
 

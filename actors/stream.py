@@ -5,15 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypedDict
 
 import anyio
 
-from ..core.errors import ForerunError
+from ..core.errors import ForerunError, SavedSequenceError
 from ..core.outbox import Outbox
 from ..core.vocabulary import Delta, Prompt, Result, SamplingParams
-from .sequence import PrefillProgress, Sequence
+from .sequence import PrefillProgress, SaveOrder, Sequence
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -43,6 +44,8 @@ class Job:
     sampling: SamplingParams  # in effect
     outbox: Outbox
     scope: anyio.CancelScope  # its deadline is the request's
+    saved: Path | None = None  # the file it goes on from
+    saves: list[SaveOrder] = field(default_factory=list[SaveOrder])
     sequence: Sequence | None = None  # once the prompt is encoded
     is_left: bool = False  # the reader cancelled
     done: anyio.Event = field(default_factory=anyio.Event)
@@ -87,6 +90,25 @@ class Stream:
     def _leave(self) -> None:
         self._job.is_left = True
         self._job.scope.cancel()
+
+    async def save(self, path: str | Path) -> None:
+        """Puts the request as it is after the round under way, its memory and what it has produced, into a file from which `Engine.restore`
+        goes on, and goes on itself. A file that was there is replaced, at once and only by a whole one. Waits until the prompt
+        is computed. SavedSequenceError when it cannot be written, or the request ends before. Cancelled: it may have been saved."""
+        job = self._job
+        if job.done.is_set():
+            raise SavedSequenceError("the request has ended, there is nothing to go on from")
+        order = SaveOrder(Path(path))
+        job.saves.append(order)
+        job.outbox.hurry(True)  # the sequence must not wait for a reader who waits for it
+        try:
+            await order.done.wait()
+        finally:
+            if order in job.saves:
+                job.saves.remove(order)
+            job.outbox.hurry(bool(job.saves))
+        if order.error is not None:
+            raise order.error.with_traceback(None)
 
     @property
     def result(self) -> Result:

@@ -8,10 +8,10 @@ from typing import Protocol, TypeVar
 from ..core.actor import Actor, Executor
 from ..core.channel import Envelope, Mailbox
 from ..core.errors import InternalBug, LeaseLost, PositionLost, WorkFailed
-from ..core.messages import Forget, Prefill, Verify
+from ..core.messages import Forget, Freeze, Prefill, Verify
 from ..core.vocabulary import Verdict
 from ..kernels.backend import F32
-from ..kernels.model.memory import SequencePool
+from ..kernels.model.memory import SequenceMemory, SequencePool
 from ..kernels.model.sampling import choose
 from ..kernels.model.trunk import Rows
 
@@ -24,6 +24,8 @@ class Target(Protocol):
     def verify(self, batch: Sequence[Rows]) -> tuple[F32, F32]: ...
 
     def prefill(self, rows: Rows, is_last: bool) -> F32 | None: ...
+
+    def freeze(self, memory: SequenceMemory, position: int) -> None: ...
 
     def seconds(self, num_rows: int) -> float:
         """About how long so many rows take."""
@@ -44,11 +46,15 @@ class TargetDecoder(Actor):
     async def handle(self, batch: list[Envelope]) -> None:
         verifies: list[tuple[Envelope, Verify, Rows]] = []
         prefills: list[tuple[Envelope, Prefill, Rows]] = []
+        freezes: list[tuple[Envelope, Freeze]] = []
         forgets: list[Envelope] = []
         for envelope in batch:
             message = envelope.message
             if isinstance(message, Forget):
                 forgets.append(envelope)
+                continue
+            if isinstance(message, Freeze):
+                freezes.append((envelope, message))
                 continue
             if not isinstance(message, Verify | Prefill):
                 raise InternalBug(f"target decoder got {message!r}")
@@ -66,6 +72,9 @@ class TargetDecoder(Actor):
         for envelope, message, rows in prefills:
             if not envelope.is_abandoned:
                 await self._prefill(envelope, message, rows)
+        for envelope, message in freezes:
+            if not envelope.is_abandoned:
+                await self._freeze(envelope, message)
         for envelope in forgets:  # what was asked before has been computed or passed over
             envelope.answer(None)
 
@@ -106,6 +115,16 @@ class TargetDecoder(Actor):
 
         envelope.start()
         envelope.answer(await self._do(work, len(rows.tokens), [envelope]))
+
+    async def _freeze(self, envelope: Envelope, message: Freeze) -> None:
+        try:
+            memory = self._pool[message.lease]
+            memory.check(message.position, 0, is_chunk=False)
+            await self._do(lambda: self._target.freeze(memory, message.position), message.position, [envelope])
+        except (LeaseLost, PositionLost) as error:
+            envelope.fail(error)
+        else:
+            envelope.answer(None)
 
     async def _do(self, work: Callable[[], R], num_rows: int, envelopes: list[Envelope]) -> R:
         """Computes; should this actor die of it, those whose work it was are told so."""

@@ -61,6 +61,12 @@ class ModelFileError(ForerunError):
     status = "FAILED_PRECONDITION"
 
 
+class SavedSequenceError(ForerunError):
+    """A sequence could not be saved, or a saved one is damaged, of another model, or of another version; nothing was changed."""
+
+    status = "FAILED_PRECONDITION"
+
+
 class PositionLost(ForerunError):
     """Memory cannot restore the position asked for exactly, and says which it holds. It never approximates."""
 

@@ -4,18 +4,20 @@ Messages carry handles and small integers, never activations. A `Mail[R]` is ans
 with nothing when it is told. Every request names the absolute position it continues from, so rolling back is asking for
 an earlier position. `lease` is a number never given twice; memory of a former life is refused by it (LeaseLost).
 
-    sequence --Encode--> tokenizer                       sequence --Admit/Publish/Release--> memory manager
-    sequence --Prefill/Verify/Forget--> target decoder   sequence --Observe/Propose/Commit/Resume/Forget--> each drafter
+    sequence --Encode--> tokenizer              sequence --Admit/Publish/Save/Release--> memory manager
+    sequence --Prefill/Verify/Freeze/Forget--> target decoder
+    sequence --Observe/Propose/Commit/Resume/Forget--> each drafter
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum, auto
+from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
 
 from .trace import Flow
-from .vocabulary import Draft, Lease, Prompt, SamplingParams, Verdict
+from .vocabulary import Draft, Lease, Prompt, SamplingParams, SavedFile, Verdict
 
 R = TypeVar("R")
 
@@ -48,7 +50,8 @@ class Encode(Mail[tuple[int, ...]]):
 class Admit(Mail[Lease]):
     """Sequence to memory manager, once, and again after memory was lost or revoked: memory for `num_tokens` positions and verifies of
     `max_rows` rows, with what is known of `prompt`, whose chunks end at `ends`, for this `salt`. Waits while there is none; one
-    that `is_replay` was admitted or had queued before, goes first, and is not refused for a full queue."""
+    that `is_replay` was admitted or had queued before, goes first, and is not refused for a full queue. With `saved`, what that file
+    holds is in the memory, and nothing else."""
 
     prompt: tuple[int, ...]
     ends: tuple[int, ...]
@@ -56,6 +59,7 @@ class Admit(Mail[Lease]):
     num_tokens: int
     max_rows: int
     is_replay: bool
+    saved: SavedFile | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,15 @@ class Publish(Mail[None]):
     lease: int
     prompt: tuple[int, ...]
     salt: str
+
+
+@dataclass(frozen=True, slots=True)
+class Save(Mail[None]):
+    """Sequence to memory manager, after Freeze: put what was frozen into the file `path`, with the request's `record`."""
+
+    lease: int
+    path: Path
+    record: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +110,14 @@ class Verify(Mail[Verdict]):
     tokens: tuple[int, ...]
     sampling: SamplingParams
     is_suspect: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Freeze(Mail[None]):
+    """Sequence to target decoder, between rounds, when it is to be saved: copy all of it as it is at `position`."""
+
+    lease: int
+    position: int
 
 
 @dataclass(frozen=True, slots=True)

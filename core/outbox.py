@@ -28,7 +28,7 @@ class Outbox:
         self._waiting: deque[tuple[Delta, Flow, int]] = deque()
         self._arrived, self._room = anyio.Event(), anyio.Event()
         self._new_event = type(self._arrived)
-        self._is_ended = False
+        self._is_ended = self._is_hurried = False
 
     @property
     def num_waiting(self) -> int:
@@ -36,7 +36,7 @@ class Outbox:
 
     async def send(self, delta: Delta, flow: Flow) -> None:
         """Hands over, merged with the newest when the reader is slow; waits when that is full too. Cancelled: not handed over."""
-        while len(self._waiting) >= self._capacity and self._is_full(delta):
+        while len(self._waiting) >= self._capacity and self._is_full(delta) and not self._is_hurried:
             if self._room.is_set():
                 self._room = self._new_event()
             await self._room.wait()
@@ -65,6 +65,11 @@ class Outbox:
             now = self._trace.clock()
             self._trace.record(Span(self._name, "Delta", flow, enqueued, now, now, "ok"))
         return delta
+
+    def hurry(self, is_hurried: bool) -> None:
+        """While hurried, the sequence does not wait for the reader: a reader may be waiting for it."""
+        self._is_hurried = is_hurried
+        self._room.set()
 
     def end(self) -> None:
         """No more will be sent. What waits can still be read."""

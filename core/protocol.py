@@ -71,7 +71,7 @@ class Event(Enum):
 S, E = State, Event
 #: (state, event) -> the states it may lead to
 TRANSITIONS: dict[tuple[State, Event], tuple[State, ...]] = {
-    (S.WAITING, E.ADMITTED): (S.PREFILLING,),
+    (S.WAITING, E.ADMITTED): (S.PREFILLING, S.DRAFTING),
     (S.PREFILLING, E.CHUNK_COMPUTED): (S.PREFILLING, S.COMMITTING, S.REPLAYING, S.DRAFTING),
     (S.REPLAYING, E.REPLAYED): (S.REPLAYING, S.DRAFTING),
     (S.DRAFTING, E.DRAFTED): (S.VERIFYING,),
@@ -79,6 +79,7 @@ TRANSITIONS: dict[tuple[State, Event], tuple[State, ...]] = {
     (S.COMMITTING, E.COMMITTED): (S.DRAFTING, S.FINISHING),
     (S.PREFILLING, E.MEMORY_LOST): (S.WAITING,),
     (S.REPLAYING, E.MEMORY_LOST): (S.WAITING,),
+    (S.DRAFTING, E.MEMORY_LOST): (S.WAITING,),
     (S.VERIFYING, E.MEMORY_LOST): (S.WAITING,),
     (S.WAITING, E.CANCEL): (S.FINISHING,),
     (S.PREFILLING, E.CANCEL): (S.FINISHING,),
@@ -124,13 +125,14 @@ class Round:
 class SequenceProtocol:
     """One request from admission to its end. `finish_reason` is set once the end is decided, but for failures."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, output: tuple[int, ...] = ()) -> None:
+        """`output` is what a saved request had produced."""
         self.request = request
         self.chunk_ends = chunk_ends(request.prompt_ids, request.boundary_ids)
         self.state = State.WAITING
         self.holds_lease = False
         self.finish_reason: FinishReason | None = None
-        self.output: list[int] = []
+        self.output = list(output)
         self._num_computed = 0  # positions the target's memory holds for good
         self._draft: tuple[int, ...] = ()
         self._round: Round | None = None  # in COMMITTING
@@ -182,6 +184,14 @@ class SequenceProtocol:
         self._move(Event.ADMITTED, State.PREFILLING)
         self.holds_lease = True
         self._num_computed = num_cached
+
+    def restored(self) -> None:
+        """A lease was lent that holds all but the newest token, as it was saved between two rounds."""
+        if not self.output:
+            raise InternalBug("nothing was saved of this request")
+        self._move(Event.ADMITTED, State.DRAFTING)
+        self.holds_lease = True
+        self._num_computed = len(self.request.prompt_ids) + len(self.output) - 1
 
     def memory_lost(self) -> None:
         """The lease is void: back to waiting for one. What the reader has is kept."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from operator import index
+from pathlib import Path
 from typing import Literal, SupportsIndex, TypedDict, cast
 
 from .errors import InvalidRequest
@@ -32,6 +33,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "queue_size": (0, 100_000),
     "num_pages": (1, 100_000_000),
     "prefix_bytes": (0, 2**60),
+    "folder_bytes": (0, 2**60),
     "timeout_seconds": (0.0, 1e9),
     "preempt_after_seconds": (0.0, 1e9),
 }
@@ -193,6 +195,14 @@ class Lease:
     number: int
     max_rows: int
     num_cached: int
+
+
+@dataclass(frozen=True, slots=True)
+class SavedFile:
+    """A file that holds a sequence, as it was when it was looked into."""
+
+    path: Path
+    checksum: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Reads safetensors files (https://huggingface.co/docs/safetensors, "Format").
+"""Reads and writes safetensors files (https://huggingface.co/docs/safetensors, "Format").
 
     8 bytes   N, little endian: length of the header
     N bytes   JSON: {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [begin, end]}, ..., "__metadata__": {...}}
@@ -11,6 +11,7 @@ are before anything is allocated; the file is memory-mapped, and a tensor is rea
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -33,11 +34,12 @@ class TensorInfo(NamedTuple):
 
 
 class SafetensorsFile:
-    """One open file. `tensors` maps names to what the header says; `read` returns float32."""
+    """One open file. `tensors` maps names to what the header says; `read` returns float32. `header` are the bytes before the data."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.tensors: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, str] = {}
         try:
             size = path.stat().st_size
             with path.open("rb") as file:
@@ -46,6 +48,7 @@ class SafetensorsFile:
                 if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                     raise ModelFileError(f"{path}: truncated: {size} bytes cannot hold its header of {length}")
                 raw = file.read(length)
+                self.header = prefix + raw
         except OSError as error:
             raise ModelFileError(f"{path}: cannot be read: {error.strerror}") from error
         self._parse(raw, size - 8 - length)
@@ -61,6 +64,10 @@ class SafetensorsFile:
         for name, entry in cast("dict[str, Any]", header).items():
             if name != "__metadata__":
                 self.tensors[name] = self._check(name, entry, num_data_bytes)
+            elif not isinstance(entry, dict) or not all(isinstance(v, str) for v in cast("dict[str, Any]", entry).values()):
+                raise ModelFileError(f"{self.path}: __metadata__: expected an object of texts")
+            else:
+                self.metadata = cast("dict[str, str]", entry)
         end = 0
         for name, info in sorted(self.tensors.items(), key=lambda item: item[1].begin):
             if info.begin != end:
@@ -96,6 +103,12 @@ class SafetensorsFile:
             return (raw.astype(np.uint32) << 16).view(np.float32)
         return raw.astype(np.float32)
 
+    def pieces(self, name: str, count: int, size: int = 4096) -> list[bytes]:
+        """`count` pieces of `size` bytes spread evenly over a tensor, or all of it if it is smaller than they."""
+        info = self.tensors[name]
+        starts = range(info.begin, info.end, max(size, (info.end - info.begin) // count))
+        return [self._data[start : min(start + size, info.end)].tobytes() for start in starts]
+
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = dict(pairs)
@@ -104,16 +117,21 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return keys
 
 
-def write(path: Path, tensors: dict[str, tuple[str, np.ndarray[Any, Any]]]) -> None:
-    """Writes name -> (dtype, raw array of DTYPES[dtype]), in order of name."""
-    header: dict[str, Any] = {}
+def header(tensors: Mapping[str, tuple[str, np.ndarray[Any, Any]]], metadata: Mapping[str, str] | None = None) -> bytes:
+    """All that precedes the data of name -> (dtype, raw array of DTYPES[dtype]), which follow in order of name."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, (dtype, array) in sorted(tensors.items()):
-        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [offset, offset + array.nbytes]}
+        entries[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [offset, offset + array.nbytes]}
         offset += array.nbytes
-    raw = json.dumps(header).encode()
+    raw = json.dumps(entries).encode()
     raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def write(path: Path, tensors: Mapping[str, tuple[str, np.ndarray[Any, Any]]]) -> None:
+    """Writes name -> (dtype, raw array of DTYPES[dtype])."""
     with path.open("wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.write(header(tensors))
         for _, (dtype, array) in sorted(tensors.items()):
             file.write(np.ascontiguousarray(array, DTYPES[dtype]).tobytes())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -13,7 +14,7 @@ from ...core.vocabulary import Lease
 from ..backend import F32
 from .config import ModelConfig
 from .pages import PAGE, Arena, KeyValues
-from .prefix import Checkpoint, Entry, PrefixIndex
+from .prefix import Checkpoint, Entry, PrefixIndex, Snapshot
 from .recurrent import STORES, StoreName
 
 
@@ -50,6 +51,7 @@ class SequenceMemory:
         # A drafter reads a chunk's rows while the next is computed, and needs the row before its first.
         self.hidden = HiddenRows(config.hidden, 2 * CHUNK + max_rows + 1)
         self.checkpoints: list[Checkpoint] = []  # taken while the prompt was computed
+        self.frozen: Snapshot | None = None  # all of it, on its way to a file
 
     @staticmethod
     def alone(config: ModelConfig, capacity: int, max_rows: int, store: StoreName = "log") -> SequenceMemory:
@@ -65,11 +67,26 @@ class SequenceMemory:
             lease = f"a lease of {self.capacity} positions, {max_rows} at once"
             raise PositionLost(f"rows {position} to {position + num_rows} do not fit {lease}")
 
-    def keep(self) -> None:
-        """Takes a checkpoint where a prefill chunk has just ended."""
+    def checkpoint(self) -> Checkpoint:
+        """A copy of what is not keys and values, at the position memory goes on from."""
         position = self.recurrent.base_position
         state, columns = self.recurrent.read()
-        self.checkpoints.append(Checkpoint(position, state, columns, self.hidden.read(position - 1, 1)))
+        return Checkpoint(position, state, columns, self.hidden.read(position - 1, 1))
+
+    def snapshot(self) -> Snapshot:
+        """A copy of everything, at the position memory goes on from."""
+        checkpoint = self.checkpoint()
+        return Snapshot(checkpoint, self.trunk.read(checkpoint.position), self.mtp.read(checkpoint.position))
+
+    def keep(self) -> None:
+        """Takes a checkpoint where a prefill chunk has just ended."""
+        self.checkpoints.append(self.checkpoint())
+
+    def restore_snapshot(self, snapshot: Snapshot) -> None:
+        """Goes on from where `snapshot` was taken; its shapes must fit."""
+        self.restore(snapshot.checkpoint)
+        self.trunk.restore(snapshot.trunk)
+        self.mtp.restore(snapshot.mtp)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes on from a checkpoint whose keys and values are in the pages already."""
@@ -85,12 +102,14 @@ def num_pages(capacity: int, max_rows: int) -> int:
 @dataclass(frozen=True, slots=True)
 class MemoryParams:
     """How much memory sequences may have: `num_slots` at once, `num_pages` for all of them and the checkpoints of prefixes, of which
-    there are at most `prefix_bytes` (0: none are kept). `store` says how recurrent states go back."""
+    there are at most `prefix_bytes` (0: none are kept); what is forgotten of them is handed out if `is_archived`. `store` says how
+    recurrent states go back."""
 
     num_slots: int
     num_pages: int
     prefix_bytes: int
     store: StoreName
+    is_archived: bool = False
 
 
 class MemoryMaker(Protocol):
@@ -128,7 +147,12 @@ class SequencePool:
 
     def _begin(self) -> None:
         self._arena = self._make.arena(self._params.num_pages)
-        self.prefixes = PrefixIndex(self._arena, self._params.prefix_bytes)
+        self.prefixes = PrefixIndex(self._arena, self._params.prefix_bytes, is_archived=self._params.is_archived)
+
+    @cached_property
+    def blank(self) -> Snapshot:
+        """A sequence at position 0: what others are shaped like."""
+        return self._make.memory(self._make.arena(1), [0], 0, 1, self._params.store).snapshot()
 
     def __getitem__(self, lease: int) -> SequenceMemory:
         if lease not in self._leases or lease in self._revoked:
@@ -163,21 +187,22 @@ class SequencePool:
     def lease(
         self, owner: str, tokens: tuple[int, ...], ends: tuple[int, ...], capacity: int, max_rows: int, salt: str = ""
     ) -> Lease | None:
-        """Memory for a prompt whose chunks end at `ends`, with as much of it in place as is known; None while there is too little. Room
-        for drafts beyond the last position gives way first, then checkpoints of prefixes."""
+        """Memory for a prompt whose chunks end at `ends` (no ends: with nothing in it), with as much of it in place as is known; None while
+        there is too little. Room for drafts beyond the last position gives way first, then checkpoints of prefixes."""
         if len(self._leases) == self.num_slots:
             return None
         found = self.prefixes.find(tokens, ends, salt) if self._params.prefix_bytes else None
-        shared = self._whole_pages(found)
+        shared = self._shared_pages(found)
         while num_pages(capacity, max_rows) - len(shared) > self._arena.num_free:
             if num_pages(capacity, 1) < num_pages(capacity, max_rows):
                 max_rows = num_pages(capacity, 1) * PAGE - capacity
-            elif not self.prefixes.evict(but=found):
+            elif not self.prefixes.give_way(but=found):
                 if found is None:
                     return None
-                found, shared = None, []  # what it would save is in the way
-        self._arena.share(shared)
-        table = [*shared, *self._arena.take(num_pages(capacity, max_rows) - len(shared))]
+                found, shared = None, {}  # what it would save is in the way
+        self._arena.share(list(shared.values()))
+        new = iter(self._arena.take(num_pages(capacity, max_rows) - len(shared)))
+        table = [shared[i] if i in shared else next(new) for i in range(num_pages(capacity, max_rows))]
         try:
             memory = self._make.memory(self._arena, table, capacity, max_rows, self._params.store)
         except MemoryError:
@@ -185,18 +210,23 @@ class SequencePool:
             raise
         position = found.checkpoint.position if found is not None else 0
         if found is not None:
-            if position % PAGE:  # others hold the page this sequence goes on in
-                self._arena.copy(found.pages[-1], table[len(shared)])
+            for i, block in enumerate(found.blocks):
+                if i not in shared:
+                    self._arena.write(table[i], self._arena.read(block.place) if isinstance(block.place, int) else block.place)
+                    if i < position // PAGE:
+                        self.prefixes.put_back(block, table[i])
             memory.restore(found.checkpoint)
-        self.prefixes.count(found, len(tokens))
+        if ends:
+            self.prefixes.count(found, len(tokens))
         number, self._next = self._next, self._next + 1
         self._leases[number] = (owner, memory)
         return Lease(number, max_rows, position)
 
     @staticmethod
-    def _whole_pages(found: Entry | None) -> list[int]:
-        """The pages that can be shared: one in which rows are still to be written is copied."""
-        return found.pages[: found.checkpoint.position // PAGE] if found is not None else []
+    def _shared_pages(found: Entry | None) -> dict[int, int]:
+        """Place in the table -> page, of those that can be shared: one in which rows are still to be written is copied."""
+        whole = found.blocks[: found.checkpoint.position // PAGE] if found is not None else []
+        return {i: block.place for i, block in enumerate(whole) if isinstance(block.place, int)}
 
     def revoke(self, lease: int) -> None:
         """Nobody begins to work on the lease any more; its memory is still its owner's to give back."""
@@ -244,4 +274,5 @@ class SequencePool:
         """InternalBug unless every page is free or held as often as counted, and leases are within their number."""
         if len(self._leases) > self.num_slots:
             raise InternalBug(f"{len(self._leases)} leases of {self.num_slots} slots")
+        self.prefixes.check_integrity()
         self._arena.check_integrity([*(memory.table for _, memory in self._leases.values()), *self.prefixes.holders])

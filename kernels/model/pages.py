@@ -18,6 +18,10 @@ from ..backend import F32
 PAGE = CHUNK
 
 
+#: Keys and values of one page outside an arena: trunk [2, layers, KV, PAGE, D], MTP head [2, 1, KV, PAGE, D].
+PageRows = tuple[F32, F32]
+
+
 class Arena:
     """`num_pages` pages: keys and values of the trunk's attention layers [2, layers, pages, KV, PAGE, D], and of the MTP head's one."""
 
@@ -61,10 +65,31 @@ class Arena:
             if not self._references[page]:
                 self._free.append(page)
 
-    def copy(self, source: int, target: int) -> None:
-        """All of one page into another."""
-        self.trunk[:, :, target] = self.trunk[:, :, source]
-        self.mtp[:, :, target] = self.mtp[:, :, source]
+    def is_alone(self, page: int) -> bool:
+        """Whether there is one reference to it."""
+        return self._references[page] == 1
+
+    @property
+    def page_bytes(self) -> int:
+        return (self.trunk.nbytes + self.mtp.nbytes) // self.num_pages
+
+    def read(self, page: int) -> PageRows:
+        """A copy of all of a page."""
+        return self.trunk[:, :, page].copy(), self.mtp[:, :, page].copy()
+
+    def write(self, page: int, rows: PageRows) -> None:
+        """All of a page."""
+        self.trunk[:, :, page], self.mtp[:, :, page] = rows
+
+    def rows_of(self, trunk: F32, mtp: F32, i: int) -> PageRows:
+        """The i-th page of keys and values [2, layers, KV, positions, D], zeros after their end."""
+        rows: list[F32] = []
+        for positions in (trunk, mtp):
+            part = positions[:, :, :, i * PAGE : (i + 1) * PAGE]
+            whole = np.zeros((*part.shape[:3], PAGE, part.shape[4]), np.float32)
+            whole[:, :, :, : part.shape[3]] = part
+            rows.append(whole)
+        return rows[0], rows[1]
 
     def check_integrity(self, holders: list[list[int]]) -> None:
         """InternalBug unless the pages that `holders` hold are the ones referred to, each as often, and all others are free once."""

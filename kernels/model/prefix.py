@@ -1,11 +1,14 @@
 """What prompts have in common is computed once: checkpoints of prefixes, found by what they hold.
 
 A checkpoint is the recurrent state, the convolution window and the pending hidden row where a prefill chunk ended, and
-the pages that hold the keys and values before it. It is found by a chain of hashes over the tokens (and a salt, which
+the blocks that hold the keys and values before it. It is found by a chain of hashes over the tokens (and a salt, which
 keeps tenants apart), at the ends of chunks: where chunks end depends on the tokens before alone, so that going on from a
 checkpoint computes the very chunks that would have been computed without it. (A chain of hashes over pages finds what a
 radix tree would, and forgets without touching its neighbours: vLLM's design document "Automatic Prefix Caching".)
-The least recently used goes first, of equals the shorter.
+
+What is least valuable moves out first, the least recently used, of equals the shorter: a block from its page into host
+memory when pages are wanted, a checkpoint with all its blocks into the files of a folder, if there is one, when host
+memory is full; else it is forgotten. Whoever finds it brings it back.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...core.errors import InternalBug
 from ..backend import F32
-from .pages import PAGE, Arena
+from .pages import PAGE, Arena, PageRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,28 +39,68 @@ class Checkpoint:
         return self.state.nbytes + self.columns.nbytes + self.hidden.nbytes
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A sequence at a position, and its keys and values before it: trunk [2, layers, KV, positions, D], MTP head
+    [2, 1, KV, positions, D]."""
+
+    checkpoint: Checkpoint
+    trunk: F32
+    mtp: F32
+
+    @property
+    def arrays(self) -> dict[str, F32]:
+        c = self.checkpoint
+        return {"state": c.state, "columns": c.columns, "hidden": c.hidden, "trunk": self.trunk, "mtp": self.mtp}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays.values())
+
+    def fits(self, blank: Snapshot) -> bool:
+        """Whether the arrays are shaped as those of `blank`, which is at position 0."""
+        for name, array in blank.arrays.items():
+            shape = list(array.shape)
+            if name in ("trunk", "mtp"):
+                shape[3] = self.checkpoint.position
+            if list(self.arrays[name].shape) != shape:
+                return False
+        return True
+
+
+@dataclass(slots=True, eq=False)
+class Block:
+    """Keys and values of PAGE positions, or of fewer at the end of a prefix, known to `num_entries` checkpoints: in a page of the arena,
+    or moved out of it into `rows`."""
+
+    place: int | PageRows
+    num_entries: int = 0
+
+
+@dataclass(slots=True, eq=False)
 class Entry:
-    """A checkpoint in the index, and the pages of the positions before it."""
+    """A checkpoint in the index, and the blocks of the positions before it."""
 
     key: bytes
     checkpoint: Checkpoint
-    pages: list[int]
+    blocks: list[Block]
     last_used: int
 
 
 @dataclass(frozen=True, slots=True)
 class PrefixStatistics:
-    """Since the start: look-ups that found something and did not, prompt tokens found and asked for. Now: entries and their bytes
-    without pages, and pages they hold."""
+    """Since the start: look-ups that found something and did not, prompt tokens found and asked for, checkpoints brought back from files.
+    Now: checkpoints in memory, their bytes without pages, pages they hold, and checkpoints in files."""
 
     num_hits: int
     num_misses: int
     num_cached_tokens: int
     num_prompt_tokens: int
+    num_loaded: int
     num_entries: int
     num_bytes: int
     num_pages: int
+    num_files: int
 
 
 def keys(tokens: Sequence[int], ends: Sequence[int], salt: str) -> Iterator[tuple[int, bytes]]:
@@ -70,13 +114,16 @@ def keys(tokens: Sequence[int], ends: Sequence[int], salt: str) -> Iterator[tupl
 
 
 class PrefixIndex:
-    """At most `max_bytes` of checkpoints, pages not counted: those are the arena's."""
+    """At most `max_bytes` of checkpoints and of blocks outside the arena. What is forgotten while `is_archived` waits in `outgoing`."""
 
-    def __init__(self, pages: Arena, max_bytes: int) -> None:
-        self._pages, self._max_bytes = pages, max_bytes
+    def __init__(self, arena: Arena, max_bytes: int, *, is_archived: bool = False) -> None:
+        self._arena, self._max_bytes = arena, max_bytes
+        self._is_archived = is_archived
         self._entries: dict[bytes, Entry] = {}
-        self._num_bytes = self._clock = 0
-        self._num_hits = self._num_misses = self._num_cached_tokens = self._num_prompt_tokens = 0
+        self._by_page: dict[int, Block] = {}
+        self._clock = self._num_bytes = 0
+        self._num_hits = self._num_misses = self._num_cached_tokens = self._num_prompt_tokens = self._num_loaded = 0
+        self.outgoing: dict[bytes, Snapshot] = {}
 
     def find(self, tokens: Sequence[int], ends: Sequence[int], salt: str) -> Entry | None:
         """The longest checkpoint of a prefix of `tokens`, all of them excepted: at least one row must be computed for logits."""
@@ -97,43 +144,133 @@ class PrefixIndex:
         self._num_prompt_tokens += num_tokens
 
     def publish(self, tokens: Sequence[int], salt: str, checkpoints: Sequence[Checkpoint], table: list[int]) -> None:
-        """Takes in the checkpoints of a prompt that are not known yet, with a reference to each page before them."""
+        """Takes in the checkpoints of a prompt that are not known yet, with the pages before them."""
         self._clock += 1
         by_position = {checkpoint.position: checkpoint for checkpoint in checkpoints}
         for end, key in keys(tokens, sorted(by_position), salt):
             if key in self._entries:
                 self._entries[key].last_used = self._clock
-                continue
-            pages = table[: -(-end // PAGE)]
-            self._pages.share(pages)
-            self._entries[key] = Entry(key, by_position[end], pages, self._clock)
-            self._num_bytes += by_position[end].num_bytes
+            else:
+                self._add(key, by_position[end], [self._block_of(page) for page in table[: -(-end // PAGE)]])
         while self._num_bytes > self._max_bytes:
-            self.evict()
+            self._forget(self._least_valuable(None))
 
-    def evict(self, but: Entry | None = None) -> bool:
-        """Forgets the least valuable entry, `but` excepted. Whether there was one."""
-        candidates = [entry for entry in self._entries.values() if entry is not but]
-        if not candidates:
-            return False
-        entry = min(candidates, key=lambda each: (each.last_used, each.checkpoint.position))
+    def adopt(self, key: bytes, snapshot: Snapshot) -> None:
+        """Takes in what was loaded from a file, and makes room for it; does nothing when there cannot be any."""
+        num_blocks = -(-snapshot.checkpoint.position // PAGE)
+        size = snapshot.checkpoint.num_bytes + num_blocks * self._arena.page_bytes
+        if size > self._max_bytes or key in self._entries:
+            return
+        while self._num_bytes + size > self._max_bytes:
+            self._forget(self._least_valuable(None))
+        self._clock += 1
+        self._num_loaded += 1
+        blocks = [Block(self._arena.rows_of(snapshot.trunk, snapshot.mtp, i)) for i in range(num_blocks)]
+        self._num_bytes += num_blocks * self._arena.page_bytes
+        self._add(key, snapshot.checkpoint, blocks)
+
+    def _add(self, key: bytes, checkpoint: Checkpoint, blocks: list[Block]) -> None:
+        for block in blocks:
+            block.num_entries += 1
+        self._entries[key] = Entry(key, checkpoint, blocks, self._clock)
+        self._num_bytes += checkpoint.num_bytes
+
+    def _block_of(self, page: int) -> Block:
+        if page not in self._by_page:
+            self._arena.share([page])
+            self._by_page[page] = Block(page)
+        return self._by_page[page]
+
+    def put_back(self, block: Block, page: int) -> None:
+        """A block that had been moved out stands whole in `page` again, which somebody else holds too."""
+        if not isinstance(block.place, int):
+            self._arena.share([page])
+            block.place, self._by_page[page] = page, block
+            self._num_bytes -= self._arena.page_bytes
+
+    def give_way(self, but: Entry | None) -> bool:
+        """Moves a block out of a page that nobody else holds, or forgets the least valuable checkpoint; `but` stays as it is. False when
+        nothing is left that could be done."""
+        kept = set[Block](but.blocks if but is not None else ())
+        for entry in sorted(self._entries.values(), key=self._value):
+            for block in reversed(entry.blocks if entry is not but else ()):
+                if isinstance(block.place, int) and block not in kept and self._arena.is_alone(block.place):
+                    if self._num_bytes + self._arena.page_bytes <= self._max_bytes:
+                        self._move_out(block, block.place)
+                    else:
+                        self._forget(self._least_valuable(but))
+                    return True
+        return False
+
+    def _move_out(self, block: Block, page: int) -> None:
+        block.place = self._arena.read(page)
+        del self._by_page[page]
+        self._arena.give_back([page])
+        self._num_bytes += self._arena.page_bytes
+
+    @staticmethod
+    def _value(entry: Entry) -> tuple[int, int]:
+        return entry.last_used, entry.checkpoint.position
+
+    def _least_valuable(self, but: Entry | None) -> Entry:
+        return min((entry for entry in self._entries.values() if entry is not but), key=self._value)
+
+    def _forget(self, entry: Entry) -> None:
+        if self._is_archived:
+            self.outgoing[entry.key] = self.snapshot(entry)
         del self._entries[entry.key]
         self._num_bytes -= entry.checkpoint.num_bytes
-        self._pages.give_back(entry.pages)
-        return True
+        for block in entry.blocks:
+            block.num_entries -= 1
+            if block.num_entries:
+                continue
+            if isinstance(block.place, int):
+                del self._by_page[block.place]
+                self._arena.give_back([block.place])
+            else:
+                self._num_bytes -= self._arena.page_bytes
+
+    @property
+    def entries(self) -> list[Entry]:
+        """All checkpoints, the most valuable first."""
+        return sorted(self._entries.values(), key=self._value, reverse=True)
+
+    def snapshot(self, entry: Entry) -> Snapshot:
+        """A copy of a checkpoint and all before it."""
+        rows = [self._arena.read(block.place) if isinstance(block.place, int) else block.place for block in entry.blocks]
+        position = entry.checkpoint.position
+        trunk, mtp = (np.concatenate(parts, axis=3)[:, :, :, :position] for parts in zip(*rows, strict=True))
+        return Snapshot(entry.checkpoint, trunk, mtp)
 
     @property
     def holders(self) -> list[list[int]]:
-        """The pages of each entry."""
-        return [entry.pages for entry in self._entries.values()]
+        """The pages the index holds."""
+        return [list(self._by_page)]
 
-    def statistics(self) -> PrefixStatistics:
+    def check_integrity(self) -> None:
+        """InternalBug unless blocks, pages and bytes are counted as they are."""
+        counts: dict[Block, int] = {}
+        for entry in self._entries.values():
+            for block in entry.blocks:
+                counts[block] = counts.get(block, 0) + 1
+        if any(block.num_entries != count for block, count in counts.items()):
+            raise InternalBug("blocks are known to other checkpoints than counted")
+        if {block.place for block in counts if isinstance(block.place, int)} != set(self._by_page):
+            raise InternalBug("the index holds pages that are in no checkpoint, or the reverse")
+        num_outside = sum(not isinstance(block.place, int) for block in counts)
+        num_bytes = sum(entry.checkpoint.num_bytes for entry in self._entries.values()) + num_outside * self._arena.page_bytes
+        if num_bytes != self._num_bytes or num_bytes > self._max_bytes:
+            raise InternalBug(f"checkpoints and blocks take {num_bytes} bytes, counted are {self._num_bytes} of {self._max_bytes}")
+
+    def statistics(self, num_files: int = 0) -> PrefixStatistics:
         return PrefixStatistics(
             num_hits=self._num_hits,
             num_misses=self._num_misses,
             num_cached_tokens=self._num_cached_tokens,
             num_prompt_tokens=self._num_prompt_tokens,
+            num_loaded=self._num_loaded,
             num_entries=len(self._entries),
             num_bytes=self._num_bytes,
-            num_pages=len({page for entry in self._entries.values() for page in entry.pages}),
+            num_pages=len(self._by_page),
+            num_files=num_files,
         )

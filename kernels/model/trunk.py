@@ -112,6 +112,12 @@ class Trunk(LayerGraph):
         rows.memory.recurrent.advance(len(rows.tokens))
         return self.backend.linear(hidden[-1:], self.weights.head) if is_last else None
 
+    def freeze(self, memory: SequenceMemory, position: int) -> None:
+        """Copies all of a sequence as it is at `position`, where it goes on from then. PositionLost as in `verify`."""
+        memory.check(position, 0, is_chunk=False)
+        memory.recurrent.seek(position, self._inputs, self.backend)
+        memory.frozen = memory.snapshot()
+
     def seconds(self, num_rows: int) -> float:
         """About how long so many rows take."""
         return num_rows * self.weights.num_parameters / self.backend.operations_per_second

@@ -9,6 +9,7 @@ what is missing, surplus or misshapen is named. Quirks of the files end here:
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from .config import ModelConfig, MoeConfig, read_json
 
 logger = logging.getLogger("forerun")
 
+#: Pieces of a tensor that tell two models apart: fine-tuning changes a tensor everywhere.
+FINGERPRINT_PIECES = 16
 #: called with (tensors read, tensors in all) as a checkpoint loads
 Progress = Callable[[int, int], None]
 
@@ -98,6 +101,7 @@ class ModelWeights:
     head: Matrix
     mtp: MtpWeights | None
     num_parameters: int
+    fingerprint: str
 
 
 class Checkpoint:
@@ -156,6 +160,18 @@ class Checkpoint:
     def read(self, name: str) -> F32:
         file, full = self._files[name]
         return file.read(full)
+
+    def fingerprint(self, config: ModelConfig, backend: str) -> str:
+        """Of a model, as one backend computes it: 64 hexadecimal digits from the sizes, and of every tensor name, dtype, shape and
+        FINGERPRINT_PIECES pieces spread over it (all of it if it is small)."""
+        digest = hashlib.blake2b(f"{backend} {config}".encode(), digest_size=32)
+        for name in sorted(self._files):
+            file, full = self._files[name]
+            info = file.tensors[full]
+            digest.update(f"{name} {info.dtype} {info.shape}".encode())
+            for piece in file.pieces(full, FINGERPRINT_PIECES):
+                digest.update(piece)
+        return digest.hexdigest()
 
 
 def _and_more(names: list[str]) -> str:
@@ -321,4 +337,4 @@ def load_weights(folder: Path, config: ModelConfig, backend: Backend, progress: 
         )
     head = embedding if config.is_tied else load.matrix("lm_head")
     count = sum(int(np.prod(shape)) for shape in expected.values())
-    return ModelWeights(config, embedding, layers, load.norm("norm"), head, mtp, count)
+    return ModelWeights(config, embedding, layers, load.norm("norm"), head, mtp, count, checkpoint.fingerprint(config, backend.name))

@@ -67,10 +67,12 @@ class Pools(RuleBasedStateMachine):
     """A pool of leases whose prompts have beginnings in common: what a lease holds is what the prompt's own chunks would have
     made, nothing is lost, and what was refused would not have fitted."""
 
+    prefix_bytes = 200
+
     def __init__(self) -> None:
         super().__init__()
         self.target = FakeTarget()
-        self.pool = SequencePool(FakeMaker(), MemoryParams(num_slots=4, num_pages=10, prefix_bytes=200, store="log"))
+        self.pool = SequencePool(FakeMaker(), MemoryParams(4, 10, self.prefix_bytes, "log", is_archived=True))
         self.leases: dict[int, tuple[Lease, tuple[int, ...], str]] = {}
 
     @rule(data=st.data(), salt=st.sampled_from(["", "a"]), num_tokens=st.integers(1, 300), seed=st.integers(0, 2), rows=st.integers(1, 70))
@@ -127,6 +129,12 @@ class Pools(RuleBasedStateMachine):
         with pytest.raises(InternalBug):
             self.pool.release(number)
 
+    @precondition(lambda self: self.pool.prefixes.outgoing)
+    @rule(data=st.data())
+    def bring_back(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(sorted(self.pool.prefixes.outgoing)))
+        self.pool.prefixes.adopt(key, self.pool.prefixes.outgoing.pop(key))
+
     @rule()
     def reset(self) -> None:
         former = list(self.leases)
@@ -139,12 +147,21 @@ class Pools(RuleBasedStateMachine):
     def is_whole(self) -> None:
         self.pool.check_integrity()
         assert self.pool.num_used == len(self.leases)
-        assert self.pool.prefixes.statistics().num_bytes <= 200
 
 
 TestArenas = Arenas.TestCase
 TestArenas.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestPools = Pools.TestCase
+
+
+class RoomyPools(Pools):
+    """Some blocks can move out of their pages."""
+
+    prefix_bytes = 5_000
+
+
+TestRoomyPools = RoomyPools.TestCase
+TestRoomyPools.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestPools.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 

@@ -87,10 +87,11 @@ class FakeMemory(SequenceMemory):
 
     def __init__(self, arena: Arena, table: list[int], capacity: int, max_rows: int) -> None:
         self.capacity, self.max_rows, self.table = capacity, max_rows, table
-        self.trunk = KeyValues(arena.trunk, table)
+        self.trunk, self.mtp = KeyValues(arena.trunk, table), KeyValues(arena.mtp, table)
         self.first, self.states = 0, [0]
         self.hidden = HiddenRows(2, 2 * CHUNK + max_rows + 1)
         self.checkpoints = []
+        self.frozen = None
 
     def check(self, position: int, num_rows: int, *, is_chunk: bool) -> None:
         if not self.first <= position < self.first + len(self.states):
@@ -111,9 +112,9 @@ class FakeMemory(SequenceMemory):
         self.hidden.write(position, hidden)
         return hidden
 
-    def keep(self) -> None:
-        state = np.array(self.states, np.int64)
-        self.checkpoints.append(Checkpoint(self.first, cast(F32, state), cast(F32, state[:0]), self.hidden.read(self.first - 1, 1)))
+    def checkpoint(self) -> Checkpoint:
+        state = np.array(self.states[:1], np.float32)
+        return Checkpoint(self.first, state, state[:0], self.hidden.read(self.first - 1, 1))
 
     def restore(self, checkpoint: Checkpoint) -> None:
         self.first, self.states = checkpoint.position, [int(checkpoint.state[0])]
@@ -140,6 +141,12 @@ class FakeTarget:
         hidden = memory.rows(rows.position, states)
         memory.first, memory.states = rows.position + len(rows.tokens), states[-1:]
         return logits_of(hidden[-1:]) if is_last else None
+
+    def freeze(self, memory: SequenceMemory, position: int) -> None:
+        fake = cast(FakeMemory, memory)
+        fake.check(position, 0, is_chunk=False)
+        fake.seek(position)
+        fake.frozen = fake.snapshot()
 
     def seconds(self, num_rows: int) -> float:
         return 0.001 * num_rows
@@ -200,6 +207,7 @@ class FakeModel:
     num_token_ids: int = NUM_TOKEN_IDS
     context: int = 4096
     has_mtp: bool = True
+    fingerprint: str = "f" * 64
 
     def memory(self) -> FakeMaker:
         return FakeMaker()

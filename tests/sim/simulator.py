@@ -21,7 +21,10 @@ import random
 import sys
 import traceback
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import anyio
@@ -41,6 +44,7 @@ from forerun.core.errors import (
     InvalidRequest,
     Overloaded,
     RequestFailed,
+    SavedSequenceError,
 )
 from forerun.core.messages import Propose
 from forerun.core.protocol import ENDS
@@ -79,6 +83,7 @@ class RequestPlan:
     leave_after: float  # deltas
     pause: float  # seconds between two reads, at most
     stall_at: float  # deltas; then the reader sleeps for long, once
+    save_at: float  # deltas; then it is put into a file, from which another goes on once this one has ended
 
 
 @dataclass
@@ -107,7 +112,7 @@ class Plan:
 def make_plan(rng: random.Random) -> Plan:
     has = {
         fault: rng.random() < 0.3
-        for fault in ("cancel", "deadline", "crash", "device", "hang", "spoilt", "late", "drain", "close", "stall")
+        for fault in ("cancel", "deadline", "crash", "device", "hang", "spoilt", "late", "drain", "close", "stall", "save")
     }
     requests: list[RequestPlan] = []
     is_long = rng.random() < 0.2
@@ -127,6 +132,7 @@ def make_plan(rng: random.Random) -> Plan:
                 leave_after=rng.randrange(4) if has["cancel"] and rng.random() < 0.2 else math.inf,
                 pause=rng.choice([0.0, 0.0, 0.01]),
                 stall_at=rng.randint(1, 5) if has["stall"] and rng.random() < 0.4 else math.inf,
+                save_at=rng.randint(1, 5) if has["save"] and rng.random() < 0.4 else math.inf,
             )
         )
     names = ("tokenizer", "memory manager", "target decoder", "MTP drafter", "n-gram drafter")
@@ -208,6 +214,7 @@ class Simulation:
         self._former: list[tuple[int, ...]] = []
         self._restarts: dict[str, list[float]] = {}
         self._num_hangs = self._num_skips = 0
+        self._folder = TemporaryDirectory()
         self._drafts = [0, 0]  # of the head; how many had a right first token
 
     # How the seed gets in
@@ -307,7 +314,7 @@ class Simulation:
             self._explain(plan, error)
             return
         assert not is_draining, "begun while draining"
-        num_deltas = 0
+        num_deltas, is_saved = 0, False
         with anyio.CancelScope() as scope:
             self._scopes[i] = scope
             try:
@@ -319,6 +326,10 @@ class Simulation:
                         num_deltas += 1
                         if num_deltas > plan.leave_after:
                             break
+                        if num_deltas == plan.save_at:
+                            with suppress(SavedSequenceError):  # it may end before
+                                await stream.save(self._file(i))
+                                is_saved = True
                         await anyio.sleep(100 if num_deltas == plan.stall_at else plan.pause * self.rng.random())
                     else:
                         self.num_terminal[i] += 1
@@ -343,6 +354,26 @@ class Simulation:
                 assert len(tokens) == len(expected) or scope.cancel_called or num_deltas > plan.leave_after
             else:
                 assert scope.cancel_called or num_deltas > plan.leave_after, "cancelled by nobody"
+        if is_saved:
+            await self._restore(i, expected)
+
+    def _file(self, i: int) -> Path:
+        return Path(self._folder.name) / f"{i}"
+
+    async def _restore(self, i: int, expected: tuple[int, ...]) -> None:
+        """Goes on from a request's file."""
+        plan, engine, tokens = self.plan.requests[i], self.engine, list[int]()
+        assert engine is not None
+        try:
+            async with engine.restore(self._file(i)) as stream:
+                async for delta in stream:
+                    tokens += delta.token_ids
+        except ForerunError as error:
+            if not (isinstance(error, EngineClosed) and engine._is_draining):  # pyright: ignore[reportPrivateUsage]
+                self._explain(plan, error)
+        else:
+            assert stream.result.token_ids == expected
+            assert tuple(tokens) == expected[len(expected) - len(tokens) :]
 
     def _explain(self, plan: RequestPlan, error: ForerunError) -> None:
         """An error is one that this seed can explain."""
@@ -361,6 +392,8 @@ class Simulation:
                 assert not isinstance(error.__cause__, InternalBug)
             case EngineClosed():
                 assert self.plan.close_at < math.inf
+            case SavedSequenceError():
+                assert self.plan.device_errors + self.plan.device_hangs > 0
             case RequestFailed():
                 is_encoding_failed = plan.is_text and self.plan.device_errors > 0
                 assert is_encoding_failed or restarts["target decoder"] > MAX_FRUITLESS_REPLAYS or restarts["tokenizer"] >= 2
@@ -457,7 +490,8 @@ class Checker(trio.abc.Instrument):
         owners = list(engine._pool.owners.values())
         if len(owners) > engine._pool.num_slots or len(set(owners)) < len(owners):
             return f"memory is held twice: {owners}"
-        if lost := [owner for owner in owners if owner not in jobs and engine._end is None]:
+        is_filling = engine._memory.allowed_seconds < math.inf  # from a file, for who may have left meanwhile
+        if lost := [owner for owner in owners if owner not in jobs and engine._end is None and not is_filling]:
             return f"memory of {lost} is lost: they have ended"
         for mailbox in engine._mailboxes.values():
             if len(mailbox._waiting) > mailbox.capacity:

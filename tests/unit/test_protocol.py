@@ -139,6 +139,8 @@ def successors(p: SequenceProtocol) -> Iterator[tuple[Event, SequenceProtocol]]:
     """Every message that may come next, in every form that matters: right, half right and wrong drafts, stop tokens, losses."""
     plain = (Event.CANCEL, Event.FAIL, Event.MEMORY_LOST, Event.ADMITTED, Event.COMMITTED, Event.RELEASED)
     moves: list[tuple[Event, Callable[[SequenceProtocol], object]]] = [(event, CALLS[event]) for event in plain]
+    if p.state is State.WAITING and p.output:
+        moves.append((Event.ADMITTED, SequenceProtocol.restored))
     if p.state is State.PREFILLING:
         firsts = ((p.output[0],) if p.output else (50, STOP)) if is_last_chunk(p) else (None,)
         verdicts = [Verdict(() if first is None else (first,)) for first in firsts]
@@ -170,7 +172,8 @@ def key(p: SequenceProtocol) -> object:
 
 def test_every_reachable_state_and_message_leads_to_exactly_one_end_with_all_given_back() -> None:
     start = protocol(num_prompt=CHUNK + 1, max_tokens=4)
-    seen, todo, taken = {key(start)}, [start], set[tuple[State, Event, State]]()
+    saved = SequenceProtocol(start.request, (50, 51))
+    seen, todo, taken = {key(start), key(saved)}, [start, saved], set[tuple[State, Event, State]]()
     leads_to: dict[object, list[object]] = {}
     ends: set[object] = set()
     while todo:
@@ -204,6 +207,14 @@ def test_every_reachable_state_and_message_leads_to_exactly_one_end_with_all_giv
                 reaching.add(one)
                 front.append(one)
     assert reaching == seen
+
+
+def test_what_was_saved_goes_on_where_it_was() -> None:
+    p = SequenceProtocol(protocol().request, (50, 1))
+    p.restored()
+    assert (p.state, p.position, p.last_token, p.computed) == (State.DRAFTING, 4, 1, (0, 1, 2, 50))
+    with pytest.raises(InternalBug, match="nothing was saved"):
+        protocol().restored()
 
 
 def test_any_drafts_give_the_tokens_of_no_drafts() -> None:
