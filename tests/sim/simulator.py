@@ -214,7 +214,7 @@ class Simulation:
         self._former: list[tuple[int, ...]] = []
         self._restarts: dict[str, list[float]] = {}
         self._num_hangs = self._num_skips = 0
-        self._folder = TemporaryDirectory()
+        self.folder = TemporaryDirectory()
         self._drafts = [0, 0]  # of the head; how many had a right first token
 
     # How the seed gets in
@@ -358,7 +358,7 @@ class Simulation:
             await self._restore(i, expected)
 
     def _file(self, i: int) -> Path:
-        return Path(self._folder.name) / f"{i}"
+        return Path(self.folder.name) / f"{i}"
 
     async def _restore(self, i: int, expected: tuple[int, ...]) -> None:
         """Goes on from a request's file."""
@@ -517,6 +517,8 @@ def run(seed: int) -> Simulation:
     except BaseException as error:
         error.add_note(f"replay with: python -m tests.sim.simulator {seed}")
         raise
+    finally:
+        simulation.folder.cleanup()
     return simulation
 
 
