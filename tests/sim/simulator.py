@@ -483,14 +483,17 @@ class Checker(trio.abc.Instrument):
     def after_task_step(self, task: trio.lowlevel.Task) -> None:
         engine: Any = self._simulation.engine
         if engine is not None and self._simulation.problem is None:
-            self._simulation.problem = self._problem(engine)
+            try:
+                self._simulation.problem = self._problem(engine)
+            except Exception as error:  # trio would drop this instrument, and nobody would look any more
+                self._simulation.problem = f"the checker failed: {error!r}"
 
     def _problem(self, engine: Any) -> str | None:
         jobs = {job.request_id: job for job in engine._jobs}
         owners = list(engine._pool.owners.values())
         if len(owners) > engine._pool.num_slots or len(set(owners)) < len(owners):
             return f"memory is held twice: {owners}"
-        is_filling = engine._memory.allowed_seconds < math.inf  # from a file, for who may have left meanwhile
+        is_filling = engine._memory is not None and engine._memory.allowed_seconds < math.inf  # from a file, for who may have left meanwhile
         if lost := [owner for owner in owners if owner not in jobs and engine._end is None and not is_filling]:
             return f"memory of {lost} is lost: they have ended"
         for mailbox in engine._mailboxes.values():
