@@ -493,7 +493,8 @@ class Checker(trio.abc.Instrument):
         owners = list(engine._pool.owners.values())
         if len(owners) > engine._pool.num_slots or len(set(owners)) < len(owners):
             return f"memory is held twice: {owners}"
-        is_filling = engine._memory is not None and engine._memory.allowed_seconds < math.inf  # from a file, for who may have left meanwhile
+        # It may be filling memory from a file, for who has left meanwhile.
+        is_filling = engine._memory is not None and engine._memory.allowed_seconds < math.inf
         if lost := [owner for owner in owners if owner not in jobs and engine._end is None and not is_filling]:
             return f"memory of {lost} is lost: they have ended"
         for mailbox in engine._mailboxes.values():
