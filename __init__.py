@@ -20,19 +20,9 @@ from .core.errors import (
     RequestFailed,
     SavedSequenceError,
 )
+from .core.speculation import DRAFTERS, DrafterStatistics, Speculation, SpeculationOptions, SpeculationParams
 from .core.trace import Counter, Flow, Notice, Span, Subscription
-from .core.vocabulary import (
-    Delta,
-    DrafterStatistics,
-    FinishReason,
-    Message,
-    Prompt,
-    Result,
-    SamplingParams,
-    Speculation,
-    Timings,
-    Usage,
-)
+from .core.vocabulary import Delta, FinishReason, Message, Prompt, Result, SamplingParams, Timings, TokenLogprob, Usage
 from .kernels.model.prefix import PrefixStatistics
 from .kernels.model.recurrent import StoreName
 
@@ -40,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DEFAULT_MAX_TOKENS",
+    "DRAFTERS",
     "ActorStatistics",
     "Counter",
     "DeadlineExceeded",
@@ -67,10 +58,13 @@ __all__ = [
     "SavedSequenceError",
     "Span",
     "Speculation",
+    "SpeculationOptions",
+    "SpeculationParams",
     "StoreName",
     "Stream",
     "Subscription",
     "Timings",
+    "TokenLogprob",
     "Usage",
     "load_model",
     "open_engine",

@@ -9,15 +9,17 @@ import math
 import secrets
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import Any, Unpack
 
 import anyio
 from anyio.abc import TaskGroup
 
 from ..core.actor import Actor, Executor, InPlace, Threads
 from ..core.channel import Mailbox, MailboxStatistics
+from ..core.checks import RANGES, check_logit_bias, check_ranges, check_stop
 from ..core.errors import (
     ActorRestarted,
     DeadlineExceeded,
@@ -31,25 +33,20 @@ from ..core.errors import (
 )
 from ..core.messages import Encode
 from ..core.outbox import CAPACITY, MERGED_TOKENS, Outbox
+from ..core.speculation import DrafterName, Speculation, SpeculationOptions, SpeculationParams, parse_spec_type
 from ..core.supervisor import ChildSpec, Group, Supervisor, WhenExhausted
 from ..core.trace import Flow, Subscription, Trace
 from ..core.vocabulary import (
-    RANGES,
-    DrafterName,
     FinishReason,
     Prompt,
     Request,
     Result,
     SamplingParams,
     SavedFile,
-    Speculation,
-    SpeculationParams,
     Timings,
     Usage,
     check_prompt,
-    check_ranges,
     check_salt,
-    parse_spec_type,
 )
 from ..kernels.model import saved
 from ..kernels.model.memory import MemoryParams, SequencePool
@@ -58,6 +55,8 @@ from ..kernels.model.prefix import PrefixStatistics
 from ..kernels.model.recurrent import STORES, StoreName
 from ..kernels.model.saved import PrefixFolder
 from ..kernels.model.weights import Progress
+from .chooser import Experience
+from .lookup.family import CountsFamily, family
 from .memory_manager import MemoryManager
 from .model import Model, load_model
 from .mtp_drafter import MtpDrafter
@@ -66,6 +65,7 @@ from .sequence import Origin, Sequence, Surroundings
 from .stream import DEFAULT_MAX_TOKENS, Job, Options, Stream
 from .target_decoder import TargetDecoder
 from .tokenizer import Detokenizer, TokenizerActor
+from .writer import Writer
 
 logger = logging.getLogger("forerun")
 
@@ -142,6 +142,7 @@ class Engine:
         self._memory: MemoryManager | None = None  # in its present life
         self._jobs: dict[Job, None] = {}
         self._num_started = 0
+        self._reading = anyio.Semaphore(1)
         self._end: ForerunError | None = None
         self._is_draining = False
         self._idle = anyio.Event()
@@ -178,18 +179,20 @@ class Engine:
         tokenizer = child("tokenizer", lambda mailbox: TokenizerActor(mailbox, executor, model.vocabulary))
         memory = child("memory manager", memory_manager)
         # Each life has graphs of its own: work that was left behind may still run in the former one's.
-        target = child("target decoder", lambda mailbox: TargetDecoder(mailbox, executor, model.target(), pool))
-        types = params.speculation.types
+        target = child("target decoder", lambda mailbox: TargetDecoder(mailbox, executor, model.target(), pool, trace))
+        speculation = params.speculation
+        types = speculation.types
         drafters: dict[DrafterName, ChildSpec] = {}
-        if "ngram-simple" in types:
-            size_n = params.speculation.ngram_size_n
-            drafters["ngram-simple"] = child("n-gram drafter", lambda mailbox: NgramDrafter(mailbox, executor, size_n))
-        if "draft-mtp" in types:
-            drafters["draft-mtp"] = child("MTP drafter", lambda mailbox: MtpDrafter(mailbox, executor, model.draft_head(), pool))
+        for name in types:
+            if name == "draft-mtp":
+                drafters[name] = child("MTP drafter", lambda mailbox: MtpDrafter(mailbox, executor, model.draft_head(), pool, speculation))
+            else:
+                make = partial(family, name, speculation, model.num_token_ids)
+                drafters[name] = child(f"{name} drafter", lambda mailbox, make=make: NgramDrafter(mailbox, executor, make()))
         mailboxes: dict[DrafterName, Mailbox] = {name: spec.mailbox for name, spec in drafters.items()}
         keeps_prefixes = params.memory.prefix_bytes > 0
         self._surroundings = Surroundings(
-            memory.mailbox, target.mailbox, mailboxes, params.speculation, params.overlap, keeps_prefixes, trace
+            memory.mailbox, target.mailbox, mailboxes, speculation, Experience(), params.overlap, keeps_prefixes, trace
         )
         limits = RESTARTS, PERIOD_SECONDS
         return [
@@ -248,7 +251,9 @@ class Engine:
         if unknown := options.keys() - Options.__annotations__.keys():
             raise TypeError(f"generate() got an unexpected keyword argument {min(unknown)!r}")
         numbers = {name: value for name, value in options.items() if name in RANGES}
-        if violations := check_ranges(cast("dict[str, float | int | None]", numbers)) + check_salt(options.get("cache_salt")):
+        violations = check_ranges(numbers) + check_salt(options.get("cache_salt"))
+        violations += check_stop(_stops(options.get("stop"))) + check_logit_bias(tuple((options.get("logit_bias") or {}).items()))
+        if violations:
             raise InvalidRequest(violations)
         return self._begin(check_prompt(prompt), options, None)
 
@@ -294,9 +299,8 @@ class Engine:
 
     def _sampling(self, options: Options) -> SamplingParams:
         chosen: dict[str, Any] = {**self.model.defaults.sampling, "seed": secrets.randbits(63)}
-        for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
-            if options.get(name) is not None:
-                chosen[name] = options.get(name)
+        given = options | {"logit_bias": tuple((options.get("logit_bias") or {}).items())}
+        chosen |= {name: given[name] for name in SamplingParams.__slots__ if given.get(name) is not None}
         return SamplingParams(**chosen)
 
     async def _run(self, job: Job) -> None:
@@ -308,8 +312,8 @@ class Engine:
                     request, origin = await self._look_into(job.saved, job.request_id)
                 else:
                     request = self._request(job, await self._encode(job))
-                detokenizer, progress = Detokenizer(self.model.vocabulary), job.options.get("prefill_progress")
-                job.sequence = Sequence(request, self._surroundings, detokenizer, job.outbox, job.saves, origin, progress)
+                writer, progress = Writer(Detokenizer(self.model.vocabulary), request.stop), job.options.get("prefill_progress")
+                job.sequence = Sequence(request, self._surroundings, writer, job.outbox, job.saves, origin, progress)
                 await job.sequence.run()
                 is_delivered = True
         except PositionLost as error:  # our fault, and of no use to the caller
@@ -324,7 +328,7 @@ class Engine:
                 job.result = job.sequence.result()
             else:
                 nothing = Usage(0, 0), Timings(0, 0, 0), Speculation()
-                job.result = Result(job.request_id, "", (), FinishReason.CANCELLED, job.sampling, *nothing)
+                job.result = Result(job.request_id, "", (), FinishReason.CANCELLED, None, job.sampling, *nothing)
             if job.error is None and not is_delivered:
                 job.error = self._end or self._why_cancelled(job)
             job.outbox.end()
@@ -344,15 +348,24 @@ class Engine:
         return EngineClosed("the engine is closed")
 
     async def _look_into(self, path: Path, request_id: str) -> tuple[Request, Origin]:
-        """The request in a file, which was found to be whole and of this model."""
-        try:
-            with anyio.fail_after(FILE_SECONDS):
-                record, _, checksum = await self._params.executor(lambda: saved.read(path, self.model.fingerprint), 1.0)
-        except ForerunError:
-            raise
-        except Exception as error:
-            raise SavedSequenceError(f"{path}: could not be read: {error!r:.100}") from error
-        request, output = saved.parse_record(record, request_id, self.model.num_token_ids, self.model.context)
+        """The request in a file, which was found to be whole and of this model. One file at a time."""
+        fingerprint, blank, num_ids, context = self.model.fingerprint, self._pool.blank, self.model.num_token_ids, self.model.context
+
+        def work() -> tuple[Request, tuple[int, ...], str]:
+            position, record, checksum = saved.check(path, fingerprint, blank)
+            request, output = saved.parse_record(record, request_id, num_ids, context)
+            if position != len(request.prompt_ids) + len(output) - 1:
+                raise SavedSequenceError(f"{path}: its request does not fit its position {position}")
+            return request, output, checksum
+
+        async with self._reading:
+            try:
+                with anyio.fail_after(FILE_SECONDS):
+                    request, output, checksum = await self._params.executor(work, 1.0)
+            except ForerunError:
+                raise
+            except Exception as error:
+                raise SavedSequenceError(f"{path}: could not be read: {error!r:.100}") from error
         return request, Origin(SavedFile(path, checksum), output)
 
     async def _encode(self, job: Job) -> tuple[int, ...]:
@@ -379,11 +392,18 @@ class Engine:
             raise InvalidRequest([("prompt", f"{len(ids)} tokens leave no room in a context of {context}")])
         if max_tokens is not None and max_tokens > room:
             raise InvalidRequest([("max_tokens", f"{max_tokens} after a prompt of {len(ids)} exceed the context of {context}")])
-        stop_ids = frozenset[int]() if job.options.get("ignore_eos") else self.model.defaults.stop_ids
+        more_stop_ids = job.options.get("stop_ids") or []
+        if bad := [token for token in more_stop_ids if not 0 <= token < vocabulary]:
+            raise InvalidRequest([("stop_ids", f"{bad[0]!r:.50} is not a token id below the vocabulary's {vocabulary}")])
+        stops = _stops(job.options.get("stop"))
+        if stops and self.model.vocabulary is None:
+            raise InvalidRequest([("stop", "this model has no tokenizer.json, so its answers have no text")])
+        stop_ids = (frozenset[int]() if job.options.get("ignore_eos") else self.model.defaults.stop_ids) | frozenset(more_stop_ids)
         boundary_ids = self.model.defaults.stop_ids
         max_tokens = max_tokens or min(room, DEFAULT_MAX_TOKENS)
         salt = job.options.get("cache_salt") or ""
-        return Request(job.request_id, ids, max_tokens, job.sampling, stop_ids, vocabulary, boundary_ids, salt)
+        num_logprobs = job.options.get("num_logprobs")
+        return Request(job.request_id, ids, max_tokens, job.sampling, stop_ids, vocabulary, boundary_ids, salt, stops, num_logprobs)
 
     # Observation
 
@@ -414,6 +434,10 @@ class Engine:
         )
 
 
+def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
+    return () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+
+
 def _call_soon() -> Callable[[Callable[[], Any]], Any]:
     """The running loop's thread-safe way to be called."""
     if anyio.get_cancelled_exc_class() is asyncio.CancelledError:
@@ -428,9 +452,6 @@ async def open_engine(
     model: str | Path | Model = "demo",
     *,
     spec_type: str | None = None,
-    draft_n_max: int = 3,
-    ngram_size_n: int = 12,
-    ngram_size_m: int = 48,
     num_slots: int = 8,
     num_pages: int | None = None,
     queue_size: int = 256,
@@ -441,10 +462,12 @@ async def open_engine(
     preempt_after_seconds: float | None = PREEMPT_AFTER_SECONDS,
     overlap: bool = True,
     load_progress: Progress | None = None,
+    **speculation: Unpack[SpeculationOptions],
 ) -> AsyncGenerator[Engine]:
     """A running engine for a shipped model's name, a Hugging Face folder, or a model already loaded.
 
-    `spec_type` is `none` or a comma list of `draft-mtp` and `ngram-simple`; by default all that the model can do.
+    `spec_type` is `none` or a comma list of DRAFTERS; by default `ngram-suffix`, and `draft-mtp` if the model has that head. What else
+    can be said of speculation: SpeculationParams.
     `num_slots` requests run at once, `queue_size` more wait. They share `num_pages` pages of 64 positions, by default as many as all of
     them need for the context, or for PAGED_CONTEXT positions if that is less. `prefix_bytes` of checkpoints let requests go on from what
     others with the same beginning have computed (and the same `cache_salt`); 0 keeps none. What does not fit goes into at most
@@ -464,23 +487,27 @@ async def open_engine(
     if recurrent_store not in STORES:
         raise InvalidRequest([("recurrent_store", f"must be one of {', '.join(STORES)}, got {recurrent_store!r:.50}")])
     types = None if spec_type is None else parse_spec_type(spec_type)
+    if unknown := speculation.keys() - SpeculationOptions.__annotations__.keys():
+        raise TypeError(f"open_engine() got an unexpected keyword argument {min(unknown)!r}")
+    params = SpeculationParams(**speculation)  # pyright: ignore[reportArgumentType] - checked there
     if isinstance(model, str | Path):
         name = str(model)
         model = await anyio.to_thread.run_sync(lambda: load_model(name, load_progress))
     if types is None:
-        types = parse_spec_type("draft-mtp,ngram-simple" if model.has_mtp else "ngram-simple")
+        types = parse_spec_type("draft-mtp,ngram-suffix" if model.has_mtp else "ngram-suffix")
     if "draft-mtp" in types and not model.has_mtp:
         raise InvalidRequest([("spec_type", f"{model.name} has no MTP head")])
-    speculation = SpeculationParams(types, draft_n_max, ngram_size_n, ngram_size_m)
+    if "ngram-cache" in types:  # ModelFileError now, rather than in an actor
+        await anyio.to_thread.run_sync(CountsFamily, params, model.num_token_ids)
     if num_pages is None:
-        max_rows = 1 + max(map(speculation.limit, types), default=0)
+        max_rows = 1 + max(map(params.limit, types), default=0)
         num_pages = num_slots * pages_of(min(model.context, PAGED_CONTEXT), max_rows)
     memory = MemoryParams(num_slots, num_pages, prefix_bytes, recurrent_store, is_archived=prefix_folder is not None)
     folder: PrefixFolder | None = None
     if prefix_folder is not None:
         folder = await anyio.to_thread.run_sync(PrefixFolder, Path(prefix_folder), model.fingerprint, folder_bytes)
     patience = math.inf if preempt_after_seconds is None else preempt_after_seconds
-    async with run_engine(model, EngineParams(speculation, memory, queue_size, overlap, patience, folder)) as engine:
+    async with run_engine(model, EngineParams(replace(params, types=types), memory, queue_size, overlap, patience, folder)) as engine:
         yield engine
 
 

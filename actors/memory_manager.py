@@ -14,29 +14,33 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import anyio
 
 from ..core.actor import Actor, Executor
 from ..core.channel import RETRY_AFTER_SECONDS, Envelope, Mailbox
-from ..core.errors import InternalBug, InvalidRequest, LeaseLost, Overloaded, SavedSequenceError
+from ..core.errors import InternalBug, InvalidRequest, LeaseLost, Overloaded, SavedSequenceError, WorkFailed
 from ..core.messages import Admit, Publish, Release, Save
 from ..core.trace import Trace
 from ..core.vocabulary import Lease, SavedFile
 from ..kernels.model import saved
 from ..kernels.model.memory import SequencePool
 from ..kernels.model.pages import PAGE
-from ..kernels.model.prefix import keys
+from ..kernels.model.prefix import Entry, keys
 from ..kernels.model.saved import PrefixFolder
 
 logger = logging.getLogger("forerun")
 
-#: About what a file's bytes take to be checked and copied.
-BYTES_PER_SECOND = 5e8
-#: What a checkpoint in a file takes at most.
-FILE_SECONDS = 5.0
+T = TypeVar("T")
+
+#: About what a file takes, and its bytes to be checked and copied.
+FILE_SECONDS, BYTES_PER_SECOND = 0.1, 5e8
+#: How often the queue is looked through for those who have given up waiting.
+LOOK_SECONDS = 1.0
 
 
 class MemoryManager(Actor):
@@ -58,6 +62,7 @@ class MemoryManager(Actor):
         self._queue_size, self._patience = queue_size, preempt_after_seconds
         self._lent: dict[int, float] = {}  # to those that may be pre-empted, and since when; the newest last
         self._pressing: Envelope | None = None  # the one that others were last pre-empted for
+        self._preempted_at = -math.inf
 
     @property
     def num_waiting(self) -> int:
@@ -71,8 +76,8 @@ class MemoryManager(Actor):
                     self._pool.release(lease)
                     self._lent.pop(lease, None)
                     envelope.answer(None)
-                case Publish(_, lease, prompt, salt):
-                    self._pool.publish(lease, prompt, salt)
+                case Publish(_, lease, prompt, ends, salt):
+                    self._pool.publish(lease, prompt, ends, salt)
                     envelope.answer(None)
                 case Save() as message:
                     await self._save(envelope, message)
@@ -87,13 +92,16 @@ class MemoryManager(Actor):
         for each in [each for each in self._queue if each[0].is_abandoned]:
             self._queue.remove(each)
             each[0].finish("abandoned")
-        while self._queue and await self._admit(*self._queue[0]):
-            self._queue.popleft()
+        while True:
+            while self._queue and await self._admit(*self._queue[0]):
+                self._queue.popleft()
+            if self._folder is None or (entry := self._pool.prefixes.overdue()) is None:
+                break
+            await self._archive(self._folder, entry)
         for each in [each for each in self._queue if not each[1].is_replay][self._queue_size :]:
             self._queue.remove(each)
             each[0].fail(Overloaded(f"{self._queue_size} requests are waiting already", RETRY_AFTER_SECONDS))
-        self.wake_at = self._preempt(now)
-        await self._archive()
+        self.wake_at = min(self._preempt(now), now + LOOK_SECONDS if self._queue else math.inf)
         self._trace.count("slots used", self._pool.num_used)
         self._trace.count("pages used", self._pool.num_pages - self._pool.num_pages_free)
         if not self._pool.num_used:
@@ -101,8 +109,10 @@ class MemoryManager(Actor):
 
     def _preempt(self, now: float) -> float:
         """Makes room for the first in the queue if its time has come. Returns when to look again, if nothing happens before."""
-        if not self._queue or self._queue[0][1].is_replay or self._pool.is_yielding:
+        if not self._queue or self._queue[0][1].was_preempted:
             return math.inf
+        if self._pool.is_yielding and now < self._preempted_at + self._patience:  # whoever waits for a slow reader yields late
+            return self._preempted_at + self._patience
         envelope, message, since = self._queue[0]
         due = since + self._patience
         victims: list[int] = []
@@ -118,7 +128,7 @@ class MemoryManager(Actor):
         for lease in victims:
             del self._lent[lease]
             self._pool.revoke(lease)
-        self._pressing = envelope
+        self._pressing, self._preempted_at = envelope, now
         self._trace.notice(self.name, f"pre-empted {len(victims)} for {message.flow.request}")
         return math.inf
 
@@ -149,23 +159,30 @@ class MemoryManager(Actor):
             self._pool.release(lease.number)
             envelope.finish("abandoned")
             return True
-        if not message.is_replay:
+        if not message.was_preempted:
             self._lent[lease.number] = anyio.current_time()
         envelope.answer(lease)
         return True
 
-    # Files
+    # Files. What is wrong with one, or with the disk it is on, is the matter of its request alone.
 
     async def _save(self, envelope: Envelope, message: Save) -> None:
         try:
             memory = self._pool[message.lease]
-            snapshot, memory.frozen = memory.frozen, None
-            if snapshot is None:
-                raise InternalBug(f"lease {message.lease} is to be saved, but was not frozen")
-            work = partial(saved.write, message.path, self._fingerprint, message.record, snapshot)
-            await self.compute(work, snapshot.num_bytes / BYTES_PER_SECOND)
-        except (LeaseLost, SavedSequenceError) as error:
+        except LeaseLost as error:
             envelope.fail(error)
+            return
+        snapshot, memory.frozen = memory.frozen, None
+        if snapshot is None:
+            raise InternalBug(f"lease {message.lease} is to be saved, but was not frozen")
+        work = partial(saved.write, message.path, self._fingerprint, message.record, snapshot)
+        try:
+            await self._do(work, snapshot.num_bytes)
+        except SavedSequenceError as error:
+            envelope.fail(error)
+        except Exception:
+            envelope.fail(WorkFailed("the memory manager failed saving this request"))
+            raise
         else:
             envelope.answer(None)
 
@@ -173,41 +190,47 @@ class MemoryManager(Actor):
         memory, blank = self._pool[lease.number], self._pool.blank
 
         def work() -> int:
-            _, snapshot, checksum = saved.read(file.path, self._fingerprint)
-            if checksum != file.checksum or not snapshot.fits(blank) or snapshot.checkpoint.position > memory.capacity:
-                raise SavedSequenceError(f"{file.path}: is another file than it was a moment ago")
+            _, snapshot = saved.read(file.path, self._fingerprint, blank, file.checksum)
             memory.restore_snapshot(snapshot)
             return snapshot.checkpoint.position
 
-        try:
-            return replace(lease, num_cached=await self.compute(work, file.path.stat().st_size / BYTES_PER_SECOND))
-        except OSError as error:
-            raise SavedSequenceError(f"{file.path}: cannot be read: {error.strerror}") from error
+        return replace(lease, num_cached=await self._do(work, 0))
 
     async def _look_up(self, envelope: Envelope, message: Admit) -> None:
-        """Brings back the longest checkpoint that the folder has of a prompt, once, if memory does not have as much."""
-        folder = self._folder
+        """Brings back the longest checkpoint that the folder has of a prompt, once, if memory does not have as much, and can."""
+        folder, prefixes = self._folder, self._pool.prefixes
         if folder is None or not len(folder) or self._looked_up is envelope or self._pool.num_used == self._pool.num_slots:
             return
         self._looked_up = envelope
-        found = self._pool.prefixes.find(message.prompt, message.ends, message.salt)
+        found = prefixes.find(message.prompt, message.ends, message.salt)
         start = found.checkpoint.position if found is not None else 0
-        there = [key for end, key in keys(message.prompt, message.ends[:-1], message.salt) if end > start and key in folder]
-        if there:
-            try:
-                blank = self._pool.blank
-                snapshot = await self.compute(lambda: folder.load(there[-1], blank), FILE_SECONDS)
-                self._pool.prefixes.adopt(there[-1], snapshot)
-            except SavedSequenceError as error:
-                logger.warning("a checkpoint is forgotten: %s", error)
+        there = [
+            (end, key)
+            for end, key in keys(message.prompt, message.ends[:-1], message.salt)
+            if end > start and key in folder and folder.size(key) <= prefixes.max_bytes
+        ]
+        if not there:
+            return
+        (end, key), blank = there[-1], self._pool.blank
+        try:
+            snapshot = await self._do(lambda: folder.load(key, end, blank), 0)
+        except SavedSequenceError as error:
+            logger.warning("a checkpoint is forgotten: %s", error)
+            return
+        while (entry := prefixes.overdue(prefixes.size_of(snapshot))) is not None:
+            await self._archive(folder, entry)
+        prefixes.adopt(key, snapshot)
 
-    async def _archive(self) -> None:
-        """Puts into the folder what the index has forgotten."""
-        folder, outgoing = self._folder, self._pool.prefixes.outgoing
-        while folder is not None and outgoing:
-            key = next(iter(outgoing))
-            snapshot = outgoing.pop(key)
+    async def _archive(self, folder: PrefixFolder, entry: Entry) -> None:
+        """Puts a checkpoint into the folder, and forgets it."""
+        prefixes = self._pool.prefixes
+        if entry.key not in folder:
             try:
-                await self.compute(partial(folder.store, key, snapshot), FILE_SECONDS)
+                await self._do(lambda: folder.store(entry.key, prefixes.snapshot(entry)), prefixes.num_bytes(entry))
             except SavedSequenceError as error:
                 logger.warning("a checkpoint is forgotten: %s", error)
+        prefixes.forget(entry)
+
+    async def _do(self, work: Callable[[], T], num_bytes: int) -> T:
+        """Has a file written or read, never in place: it may have to wait for the disk."""
+        return await self.compute(work, FILE_SECONDS + num_bytes / BYTES_PER_SECOND)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from ..core.checks import check_ranges
 from ..core.errors import ModelFileError
-from ..core.vocabulary import check_ranges
 from ..kernels.model.config import load_config, read_json
 from ..kernels.model.memory import MemoryMaker, ModelMemory
 from ..kernels.model.mtp import MtpHead

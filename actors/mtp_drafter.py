@@ -23,11 +23,12 @@ from ..core.channel import Envelope, Mailbox
 from ..core.errors import InternalBug, LeaseLost, PositionLost
 from ..core.messages import Commit, Forget, Observe, Propose, Resume
 from ..core.protocol import CHUNK
-from ..core.vocabulary import DRAFTER_PATIENCE_SECONDS, Draft
+from ..core.speculation import DRAFTER_PATIENCE_SECONDS, Draft, SpeculationParams
+from ..core.vocabulary import Choosing, SamplingParams
 from ..kernels.backend import F32
 from ..kernels.model.memory import SequencePool
 from ..kernels.model.mtp import MtpRows
-from ..kernels.model.sampling import choose
+from ..kernels.model.sampling import choose, share
 
 
 class DraftHead(Protocol):
@@ -66,10 +67,9 @@ class MtpDrafter(Actor):
 
     patience_seconds = DRAFTER_PATIENCE_SECONDS
 
-    def __init__(self, mailbox: Mailbox, executor: Executor, head: DraftHead, pool: SequencePool) -> None:
+    def __init__(self, mailbox: Mailbox, executor: Executor, head: DraftHead, pool: SequencePool, params: SpeculationParams) -> None:
         super().__init__(mailbox, executor)
-        self._head = head
-        self._pool = pool
+        self._head, self._pool, self._params = head, pool, params
         self._sequences: dict[int, _Sequence] = {}
 
     @property
@@ -86,7 +86,7 @@ class MtpDrafter(Actor):
                     envelope.answer(None)
                 case Propose() as message:
                     proposals.append((envelope, message))
-                case Resume(_, lease, tokens):
+                case Resume(_, lease, tokens, _):
                     self._sequences[lease] = _Sequence(len(tokens))
                     envelope.answer(None)
                 case Forget(_, lease):
@@ -99,7 +99,7 @@ class MtpDrafter(Actor):
             if envelope.is_abandoned:
                 continue
             envelope.start()
-            rows = self._catch_up(message.lease, message.position, (message.last_token,))
+            rows = self._catch_up(message.lease, message.position, message.ahead)
             if rows is None:
                 envelope.answer(Draft("draft-mtp", ()))
             else:
@@ -107,8 +107,8 @@ class MtpDrafter(Actor):
         if wanted:
             num_rows = sum(message.limit - 1 + len(rows.tokens) for _, message, rows in wanted)
             drafts = await self.compute(lambda: self._draft([each[1:] for each in wanted]), self._head.seconds(num_rows))
-            for (envelope, _, _), tokens in zip(wanted, drafts, strict=True):
-                envelope.answer(Draft("draft-mtp", tuple(tokens)))
+            for (envelope, _, _), draft in zip(wanted, drafts, strict=True):
+                envelope.answer(draft)
 
     async def _learn(self, message: Observe | Commit) -> None:
         if message.position == 0:
@@ -153,17 +153,34 @@ class MtpDrafter(Actor):
         sequence.num_exact, sequence.behind = start + len(tokens), []
         return MtpRows(memory, start, tokens, hidden)
 
-    def _draft(self, wanted: list[tuple[Propose, MtpRows]]) -> list[list[int]]:
+    def _draft(self, wanted: list[tuple[Propose, MtpRows]]) -> list[Draft]:
         rows = [each for _, each in wanted]
-        drafts: list[list[int]] = [[] for _ in wanted]
-        active = list(range(len(wanted)))
+        tokens: list[list[int]] = [[] for _ in wanted]
+        shares: list[list[float]] = [[] for _ in wanted]
+        active, p = list(range(len(wanted))), self._params
         while active:
             outputs = self._head.forward([rows[i] for i in active])
             ends = [end - 1 for end in accumulate(len(rows[i].tokens) for i in active)]
+            still: list[int] = []
             for i, end, logits in zip(active, ends, self._head.logits(outputs[ends]), strict=True):
-                position = rows[i].position + len(rows[i].tokens)
-                token = choose(logits, wanted[i][0].sampling, position)
-                drafts[i].append(token)
+                message, position = wanted[i][0], rows[i].position + len(rows[i].tokens)
+                token = self._choose(logits, message.choosing, position, tuple(tokens[i]))
+                probability = share(logits, token)
+                if probability < p.draft_p_min:
+                    continue
+                tokens[i].append(token)
+                shares[i].append(probability)
                 rows[i] = MtpRows(rows[i].memory, position, (token,), outputs[end : end + 1])
-            active = [i for i in active if len(drafts[i]) < wanted[i][0].limit]
-        return drafts
+                if len(tokens[i]) < message.limit and math.prod(shares[i]) >= message.floor:
+                    still.append(i)
+            active = still
+        return [
+            Draft("draft-mtp", tuple(each), tuple(sure)) if len(each) >= p.draft_n_min else Draft("draft-mtp", ())
+            for each, sure in zip(tokens, shares, strict=True)
+        ]
+
+    def _choose(self, logits: F32, how: Choosing, position: int, ahead: tuple[int, ...]) -> int:
+        sampling = how.sampling
+        if self._params.draft_sampling == "greedy":
+            sampling = SamplingParams()
+        return choose(logits, sampling, position, how.history.then(ahead) if how.history is not None else None)

@@ -1,38 +1,42 @@
-"""The ngram-simple drafter: what followed the newest earlier occurrence of the last n tokens. Host only, no weights."""
+"""The n-gram drafters: one actor for each family of look-ups (actors/lookup), with the histories of all sequences. No weights."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
 
 from ..core.actor import Actor, Executor
 from ..core.channel import Envelope, Mailbox
 from ..core.errors import InternalBug
 from ..core.messages import Commit, Forget, Observe, Propose, Resume
-from ..core.vocabulary import DRAFTER_PATIENCE_SECONDS, Draft
+from ..core.speculation import DRAFTER_PATIENCE_SECONDS, Draft
+from .lookup.base import NOTHING, Lookup
+from .lookup.family import Family
+
+#: About what a look-up takes to learn a token.
+SECONDS_PER_TOKEN = 1e-5
 
 
 @dataclass(slots=True)
-class History:
-    """One sequence's tokens, and for the hash of each n-gram of them where its newest occurrence ends. No rescans."""
+class _Sequence:
+    """`proposed` stands from `position` on, if it is right; what came has not been compared with it yet."""
 
-    size_n: int
-    tokens: list[int] = field(default_factory=list[int])
-    ends: dict[int, int] = field(default_factory=dict[int, int])
+    lookup: Lookup
+    salt: str
+    position: int = 0
+    proposed: tuple[int, ...] = ()
 
-    def extend(self, tokens: tuple[int, ...]) -> None:
-        for token in tokens:
-            self.tokens.append(token)
-            if len(self.tokens) >= self.size_n:
-                self.ends[hash(tuple(self.tokens[-self.size_n :]))] = len(self.tokens)
-
-    def continuation(self, last_token: int, limit: int) -> tuple[int, ...]:
-        """Up to `limit` tokens that followed the newest earlier occurrence of the last n tokens, `last_token` included;
-        nothing if fewer than n followed."""
-        key = (*self.tokens[len(self.tokens) - self.size_n + 1 :], last_token)
-        end = self.ends.get(hash(key)) if len(key) == self.size_n else None
-        if end is None or len(self.tokens) + 1 - end < self.size_n or tuple(self.tokens[end - self.size_n : end]) != key:
-            return ()
-        return (*self.tokens[end : end + limit], last_token)[:limit]
+    def propose(self, ahead: tuple[int, ...], limit: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        if len(ahead) > 1:  # the continuation of another's draft, which may not come
+            return self.lookup.propose(ahead, limit)
+        came = (*self.lookup.tokens[self.position :], *ahead)[: len(self.proposed)]
+        pairs = zip(came, self.proposed, strict=False)
+        num_right = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        self.lookup.heard(len(came), num_right)
+        proposal = self.lookup.propose(ahead, limit)
+        self.position, self.proposed = len(self.lookup.tokens) + 1, proposal[0]
+        return proposal
 
 
 class NgramDrafter(Actor):
@@ -40,37 +44,49 @@ class NgramDrafter(Actor):
 
     patience_seconds = DRAFTER_PATIENCE_SECONDS
 
-    def __init__(self, mailbox: Mailbox, executor: Executor, size_n: int) -> None:
+    def __init__(self, mailbox: Mailbox, executor: Executor, family: Family) -> None:
         super().__init__(mailbox, executor)
-        self._size_n = size_n
-        self._histories: dict[int, History] = {}
+        self._family = family
+        self._sequences: dict[int, _Sequence] = {}
+
+    async def run(self) -> None:
+        try:
+            await super().run()
+        finally:
+            self._family.close()
 
     async def handle(self, batch: list[Envelope]) -> None:
         for envelope in batch:
             match envelope.message:
-                case Observe(_, lease, position, tokens) | Commit(_, lease, position, tokens):
-                    self._learn(lease, position, tokens)
+                case Observe(_, lease, position, tokens, salt):
+                    if position == 0:
+                        self._sequences[lease] = _Sequence(self._family.make(salt), salt)
+                    await self._learn(lease, position, tokens)
                     envelope.answer(None)
-                case Resume(_, lease, tokens):
-                    self._histories.pop(lease, None)
-                    self._learn(lease, 0, tokens)
+                case Commit(_, lease, position, tokens):
+                    await self._learn(lease, position, tokens)
                     envelope.answer(None)
-                case Propose(_, lease, _, last_token, limit, _):
-                    history = self._histories.get(lease)
-                    tokens = () if history is None or envelope.is_abandoned else history.continuation(last_token, limit)
-                    envelope.answer(Draft("ngram-simple", tokens))
+                case Resume(_, lease, tokens, salt):
+                    self._sequences[lease] = _Sequence(self._family.make(salt), salt)
+                    await self._learn(lease, 0, tokens)
+                    envelope.answer(None)
+                case Propose(_, lease, _, ahead, limit, _, _):
+                    sequence = self._sequences.get(lease)
+                    is_wanted = sequence is not None and not envelope.is_abandoned
+                    envelope.answer(Draft(self._family.name, *(sequence.propose(ahead, limit) if sequence and is_wanted else NOTHING)))
                 case Forget(_, lease):
-                    self._histories.pop(lease, None)
+                    sequence = self._sequences.pop(lease, None)
+                    if sequence is not None:
+                        end, num_tokens = partial(self._family.ended, sequence.lookup, sequence.salt), len(sequence.lookup.tokens)
+                        await self.compute(end, num_tokens * self._family.seconds_to_end)
                     envelope.answer(None)
                 case other:
                     raise InternalBug(f"n-gram drafter got {other!r}")
 
-    def _learn(self, lease: int, position: int, tokens: tuple[int, ...]) -> None:
-        if position == 0:
-            self._histories[lease] = History(self._size_n)
-        history = self._histories.get(lease)
-        if history is None:
+    async def _learn(self, lease: int, position: int, tokens: tuple[int, ...]) -> None:
+        sequence = self._sequences.get(lease)
+        if sequence is None:
             return
-        if position != len(history.tokens):
-            raise InternalBug(f"tokens at {position} after {len(history.tokens)}")
-        history.extend(tokens)
+        if position != len(sequence.lookup.tokens):
+            raise InternalBug(f"tokens at {position} after {len(sequence.lookup.tokens)}")
+        await self.compute(lambda: sequence.lookup.extend(tokens), len(tokens) * SECONDS_PER_TOKEN)

@@ -14,29 +14,32 @@ from pathlib import Path
 
 import anyio
 
-from ..core.channel import Mailbox, Reply
+from ..core.channel import Mailbox
 from ..core.errors import ActorRestarted, ForerunError, LeaseLost, RequestFailed, SavedSequenceError, WorkFailed
-from ..core.messages import Admit, Commit, Forget, Freeze, Observe, Prefill, Propose, Publish, Release, Resume, Save, Verify
+from ..core.messages import Admit, Commit, Forget, Freeze, Observe, Prefill, Publish, Release, Save, Verify
 from ..core.outbox import Outbox
 from ..core.protocol import CHUNK, SequenceProtocol, State
+from ..core.speculation import DrafterName, Speculation, SpeculationParams
 from ..core.trace import Flow, Trace
 from ..core.vocabulary import (
+    Choosing,
     Delta,
-    Draft,
-    DrafterName,
-    DrafterStatistics,
     FinishReason,
+    History,
     Lease,
     Request,
     Result,
     SavedFile,
-    Speculation,
-    SpeculationParams,
     Timings,
+    TokenLogprob,
     Usage,
+    Verdict,
 )
 from ..kernels.model.saved import record_of
-from .tokenizer import Detokenizer
+from .chooser import Experience, Plan
+from .drafting import Drafting, Question
+from .synthetic import synthetic
+from .writer import Writer
 
 logger = logging.getLogger("forerun")
 
@@ -57,6 +60,7 @@ class Surroundings:
     target: Mailbox
     drafters: dict[DrafterName, Mailbox]
     speculation: SpeculationParams
+    experience: Experience
     overlap: bool
     keeps_prefixes: bool
     trace: Trace
@@ -99,20 +103,12 @@ class _Clock:
         return Timings(admitted - self.begun, first - admitted, last - first)
 
 
-@dataclass(slots=True)
-class _Drafter:
-    """A drafter as this sequence sees it: `life` is the one it has told of its lease."""
-
-    mailbox: Mailbox
-    life: int
-
-
 class Sequence:
     def __init__(
         self,
         request: Request,
         surroundings: Surroundings,
-        detokenizer: Detokenizer,
+        writer: Writer,
         outbox: Outbox,
         saves: list[SaveOrder],
         origin: Origin | None = None,
@@ -120,25 +116,32 @@ class Sequence:
     ) -> None:
         self._request, self._to, self._origin, self._saves = request, surroundings, origin, saves
         self._params, self._overlap, self._trace = surroundings.speculation, surroundings.overlap, surroundings.trace
-        self.protocol = SequenceProtocol(request, origin.output if origin is not None else ())
-        self._detokenizer, self._outbox, self._progress = detokenizer, outbox, progress
-        self._drafters: dict[DrafterName, _Drafter] = {
-            name: _Drafter(mailbox, mailbox.life) for name, mailbox in surroundings.drafters.items()
-        }
+        self.protocol = SequenceProtocol(request, origin.output if origin is not None else (), writer.push)
+        self._writer, self._outbox, self._progress = writer, outbox, progress
+        self._drafting = Drafting(
+            surroundings.drafters,
+            self._params,
+            surroundings.experience,
+            request.cache_salt,
+            self._trace,
+            self._overlap,
+            lambda: self.protocol.computed,
+        )
         self._num_cached = 0
-        self._has_queued = False
+        self._has_queued = self._was_preempted = False
+        self._memory_life = 0  # in which the lease was lent
         self._lease: Lease | None = None
         self._flow = Flow(request.request_id, 0)
-        self._observed: list[Reply[None]] = []  # of the last chunk, where drafters still read it
-        self._draft: Draft | None = None
+        self._plan = Plan((), 0.0)
+        self._verdict = Verdict(())
         self._clock = _Clock(anyio.current_time())
-        self._text = [detokenizer.push(origin.output)] if origin is not None else []
+        self._text: list[str] = []
+        if origin is not None:
+            writer.push(origin.output)
+            self._text.append(writer.take())
+        self._logprobs: list[TokenLogprob] = []
         self._num_rounds = 0
         self._num_tokens_at_death, self._num_deaths = -1, 0  # of the target, working on this
-        # How long a looked-up draft may be now. Twelve rows cost five times one here, and a match says little about how far
-        # it reaches: so twice as far after a draft accepted whole, and just beyond the miss after one that was not.
-        self._ngram_reach = self._params.ngram_size_n
-        self._statistics: dict[DrafterName, DrafterStatistics] = {name: DrafterStatistics() for name in surroundings.drafters}
 
     async def run(self) -> None:
         """From admission to the last delta. Cancelled or failed: the lease is given back before this returns."""
@@ -165,10 +168,12 @@ class Sequence:
 
     async def _admit(self) -> None:
         request, is_replay = self._request, self._clock.admitted is not None or self._has_queued
-        max_rows = 1 + max((self._params.limit(name) for name in self._drafters), default=0)
+        max_rows = 1 + max((self._params.limit(name) for name in self._to.drafters), default=0)
         prompt, ends = request.prompt_ids, self.protocol.chunk_ends
         saved = self._origin.file if self._origin is not None and not is_replay else None
-        admit = Admit(self._flow, prompt, ends, request.cache_salt, len(prompt) + request.max_tokens, max_rows, is_replay, saved)
+        num_tokens = len(prompt) + request.max_tokens
+        admit = Admit(self._flow, prompt, ends, request.cache_salt, num_tokens, max_rows, is_replay, self._was_preempted, saved)
+        self._memory_life = self._to.memory.life
 
         def keep(lease: Lease) -> None:
             self._lease = lease
@@ -179,27 +184,20 @@ class Sequence:
             self._num_cached = min(lease.num_cached, len(prompt))
         self.protocol.restored() if saved is not None else self.protocol.admitted(lease.num_cached)
         if lease.num_cached:
-            for drafter in self._drafters.values():
-                drafter.life = drafter.mailbox.life
-                with suppress(ForerunError):
-                    await drafter.mailbox.tell(Resume(self._flow, lease.number, self.protocol.computed))
+            await self._drafting.resume(self._flow, lease.number)
 
     async def _prefill(self) -> None:
         protocol, prompt, lease = self.protocol, self._request.prompt_ids, self._held
         position, chunk = protocol.position, protocol.next_chunk()
         end = position + len(chunk)
         is_last, is_kept = end == len(prompt), self._is_kept(end)
-        verdict = await self._to.target.ask(Prefill(self._flow, lease, position, chunk, self._request.sampling, is_last, is_kept))
-        await self._hear_observed()
+        verdict = await self._to.target.ask(Prefill(self._flow, lease, position, chunk, self._choosing(len(prompt)), is_last, is_kept))
+        await self._drafting.hear()
+        self._verdict = verdict
         protocol.chunk_computed(verdict)
-        for drafter in self._drafters.values():
-            reply = await self._inform(drafter, Observe(self._flow, lease, position, chunk))
-            if reply is not None:
-                self._observed.append(reply)
-        if not self._overlap or is_last:
-            await self._hear_observed()
+        await self._drafting.observe(Observe(self._flow, lease, position, chunk, self._request.cache_salt), is_last)
         if is_last and self._to.keeps_prefixes:
-            await self._to.memory.tell(Publish(self._flow, lease, prompt, self._request.cache_salt))
+            await self._to.memory.tell(Publish(self._flow, lease, prompt, protocol.chunk_ends, self._request.cache_salt))
         if self._clock.first_token is None:
             self._report(end)
             if is_last:
@@ -214,78 +212,57 @@ class Sequence:
         assert self._lease is not None
         protocol, lease = self.protocol, self._lease.number
         position, tokens = protocol.position, protocol.next_replay(self._lease.max_rows)
-        verify = Verify(self._flow, lease, position, tokens, self._request.sampling, self._is_suspect)
+        verify = Verify(self._flow, lease, position, tokens, self._choosing(position + 1), self._is_suspect)
         verdict = await self._to.target.ask(verify)
         protocol.replayed(verdict)
-        await self._tell_drafters(position, tokens)
+        await self._drafting.commit(Commit(self._flow, lease, position, tokens))
 
     async def _propose(self) -> None:
-        """The first draft with anything in it, or none. Twelve matching tokens say more than a head's guess: the n-gram drafter goes
-        first. The overlapped loop asks all together, and takes back what it does not need."""
         protocol = self.protocol
         await self._save()
         self._flow = Flow(self._request.request_id, self._num_rounds + 1)
-        self._draft = None
-        asked: list[tuple[DrafterName, int, Reply[Draft]]] = []
-        try:
-            for name, drafter in self._drafters.items():
-                limit = min(self._params.limit(name), protocol.draft_limit, self._max_drafts)
-                limit = min(limit, self._ngram_reach) if name == "ngram-simple" else limit
-                if limit > 0 and self._draft is None and not drafter.mailbox.is_closed:
-                    message = Propose(self._flow, self._held, protocol.position, protocol.last_token, limit, self._request.sampling)
-                    with suppress(ForerunError):
-                        await self._resume(drafter)
-                        asked.append((name, limit, await drafter.mailbox.post(message)))
-                    if not self._overlap:
-                        await self._hear_drafts(asked)
-            await self._hear_drafts(asked)
-        finally:
-            for *_, reply in asked:
-                reply.abandon()
-        protocol.drafted(self._draft)
-
-    async def _hear_drafts(self, asked: list[tuple[DrafterName, int, Reply[Draft]]]) -> None:
-        """Takes the first draft there is, in order of asking; stops listening then."""
-        while asked and self._draft is None:
-            name, limit, reply = asked.pop(0)
-            with suppress(ForerunError):  # a drafter that has died costs its draft alone
-                draft = await reply.wait()
-                if draft.tokens:
-                    self._draft = Draft(name, draft.tokens[:limit])  # whatever a drafter answers, the lease has room for so many
+        room = min(protocol.draft_limit, self._max_drafts)
+        if not self._to.drafters:
+            self._plan = Plan((), 0.0)
+        else:
+            question = Question(self._flow, self._held, protocol.position, protocol.last_token, room, self._choosing())
+            self._plan = await self._drafting.propose(question)
+        protocol.drafted(self._plan.tokens)
 
     async def _verify(self) -> None:
         protocol = self.protocol
-        verify = Verify(self._flow, self._held, protocol.position, protocol.rows, self._request.sampling, self._is_suspect)
+        verify = Verify(self._flow, self._held, protocol.position, protocol.rows, self._choosing(), self._is_suspect)
         verdict = await self._to.target.ask(verify)
+        if self._params.synth_rates:
+            verdict = synthetic(verdict, protocol.rows[1:], self._params.synth_rates, self._request.sampling.seed, protocol.position)
         protocol.verified(verdict)
         self._num_rounds += 1
-        if self._draft is not None and protocol.round.num_drafted:
-            name, done = self._draft.drafter, protocol.round
-            self._statistics[name] = self._statistics[name].after(done.num_drafted, done.num_accepted)
-            if name == "ngram-simple":
-                is_whole = done.num_accepted == done.num_drafted
-                self._ngram_reach = max(self._ngram_reach, 2 * done.num_drafted) if is_whole else done.num_accepted + 1
-            self._trace.count("accepted", done.num_accepted, self._flow)
+        self._verdict, done = verdict, protocol.round
+        if self._to.drafters:
+            self._drafting.settle(done.num_drafted, done.num_accepted, done.tokens, verdict)
+        self._trace.count("accepted", done.num_accepted, self._flow)
+
+    def _choosing(self, num_before: int | None = None) -> Choosing:
+        """How tokens are chosen, the first of them after `num_before` of prompt and answer; after all of them if None."""
+        request, history = self._request, None
+        if request.sampling.needs_history:
+            history = History((*request.prompt_ids, *self.protocol.output)[:num_before], len(request.prompt_ids))
+        return Choosing(request.sampling, history, request.num_logprobs)
 
     async def _commit(self) -> None:
         """Hands the round's tokens to the reader, waiting while it is slow, which holds up this sequence alone; then tells the drafters."""
         protocol, done = self.protocol, self.protocol.round
-        text = self._detokenizer.push(done.tokens, is_last=protocol.finish_reason is not None)
+        text = self._writer.take(is_last=protocol.finish_reason is not None)
         self._text.append(text)
         if done.tokens or text:
-            source = self._draft.drafter if self._draft is not None and done.num_accepted else None
-            await self._outbox.send(Delta(text, done.tokens, source), self._flow)
+            source = self._plan.parts[0].drafter if self._plan.parts and done.num_accepted else None
+            logprobs = self._verdict.logprobs[: len(done.tokens)]
+            self._logprobs += logprobs
+            await self._outbox.send(Delta(text, done.tokens, source, logprobs), self._flow)
         if done.computed:
-            await self._tell_drafters(done.position, done.computed)
+            await self._drafting.commit(Commit(self._flow, self._held, done.position, done.computed))
         self._clock.last_token = anyio.current_time()
         protocol.committed()
-
-    async def _tell_drafters(self, position: int, tokens: tuple[int, ...]) -> None:
-        for drafter in self._drafters.values():
-            reply = await self._inform(drafter, Commit(self._flow, self._held, position, tokens))
-            if reply is not None and not self._overlap:
-                with suppress(ForerunError):
-                    await reply.wait()
 
     async def _save(self) -> None:
         """Does what is ordered. An order outlives the loss of memory."""
@@ -297,6 +274,10 @@ class Sequence:
                 await self._to.memory.ask(Save(self._flow, self._held, order.path, record))
             except SavedSequenceError as error:
                 order.error = error
+            except WorkFailed:  # of this order, it may be: once is enough
+                self._saves.remove(order)
+                order.finish(SavedSequenceError(f"{order.path}: the request could not be saved"))
+                raise
             if order in self._saves:  # else nobody waits for it any more
                 self._saves.remove(order)
                 order.finish(order.error)
@@ -328,17 +309,13 @@ class Sequence:
             self._num_tokens_at_death = len(self.protocol.output)
             if self._num_deaths > MAX_FRUITLESS_REPLAYS:
                 raise RequestFailed("the target failed each time it worked on this request") from error
+        self._was_preempted |= isinstance(error, LeaseLost) and self._memory_life == self._to.memory.life
         await self._give_back()
         self.protocol.memory_lost()
 
     async def _forget(self) -> None:
         """Nobody may work on memory that is another's: returns when nobody does."""
-        for reply in self._observed:
-            reply.abandon()
-        self._observed.clear()
-        for drafter in self._drafters.values():
-            with suppress(ForerunError):
-                await drafter.mailbox.ask(Forget(self._flow, self._held))
+        await self._drafting.forget(self._flow, self._held)
         with suppress(ForerunError):
             await self._to.target.ask(Forget(self._flow, self._held))
 
@@ -349,29 +326,6 @@ class Sequence:
                 with suppress(ForerunError):  # memory that has stopped lends nothing; of a former life's leases it wants to know nothing
                     await self._to.memory.ask(Release(self._flow, self._held))
             self._lease = None
-
-    # Drafters
-
-    async def _resume(self, drafter: _Drafter) -> bool:
-        """Tells a drafter that was restarted all it has to know. Whether that was needed."""
-        if drafter.life == drafter.mailbox.life:
-            return False
-        drafter.life = drafter.mailbox.life
-        await drafter.mailbox.tell(Resume(self._flow, self._held, self.protocol.computed))
-        return True
-
-    async def _inform(self, drafter: _Drafter, message: Observe | Commit) -> Reply[None] | None:
-        """Tells a drafter what now stands. Nothing to wait for when it is gone, or had to be told everything."""
-        with suppress(ForerunError):
-            if not drafter.mailbox.is_closed and not await self._resume(drafter):
-                return await drafter.mailbox.post(message)
-        return None
-
-    async def _hear_observed(self) -> None:
-        for reply in self._observed:
-            with suppress(ForerunError):
-                await reply.wait()
-        self._observed.clear()
 
     # The reader
 
@@ -391,8 +345,10 @@ class Sequence:
             "".join(self._text),
             tuple(protocol.output),
             protocol.finish_reason or FinishReason.CANCELLED,
+            self._writer.matched if self._writer.matched is not None else protocol.matched_stop_id,
             request.sampling,
             Usage(len(request.prompt_ids), len(protocol.output), self._num_cached),
             self._clock.timings(anyio.current_time()),
-            Speculation(self._num_rounds, dict(self._statistics)),
+            Speculation(self._num_rounds, dict(self._drafting.statistics), bool(self._params.synth_rates)),
+            tuple(self._logprobs),
         )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol, TypeVar
 
 from ..core.actor import Actor, Executor
 from ..core.channel import Envelope, Mailbox
 from ..core.errors import InternalBug, LeaseLost, PositionLost, WorkFailed
 from ..core.messages import Forget, Freeze, Prefill, Verify
-from ..core.vocabulary import Verdict
+from ..core.trace import Trace
+from ..core.vocabulary import Choosing, Verdict
 from ..kernels.backend import F32
 from ..kernels.model.memory import SequenceMemory, SequencePool
-from ..kernels.model.sampling import choose
+from ..kernels.model.sampling import choose_rows, logprobs
 from ..kernels.model.trunk import Rows
 
 R = TypeVar("R")
@@ -33,10 +35,9 @@ class Target(Protocol):
 
 
 class TargetDecoder(Actor):
-    def __init__(self, mailbox: Mailbox, executor: Executor, target: Target, pool: SequencePool) -> None:
+    def __init__(self, mailbox: Mailbox, executor: Executor, target: Target, pool: SequencePool, trace: Trace) -> None:
         super().__init__(mailbox, executor)
-        self._target = target
-        self._pool = pool
+        self._target, self._pool, self._clock = target, pool, trace.clock
 
     @property
     def enough(self) -> float:
@@ -92,26 +93,31 @@ class TargetDecoder(Actor):
 
     async def _verify(self, verifies: list[tuple[Envelope, Verify, Rows]]) -> None:
         batch = [rows for _, _, rows in verifies]
+        num_rows = sum(len(rows.tokens) for rows in batch)
 
         def work() -> list[Verdict]:
-            logits = iter(self._target.verify(batch)[0])
+            start = 0
+            logits = self._target.verify(batch)[0]
             verdicts: list[Verdict] = []
-            for _, message, _ in verifies:
-                positions = range(message.position + 1, message.position + 1 + len(message.tokens))
-                verdicts.append(Verdict(tuple(choose(next(logits), message.sampling, position) for position in positions)))
+            for _, message, rows in verifies:
+                verdict = _verdict(logits[start : start + len(rows.tokens)], message.choosing, message.position + 1, message.tokens[1:])
+                start += len(rows.tokens)
+                verdicts.append(verdict)
             return verdicts
 
         envelopes = [envelope for envelope, _, _ in verifies]
-        verdicts = await self._do(work, sum(len(rows.tokens) for rows in batch), envelopes)
+        began = self._clock()
+        verdicts = await self._do(work, num_rows, envelopes)
+        seconds = (self._clock() - began) / 1e9
         for envelope, verdict in zip(envelopes, verdicts, strict=True):
-            envelope.answer(verdict)
+            envelope.answer(replace(verdict, num_rows=num_rows, seconds=seconds))
 
     async def _prefill(self, envelope: Envelope, message: Prefill, rows: Rows) -> None:
         def work() -> Verdict:
             logits = self._target.prefill(rows, message.is_last)
             if message.is_kept:
                 rows.memory.keep()
-            return Verdict(() if logits is None else (choose(logits[0], message.sampling, message.position + len(message.tokens)),))
+            return Verdict(()) if logits is None else _verdict(logits, message.choosing, message.position + len(message.tokens))
 
         envelope.start()
         envelope.answer(await self._do(work, len(rows.tokens), [envelope]))
@@ -134,3 +140,11 @@ class TargetDecoder(Actor):
             for envelope in envelopes:
                 envelope.fail(WorkFailed("the target decoder failed working on this request"))
             raise
+
+
+def _verdict(logits: F32, how: Choosing, position: int, ahead: tuple[int, ...] = ()) -> Verdict:
+    """The choices at `position`... from logits [R, V]."""
+    choices = choose_rows(logits, how, position, ahead)
+    if how.num_logprobs is None:
+        return Verdict(tuple(choices))
+    return Verdict(tuple(choices), tuple(logprobs(row, token, how.num_logprobs) for row, token in zip(logits, choices, strict=True)))

@@ -16,8 +16,9 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
 
+from .speculation import Draft
 from .trace import Flow
-from .vocabulary import Draft, Lease, Prompt, SamplingParams, SavedFile, Verdict
+from .vocabulary import Choosing, Lease, Prompt, SavedFile, Verdict
 
 R = TypeVar("R")
 
@@ -50,7 +51,8 @@ class Encode(Mail[tuple[int, ...]]):
 class Admit(Mail[Lease]):
     """Sequence to memory manager, once, and again after memory was lost or revoked: memory for `num_tokens` positions and verifies of
     `max_rows` rows, with what is known of `prompt`, whose chunks end at `ends`, for this `salt`. Waits while there is none; one
-    that `is_replay` was admitted or had queued before, goes first, and is not refused for a full queue. With `saved`, what that file
+    that `is_replay` was admitted or had queued before, goes first, and is not refused for a full queue; one that `was_preempted` is not
+    again, and nobody for it. With `saved`, what that file
     holds is in the memory, and nothing else."""
 
     prompt: tuple[int, ...]
@@ -59,6 +61,7 @@ class Admit(Mail[Lease]):
     num_tokens: int
     max_rows: int
     is_replay: bool
+    was_preempted: bool = False
     saved: SavedFile | None = None
 
 
@@ -68,6 +71,7 @@ class Publish(Mail[None]):
 
     lease: int
     prompt: tuple[int, ...]
+    ends: tuple[int, ...]
     salt: str
 
 
@@ -95,7 +99,7 @@ class Prefill(Mail[Verdict]):
     lease: int
     position: int
     tokens: tuple[int, ...]
-    sampling: SamplingParams
+    choosing: Choosing
     is_last: bool
     is_kept: bool
 
@@ -108,7 +112,7 @@ class Verify(Mail[Verdict]):
     lease: int
     position: int
     tokens: tuple[int, ...]
-    sampling: SamplingParams
+    choosing: Choosing
     is_suspect: bool
 
 
@@ -123,23 +127,27 @@ class Freeze(Mail[None]):
 @dataclass(frozen=True, slots=True)
 class Observe(Mail[None]):
     """Sequence to each drafter, once a prompt chunk, after its Prefill: `tokens` stand at `position` and the target has computed
-    them. Answered before the chunk after the next is asked for: memory keeps the hidden rows of two."""
+    them. Answered before the chunk after the next is asked for: memory keeps the hidden rows of two. What is learned of it may serve
+    others with the same `salt` alone."""
 
     lease: int
     position: int
     tokens: tuple[int, ...]
+    salt: str
 
 
 @dataclass(frozen=True, slots=True)
 class Propose(Mail[Draft]):
-    """Sequence to a drafter, once a round: what follows `last_token`, which stands at `position`? At most `limit` tokens,
-    chosen as the target will choose where the drafter has logits of its own."""
+    """Sequence to a drafter, at most once a round, or twice: what follows `ahead`, of which the first token stands at `position` and the
+    others are drafted? At most `limit` tokens, chosen as the target will choose where the drafter has logits of its own; it may
+    stop where all it has drafted is less likely to be right than `floor`."""
 
     lease: int
     position: int
-    last_token: int
+    ahead: tuple[int, ...]
     limit: int
-    sampling: SamplingParams
+    floor: float
+    choosing: Choosing
     when_full = WhenFull.NEWEST_WINS
 
 
@@ -160,6 +168,7 @@ class Resume(Mail[None]):
 
     lease: int
     tokens: tuple[int, ...]
+    salt: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,11 +18,12 @@ What is not in TRANSITIONS is refused, and a refused call changes nothing.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from .errors import InternalBug
-from .vocabulary import Draft, FinishReason, Request, Verdict
+from .errors import InternalBug, RequestFailed
+from .vocabulary import FinishReason, Request, Verdict
 
 #: Positions a prefill chunk spans at most; chunks end at its multiples. The length of the WY blocks of gated delta net kernels.
 CHUNK = 64
@@ -125,14 +126,20 @@ class Round:
 class SequenceProtocol:
     """One request from admission to its end. `finish_reason` is set once the end is decided, but for failures."""
 
-    def __init__(self, request: Request, output: tuple[int, ...] = ()) -> None:
-        """`output` is what a saved request had produced."""
+    def __init__(
+        self, request: Request, output: tuple[int, ...] = (), find_stop: Callable[[tuple[int, ...]], int | None] = lambda tokens: None
+    ) -> None:
+        """`output` is what a saved request had produced. `find_stop` is told all new tokens, once, and returns how many of them it takes
+        until a stop text stands there."""
         self.request = request
         self.chunk_ends = chunk_ends(request.prompt_ids, request.boundary_ids)
         self.state = State.WAITING
         self.holds_lease = False
         self.finish_reason: FinishReason | None = None
         self.output = list(output)
+        self._is_restored = bool(output)
+        self.matched_stop_id: int | None = None
+        self._find_stop = find_stop
         self._num_computed = 0  # positions the target's memory holds for good
         self._draft: tuple[int, ...] = ()
         self._round: Round | None = None  # in COMMITTING
@@ -238,15 +245,17 @@ class SequenceProtocol:
         self._num_computed = end
 
     def _check(self, choices: tuple[int, ...], known: tuple[int, ...]) -> None:
-        if choices != known:
-            raise InternalBug(f"a replay of {self.request.request_id} chose {choices} where the text has {known}")
+        if choices == known:
+            return
+        problem = f"a replay of {self.request.request_id} chose {choices} where the text has {known}"
+        raise RequestFailed(problem + ", as it was saved") if self._is_restored else InternalBug(problem)
 
     # Rounds
 
-    def drafted(self, draft: Draft | None) -> tuple[int, ...]:
+    def drafted(self, draft: tuple[int, ...]) -> tuple[int, ...]:
         """Takes as much of the draft as may be used, up to the first token there is not; returns the rows to verify from `position`."""
         self._move(Event.DRAFTED, State.VERIFYING)
-        tokens = draft.tokens[: self.draft_limit] if draft is not None else ()
+        tokens = draft[: self.draft_limit]
         unknown = (i for i, token in enumerate(tokens) if not 0 <= token < self.request.vocabulary)
         self._draft = tokens[: next(unknown, None)]
         return self.rows
@@ -293,10 +302,14 @@ class SequenceProtocol:
     def _take(self, choices: tuple[int, ...]) -> tuple[tuple[int, ...], FinishReason | None]:
         """The part of `choices` that belongs to the text, and why it ends there if it does."""
         room = self.request.max_tokens - len(self.output)
-        for i, token in enumerate(choices[:room]):
-            if token in self.request.stop_ids:
-                return choices[:i], FinishReason.STOP
-        return choices[:room], FinishReason.LENGTH if len(choices) >= room else None
+        stop = next((i for i, token in enumerate(choices[:room]) if token in self.request.stop_ids), None)
+        tokens = choices[:room] if stop is None else choices[:stop]
+        if (length := self._find_stop(tokens)) is not None:
+            return tokens[:length], FinishReason.STOP
+        if stop is not None:
+            self.matched_stop_id = choices[stop]
+            return tokens, FinishReason.STOP
+        return tokens, FinishReason.LENGTH if len(choices) >= room else None
 
     def _settle(self, done: Round, reason: FinishReason | None) -> None:
         self.output += done.tokens

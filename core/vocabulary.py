@@ -3,40 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from operator import index
 from pathlib import Path
-from typing import Literal, SupportsIndex, TypedDict, cast
+from typing import SupportsIndex, TypedDict, cast
 
+from .checks import check_logit_bias, check_ranges, check_text
 from .errors import InvalidRequest
-
-DrafterName = Literal["draft-mtp", "ngram-simple"]
-#: In the order they are asked.
-DRAFTERS: tuple[DrafterName, ...] = ("ngram-simple", "draft-mtp")
-
-#: Seconds a drafter may be stuck: everybody it drafts for waits, and goes on without it as soon as it is restarted.
-DRAFTER_PATIENCE_SECONDS = 5.0
-
-#: The one table of ranges: field -> (lowest, highest), both allowed. The edge, the API and the CLI all use it.
-RANGES: dict[str, tuple[float, float]] = {
-    "max_tokens": (1, 1_000_000),
-    "temperature": (0.0, 100.0),
-    "top_k": (0, 1_000_000),
-    "top_p": (0.0, 1.0),
-    "min_p": (0.0, 1.0),
-    "seed": (0, 2**64 - 1),
-    "draft_n_max": (1, 64),
-    "ngram_size_n": (1, 64),
-    "ngram_size_m": (1, 64),
-    "num_slots": (1, 1024),
-    "queue_size": (0, 100_000),
-    "num_pages": (1, 100_000_000),
-    "prefix_bytes": (0, 2**60),
-    "folder_bytes": (0, 2**60),
-    "timeout_seconds": (0.0, 1e9),
-    "preempt_after_seconds": (0.0, 1e9),
-}
+from .speculation import DrafterName, Speculation
 
 
 class Message(TypedDict):
@@ -58,14 +33,14 @@ def check_prompt(prompt: object) -> Prompt:
     """The prompt, with its ids as plain ints; InvalidRequest lists all that is wrong with its form."""
     violations: list[tuple[str, str]] = []
     if isinstance(prompt, str):
-        violations += _check_text("prompt", prompt)
+        violations += check_text("prompt", prompt)
     elif not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray) or not prompt:
         violations.append(("prompt", "must be text, token ids or chat messages, and not empty"))
     elif all(isinstance(part, Mapping) for part in cast("Sequence[object]", prompt)):
         for i, message in enumerate(cast("Sequence[Mapping[str, object]]", prompt)):
             if message.get("role") not in ROLES:
                 violations.append((f"prompt[{i}].role", f"must be one of {', '.join(ROLES)}"))
-            violations += _check_text(f"prompt[{i}].content", message.get("content"))
+            violations += check_text(f"prompt[{i}].content", message.get("content"))
             violations += [(f"prompt[{i}].{key}", "is not part of a message") for key in message if key not in ("role", "content")]
     else:
         parts = cast("Sequence[object]", prompt)
@@ -75,16 +50,6 @@ def check_prompt(prompt: object) -> Prompt:
     if violations:
         raise InvalidRequest(violations)
     return cast(Prompt, prompt)
-
-
-def _check_text(field: str, text: object) -> list[tuple[str, str]]:
-    if not isinstance(text, str):
-        return [(field, "must be text")]
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return [(field, "contains lone surrogates, which no text has")]
-    return []
 
 
 #: characters of a cache salt: room for a tenant's name and a hash
@@ -97,45 +62,62 @@ def check_salt(salt: object) -> list[tuple[str, str]]:
         return []
     if isinstance(salt, str) and len(salt) > SALT_CHARACTERS:
         return [("cache_salt", f"must have at most {SALT_CHARACTERS} characters")]
-    return _check_text("cache_salt", salt)
-
-
-def check_ranges(values: Mapping[str, object]) -> list[tuple[str, str]]:
-    """Every violation of RANGES among `values`; None means unset and is always fine."""
-    violations: list[tuple[str, str]] = []
-    for name, value in values.items():
-        lowest, highest = RANGES[name]
-        if value is None:
-            continue
-        is_whole = isinstance(lowest, int)
-        if not isinstance(value, int if is_whole else int | float) or isinstance(value, bool):
-            violations.append((name, f"must be a {'whole ' if is_whole else ''}number, got {value!r:.50}"))
-        elif not lowest <= value <= highest:  # NaN is not, either
-            violations.append((name, f"must be between {lowest} and {highest}, got {value!r:.50}"))
-    return violations
+    return check_text("cache_salt", salt)
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How a token is chosen from its logits. The filters are transformers' (`generation/logits_process.py`), in its order:
-    temperature, top-k, top-p, min-p; temperature 0 is greedy. The choice is a pure function of (logits, these, position)."""
+    logit bias, repetition penalty, temperature, top-k, top-p, min-p; presence and frequency penalties are vLLM's, of the answer alone,
+    and come after the repetition penalty. Temperature 0 is greedy. The choice is a pure function of (logits, these, position, and with
+    penalties the tokens before)."""
 
     temperature: float = 0.0
     top_k: int = 0  # 0: no limit
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+    repetition_penalty: float = 1.0  # of tokens in prompt or answer: logits above 0 are divided by it, those below multiplied
+    presence_penalty: float = 0.0  # subtracted for tokens in the answer
+    frequency_penalty: float = 0.0  # subtracted each time a token stands in the answer
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
 
     def __post_init__(self) -> None:
-        values = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p, "seed": self.seed}
-        if violations := check_ranges(values):
+        values = {name: getattr(self, name) for name in SamplingParams.__slots__ if name != "logit_bias"}
+        missing = [(name, "must be given") for name in values if values[name] is None]
+        if violations := check_ranges(values) + missing + check_logit_bias(self.logit_bias):
             raise InvalidRequest(violations)
+
+    @property
+    def needs_history(self) -> bool:
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """The tokens before the one to be chosen; the first `num_prompt` of them are the prompt."""
+
+    tokens: tuple[int, ...]
+    num_prompt: int
+
+    def then(self, tokens: tuple[int, ...]) -> History:
+        return History(self.tokens + tokens, self.num_prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class Choosing:
+    """How the tokens of one request are chosen: `history` up to the first row's own token where penalties need it, and how many of the
+    likeliest tokens' log probabilities are wanted; None wants not even the chosen one's."""
+
+    sampling: SamplingParams
+    history: History | None = None
+    num_logprobs: int | None = None
 
 
 class FinishReason(Enum):
     """Why a request ended."""
 
-    STOP = "stop"  # an end-of-text token was chosen
+    STOP = "stop"  # a stop token was chosen, or a stop text stands there
     LENGTH = "length"  # max_tokens reached
     CANCELLED = "cancelled"
 
@@ -143,8 +125,8 @@ class FinishReason(Enum):
 @dataclass(frozen=True, slots=True)
 class Request:
     """A request after encoding, with every default resolved. `vocabulary` is the number of token ids there are; prefill chunks also
-    end after a token of `boundary_ids`, which end the messages of a chat. What is cached of prompts is shared by those with the
-    same `cache_salt`."""
+    end after a token of `boundary_ids`, which end the messages of a chat. The answer ends where one of `stop` begins. What is cached of
+    prompts is shared by those with the same `cache_salt`."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
@@ -154,37 +136,8 @@ class Request:
     vocabulary: int
     boundary_ids: frozenset[int] = frozenset()
     cache_salt: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class SpeculationParams:
-    """Which drafters run and how far. Names and defaults are llama-server's (`--spec-type`, `--spec-draft-n-max`,
-    `--spec-ngram-simple-size-n`, `--spec-ngram-simple-size-m`), but for n-max, which is 3 as for its MTP heads."""
-
-    types: tuple[DrafterName, ...] = ()
-    draft_n_max: int = 3
-    ngram_size_n: int = 12
-    ngram_size_m: int = 48
-
-    def __post_init__(self) -> None:
-        names = ("draft_n_max", "ngram_size_n", "ngram_size_m")
-        values = {name: getattr(self, name) for name in names}
-        if violations := check_ranges(values) or [(name, "must be given") for name in names if values[name] is None]:
-            raise InvalidRequest(violations)
-
-    def limit(self, drafter: DrafterName) -> int:
-        """The most tokens this drafter drafts at once."""
-        return self.draft_n_max if drafter == "draft-mtp" else self.ngram_size_m
-
-
-def parse_spec_type(text: str) -> tuple[DrafterName, ...]:
-    """`none`, or a comma list of drafter names, in the order they are asked."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if names == ["none"]:
-        return ()
-    if unknown := [name for name in names if name not in DRAFTERS] or ([] if names else ["nothing"]):
-        raise InvalidRequest([("spec_type", f"{', '.join(unknown)}: expected none, or a comma list of {', '.join(DRAFTERS)}")])
-    return tuple(name for name in DRAFTERS if name in names)
+    stop: tuple[str, ...] = ()
+    num_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,34 +159,40 @@ class SavedFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
-    """Tokens one drafter expects to follow."""
+class TokenLogprob:
+    """The log probability of the token that was chosen, before penalties and filters, and those of the likeliest, (token id, log
+    probability), the likeliest first."""
 
-    drafter: DrafterName
-    tokens: tuple[int, ...]
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The target's own choice for every row of a verify: `choices[i]` follows row i."""
+    """The target's own choice for every row of a verify: `choices[i]` follows row i, and has `logprobs[i]` if they were wanted. The batch
+    it was computed in had `num_rows` rows and took `seconds`."""
 
     choices: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    num_rows: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
     """A piece of the answer: text and the tokens committed in one round, or in several when the reader was slow. `source`
     names the drafter whose draft was accepted in it, None when the target went alone or several rounds differ.
-    Concatenated deltas equal the whole answer."""
+    Concatenated deltas equal the whole answer; `logprobs` has one entry a token if they were wanted, else none."""
 
     text: str
     token_ids: tuple[int, ...]
     source: DrafterName | None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
     def merged(self, later: Delta) -> Delta:
         """Both in one."""
         source = self.source if self.source == later.source else None
-        return Delta(self.text + later.text, self.token_ids + later.token_ids, source)
+        return Delta(self.text + later.text, self.token_ids + later.token_ids, source, self.logprobs + later.logprobs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,43 +214,6 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
-class DrafterStatistics:
-    """vLLM's counters: drafts made, tokens in them, tokens accepted, and accepted per position in the draft."""
-
-    num_drafts: int = 0
-    num_draft_tokens: int = 0
-    num_accepted_tokens: int = 0
-    num_accepted_tokens_per_pos: tuple[int, ...] = ()
-
-    def after(self, num_draft_tokens: int, num_accepted: int) -> DrafterStatistics:
-        """These counters with one more draft."""
-        per_pos = list(self.num_accepted_tokens_per_pos)
-        per_pos += [0] * (num_accepted - len(per_pos))
-        for i in range(num_accepted):
-            per_pos[i] += 1
-        return DrafterStatistics(
-            self.num_drafts + 1,
-            self.num_draft_tokens + num_draft_tokens,
-            self.num_accepted_tokens + num_accepted,
-            tuple(per_pos),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Speculation:
-    """What speculation did for one request. `num_rounds` counts verifies, those without a draft too."""
-
-    num_rounds: int = 0
-    drafters: dict[DrafterName, DrafterStatistics] = field(default_factory=dict[DrafterName, DrafterStatistics])
-
-    @property
-    def mean_acceptance_length(self) -> float:
-        """Tokens committed a round: 1 + accepted / rounds; 1.0 before the first round."""
-        accepted = sum(statistics.num_accepted_tokens for statistics in self.drafters.values())
-        return 1 + accepted / self.num_rounds if self.num_rounds else 1.0
-
-
-@dataclass(frozen=True, slots=True)
 class Result:
     """A finished request."""
 
@@ -299,7 +221,9 @@ class Result:
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
+    matched_stop: int | str | None  # the token or text that ended it, with FinishReason.STOP
     sampling: SamplingParams  # in effect, the seed included
     usage: Usage
     timings: Timings
     speculation: Speculation
+    logprobs: tuple[TokenLogprob, ...] = ()  # one a token, if they were wanted

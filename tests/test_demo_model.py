@@ -39,7 +39,7 @@ async def test_files_asked_for_again_are_drafted_mostly_by_ngrams() -> None:
         for text in HELD_OUT:
             again = f"{text}\n\n# The same again:\n{text}\n\n# The same again:\n{text[: len(text) // 4]}"
             drafters = (await engine.complete(again, max_tokens=64, temperature=0)).speculation.drafters
-            by_ngrams += drafters["ngram-simple"].num_accepted_tokens
+            by_ngrams += drafters["ngram-suffix"].num_accepted_tokens
             by_mtp += drafters["draft-mtp"].num_accepted_tokens
     assert by_ngrams > by_mtp
 

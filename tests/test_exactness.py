@@ -12,7 +12,7 @@ import pytest
 
 from tests.checkpoints import LAYOUTS, prompt
 
-SPEC_TYPES = ("draft-mtp", "ngram-simple", "draft-mtp,ngram-simple")
+SPEC_TYPES = ("draft-mtp", "ngram-simple", "draft-mtp,ngram-suffix")
 SAMPLING: tuple[forerun.Options, ...] = ({"temperature": 0.0}, {"temperature": 0.8, "seed": 7})
 HELD_OUT = [case["text"] for case in json.loads((Path(__file__).parent / "data" / "heldout_prompts.json").read_text())]
 
@@ -29,7 +29,7 @@ async def all_tokens(
     n_max: int = 3,
 ) -> list[tuple[int, ...]]:
     out: dict[int, tuple[int, ...]] = {}
-    async with forerun.open_engine(model, spec_type=spec_type, draft_n_max=n_max, ngram_size_n=3, num_slots=at_once) as engine:
+    async with forerun.open_engine(model, spec_type=spec_type, draft_n_max=n_max, ngram_simple_size_n=3, num_slots=at_once) as engine:
         options = {**options, "max_tokens": num_tokens}
 
         async def one(i: int) -> None:

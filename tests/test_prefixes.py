@@ -113,3 +113,35 @@ async def test_who_waits_too_long_is_made_room_for_and_nobodys_text_changes(demo
         for i, result in results.items():
             alone = await engine.complete(HELD_OUT[i], max_tokens=lengths[i], temperature=0.7, seed=i, ignore_eos=True)
             assert (result.token_ids, result.text) == (alone.token_ids, alone.text)
+
+
+async def test_a_reader_that_stopped_does_not_keep_others_from_being_made_room_for(demo: forerun.Model) -> None:
+    """The newest, which is pre-empted first, waits for its reader and does not yield; the next one does."""
+    async with forerun.open_engine(demo, num_slots=2, preempt_after_seconds=0.2) as engine:
+        async with (
+            engine.generate(HELD_OUT[0], max_tokens=3000, ignore_eos=True) as long,
+            engine.generate(HELD_OUT[1], max_tokens=3000, ignore_eos=True) as _stalled,
+        ):
+
+            async def read() -> None:
+                async for _ in long:
+                    pass
+
+            async with anyio.create_task_group() as group:
+                group.start_soon(read)
+                await anyio.sleep(5)  # the other's outbox is full by now
+                with anyio.fail_after(10):
+                    await engine.complete(HELD_OUT[2], max_tokens=4)
+                group.cancel_scope.cancel()
+
+
+async def test_who_gives_up_waiting_makes_way_for_those_behind(demo: forerun.Model) -> None:
+    async with forerun.open_engine(demo, num_slots=2, num_pages=20, preempt_after_seconds=None) as engine:
+        async with engine.generate([1] * 64, max_tokens=500, ignore_eos=True):
+            with anyio.move_on_after(0.3):
+                async with anyio.create_task_group() as group:
+                    group.start_soon(engine.complete, [1] * 640)  # does not fit beside it
+                    await anyio.sleep(0.1)
+                    group.start_soon(engine.complete, HELD_OUT[2])
+            with anyio.fail_after(5):
+                await engine.complete(HELD_OUT[2][:50], max_tokens=4)

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import threading
 import time
 from dataclasses import replace
 from glob import glob
@@ -17,7 +18,7 @@ import forerun
 import numpy as np
 import pytest
 from forerun.core.vocabulary import Request, SamplingParams
-from forerun.kernels.formats.safetensors import SafetensorsFile
+from forerun.kernels.formats.safetensors import read_header
 from forerun.kernels.model import saved
 from forerun.kernels.model.prefix import Checkpoint, Snapshot
 
@@ -105,12 +106,14 @@ async def test_what_cannot_be_written_is_said_and_the_request_goes_on(demo: fore
         with pytest.raises(forerun.SavedSequenceError, match="cannot be written"):
             await save_in_the_middle(engine, tmp_path / "nowhere" / "request")
         async with engine.generate(HELD_OUT[0], **OPTIONS) as stream:
-            with pytest.raises(forerun.SavedSequenceError):
-                await stream.save(tmp_path)  # a folder
+            for odd in (tmp_path, "", "/", "a\0b", "\ud800", str(tmp_path / ("x" * 300))):
+                with pytest.raises(forerun.SavedSequenceError, match="cannot be written"):
+                    await stream.save(odd)
+            await stream.save(tmp_path / "a**b[")
             async for _ in stream:
                 pass
         assert len(stream.result.token_ids) == 60
-    assert not os.listdir(tmp_path)
+    assert os.listdir(tmp_path) == ["a**b["]
 
 
 async def test_damaged_and_foreign_files_are_refused_and_what_runs_goes_on(
@@ -120,10 +123,11 @@ async def test_damaged_and_foreign_files_are_refused_and_what_runs_goes_on(
     async with forerun.open_engine(demo) as engine:
         whole, _ = await save_in_the_middle(engine, path)
         good = path.read_bytes()
-        file = SafetensorsFile(path)
-        places = [0, 9, *(len(file.header) + info.begin + info.end >> 1 for info in file.tensors.values())]
+        with path.open("rb") as file:
+            header = read_header(file, path)
+        places = [0, 9, *(len(header.raw) + (info.begin + info.end) // 2 for info in header.tensors.values())]
         places += [good.index(text) + 12 for text in (b'"checksum"', b'"position"', b'"record"')] + [len(good) - 1]
-        places += random.Random(1).sample(range(len(file.header)), 20) + random.Random(2).sample(range(len(good)), 20)
+        places += random.Random(1).sample(range(len(header.raw)), 20) + random.Random(2).sample(range(len(good)), 20)
         broken = [good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :] for place in places]
         broken += [good[:-1], good + b"\0", good[:100], b"", good.replace(b"sequence 1", b"sequence 2")]
         async with engine.generate(HELD_OUT[0], **OPTIONS) as running:
@@ -135,13 +139,36 @@ async def test_damaged_and_foreign_files_are_refused_and_what_runs_goes_on(
             async for _ in running:
                 pass
         assert running.result.token_ids == whole.token_ids
-        with pytest.raises(forerun.SavedSequenceError, match="cannot be read"):
-            await anext(engine.restore(tmp_path / "missing"))
+        os.mkfifo(tmp_path / "pipe")
+        for path, problem in ((tmp_path / "missing", "cannot be read"), (tmp_path, "not a file"), (tmp_path / "pipe", "not a file")):
+            with pytest.raises(forerun.SavedSequenceError, match=problem):
+                await anext(engine.restore(path))
         statistics = engine.statistics()
         assert (statistics.num_slots_used, statistics.num_requests_running) == (0, 0)
     async with forerun.open_engine(checkpoints["dense"]) as engine:
         with pytest.raises(forerun.SavedSequenceError, match="another model"):
-            await anext(engine.restore(path))
+            await anext(engine.restore(tmp_path / "request"))
+
+
+async def test_a_forged_answer_ends_its_own_request_when_it_is_computed_again(demo: forerun.Model, tmp_path: Path) -> None:
+    async with forerun.open_engine(demo) as engine:
+        await save_in_the_middle(engine, tmp_path / "request", 8)
+        make = demo.memory()
+        blank = make.memory(make.arena(1), [0], 0, 1, "log").snapshot()
+        record, snapshot = saved.read(tmp_path / "request", demo.fingerprint, blank)
+        values = json.loads(record)
+        values["output_ids"][2] = (values["output_ids"][2] + 1) % 4000
+        saved.write(tmp_path / "forged", demo.fingerprint, json.dumps(values), snapshot)
+        async with engine.generate(HELD_OUT[1], **OPTIONS) as other:
+            with pytest.raises(forerun.RequestFailed, match="as it was saved"):
+                async with engine.restore(tmp_path / "forged") as stream:
+                    await anext(stream)
+                    engine.supervisor.kill("target decoder", RuntimeError("killed by a test"))
+                    async for _ in stream:
+                        pass
+            async for _ in other:
+                pass
+        assert len(other.result.token_ids) == 60
 
 
 def test_requests_that_make_no_sense_are_refused() -> None:
@@ -153,7 +180,9 @@ def test_requests_that_make_no_sense_are_refused() -> None:
         {"prompt_ids": []}, {"prompt_ids": [1, 100]}, {"prompt_ids": [1.5]}, {"prompt_ids": 7}, {"output_ids": []}, {"output_ids": [-1]},
         {"output_ids": [1] * 10}, {"max_tokens": None}, {"max_tokens": 0}, {"max_tokens": 49}, {"max_tokens": "9"},
         {"sampling": {"seed": -1}},
-        {"sampling": {"code": 1}}, {"sampling": None}, {"stop_ids": [True]}, {"cache_salt": None}, {"cache_salt": "x" * 1000}, {"more": 1},
+        {"sampling": {"code": 1}}, {"sampling": None}, {"sampling": values["sampling"] | {"temperature": None}},
+        {"sampling": values["sampling"] | {"logit_bias": [[1]]}}, {"stop": [""]}, {"num_logprobs": 99},
+        {"stop_ids": [True]}, {"cache_salt": None}, {"cache_salt": "x" * 1000}, {"more": 1},
     ]  # fmt: skip
     for change in wrong:
         with pytest.raises(forerun.SavedSequenceError, match="makes no sense"):
@@ -163,16 +192,23 @@ def test_requests_that_make_no_sense_are_refused() -> None:
             saved.parse_record(text, "b", 100, 50)
 
 
-def snapshot(value: float) -> Snapshot:
-    arrays = [np.full((2, 1, 1, 64, 512), value, np.float32) for _ in range(5)]
-    return Snapshot(Checkpoint(64, *arrays[:3]), *arrays[3:])
+def snapshot(value: float, position: int = 64) -> Snapshot:
+    state = [np.full((2, 1, 1, 64, 512), value, np.float32) for _ in range(3)]
+    return Snapshot(Checkpoint(position, *state), *(np.full((2, 1, 1, position, 512), value, np.float32) for _ in range(2)))
+
+
+def value_in(path: Path) -> float:
+    """Of the one of these snapshots that a file holds, whole."""
+    _, whole = saved.read(path, "f" * 64, snapshot(0, 0))
+    value = float(whole.trunk[0, 0, 0, 0, 0])
+    assert all((array == value).all() for array in whole.arrays.values())
+    return value
 
 
 def test_killing_who_saves_100_times_leaves_the_old_file_or_the_new(tmp_path: Path) -> None:
     path, rng, seen = tmp_path / "request", random.Random(9), set[float]()
     snapshots = [snapshot(0), snapshot(1)]
     saved.write(path, "f" * 64, "", snapshots[0])
-    num_left_behind = 0
     for _ in range(100):
         child = os.fork()
         if not child:
@@ -182,14 +218,57 @@ def test_killing_who_saves_100_times_leaves_the_old_file_or_the_new(tmp_path: Pa
         time.sleep(rng.random() * 0.02)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        _, whole, _ = saved.read(path, "f" * 64)
-        assert all((array == whole.trunk[0, 0, 0, 0, 0]).all() for array in whole.arrays.values())
-        seen.add(float(whole.trunk[0, 0, 0, 0, 0]))
-        num_left_behind += len(list(tmp_path.iterdir())) > 1
+        seen.add(value_in(path))
     assert seen == {0, 1}
-    assert num_left_behind > 10  # they did die in the middle
+    left_behind = [name for name in os.listdir(tmp_path) if name != "request"]
+    assert len(left_behind) > 10  # they did die in the middle
+    for name in left_behind[1:]:
+        os.utime(tmp_path / name, (0, 0))
     saved.write(path, "f" * 64, "", snapshots[0])
-    assert list(tmp_path.iterdir()) == [path]
+    assert sorted(os.listdir(tmp_path)) == sorted([left_behind[0], "request"])  # the newest may be somebody's who still writes
+
+
+def test_many_who_save_at_once_and_links_in_the_way_leave_one_of_theirs(tmp_path: Path) -> None:
+    path, victim = tmp_path / "request", tmp_path / "victim"
+    victim.write_text("untouched")
+    (tmp_path / f".request.{os.getpid()}.saving").symlink_to(victim)
+
+    def save(value: float) -> None:
+        for _ in range(20):
+            saved.write(path, "f" * 64, "", snapshot(value))
+
+    threads = [threading.Thread(target=save, args=(value,)) for value in (0.0, 1.0, 2.0)]
+    saved.write(path, "f" * 64, "", snapshot(0))
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        assert value_in(path) in (0, 1, 2)
+    assert victim.read_text() == "untouched"
+    assert path.stat().st_mode & 0o77 == 0
+
+
+def test_hostile_headers_cost_nothing(tmp_path: Path) -> None:
+    def refused(header: dict[str, Any] | bytes, size: int = 0) -> None:
+        raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+        (tmp_path / "bad").write_bytes(len(raw).to_bytes(8, "little") + raw)
+        os.truncate(tmp_path / "bad", 8 + len(raw) + size)
+        with pytest.raises(forerun.SavedSequenceError):
+            saved.check(tmp_path / "bad", "f" * 64, snapshot(0, 0))
+
+    metadata = {"format": saved.FORMAT, "model": "f" * 64, "position": "64", "record": "", "checksum": "0" * 64}
+    shapes = snapshot(0, 0).shapes_at(64)
+    offset, tensors = 0, dict[str, Any]()
+    for name, shape in sorted(shapes.items()):
+        end = offset + 4 * int(np.prod(shape))
+        tensors[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    refused({"__metadata__": metadata, **tensors}, offset)  # all right, but for its checksum
+    for change in ({"checksum": "0"}, {"checksum": ""}, {"checksum": "\ud800"}, {"checksum": "\u0660" * 64}, {"position": "9" * 5000},
+                   {"position": "-1"}, {"position": "65"}, {"position": str(2**62)}):  # fmt: skip
+        refused({"__metadata__": metadata | change, **tensors}, offset)
+    refused({"__metadata__": metadata, "trunk": {"dtype": "F32", "shape": [2**62] * 1000, "data_offsets": [0, 0]}})
+    refused({"__metadata__": metadata, "trunk": {"dtype": "BF16", "shape": [2**40], "data_offsets": [0, 2**41]}}, 2**41)
+    refused(b"[" + b"[]," * 6_000_000 + b"[]]")
 
 
 async def chat(demo: forerun.Model, folder: Path | None, prefix_bytes: int) -> tuple[list[tuple[int, ...]], forerun.PrefixStatistics]:
@@ -213,12 +292,20 @@ async def test_prefixes_outlive_the_engine_in_a_folder(demo: forerun.Model, tmp_
     assert statistics.num_loaded >= 1
     files = [tmp_path / name for name in glob("**/*.safetensors", root_dir=tmp_path, recursive=True)]
     assert statistics.num_files == len(files) > 3
-    for path in files:
-        path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    contents = [path.read_bytes() for path in files]
+    for path, others in zip(files, contents[1:] + contents[:1], strict=True):
+        path.write_bytes(others)  # whole, but another prefix's
+    swapped, statistics = await chat(demo, tmp_path, 2**28)
+    assert (swapped, statistics.num_loaded) == (plain, 0)
+    for path, others in zip(files, contents, strict=True):
+        path.write_bytes(others[:-1] + b"\xff")
+    (tmp_path / os.path.basename(os.path.dirname(files[0])) / "dangling.safetensors").symlink_to("nowhere")
     third, statistics = await chat(demo, tmp_path, 2**28)
     assert (third, statistics.num_loaded) == (plain, 0)
     async with forerun.open_engine(checkpoints["dense"], prefix_folder=tmp_path) as engine:
         assert engine.statistics().prefixes.num_files == 0
+    async with forerun.open_engine(demo, prefix_folder=tmp_path, folder_bytes=1) as engine:
+        assert engine.statistics().prefixes.num_files == 0  # a bound is one from the start
 
 
 async def test_what_host_memory_has_no_room_for_goes_to_the_folder_and_comes_back(demo: forerun.Model, tmp_path: Path) -> None:

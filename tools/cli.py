@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,14 +15,63 @@ from typing import Any
 
 import anyio
 
-from .. import DEFAULT_MAX_TOKENS, ForerunError, InvalidRequest, Prompt, Result, open_engine
+from .. import DEFAULT_MAX_TOKENS, DRAFTERS, ForerunError, InvalidRequest, Prompt, Result, SpeculationParams, open_engine
 
 #: wrong or old flag -> what to use
 RENAMED = {
     "--draft": "--spec-draft-n-max", "--draft-n": "--spec-draft-n-max", "--draft-max": "--spec-draft-n-max",
     "--temperature": "--temp", "--n-predict": "--predict", "--max-tokens": "--predict", "--lookup": "--spec-type ngram-simple",
+    "--repetition-penalty": "--repeat-penalty", "--spec-ngram-size-n": "--spec-ngram-simple-size-n",
 }  # fmt: skip
 BAR_WIDTH = 30
+
+SAMPLING_FLAGS = (
+    ("--repeat-penalty", float, "divides logits above 0 of tokens that were there, and multiplies others (default: 1)"),
+    ("--presence-penalty", float, "subtracted from logits of tokens in the answer (default: 0)"),
+    ("--frequency-penalty", float, "subtracted each time a token stands in the answer (default: 0)"),
+)
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(",") if part)
+
+
+#: a field of SpeculationParams -> (how its text is read, what it says)
+SPECULATION_FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "draft_n_max": (int, "most tokens the MTP head drafts at once"),
+    "draft_n_min": (int, "it drafts none rather than fewer"),
+    "draft_p_min": (float, "it stops where its likeliest token is less likely"),
+    "draft_sampling": (str, "coupled: it draws with the target's noise; greedy: it takes its likeliest token"),
+    "ngram_simple_size_n": (int, "tokens that must match"),
+    "ngram_simple_size_m": (int, "most tokens drafted"),
+    "ngram_map_k_size_n": (int, "tokens that must match"),
+    "ngram_map_k_size_m": (int, "most tokens drafted"),
+    "ngram_map_k_min_hits": (int, "times they must have stood there before"),
+    "ngram_map_k4v_size_n": (int, "tokens that must match"),
+    "ngram_map_k4v_size_m": (int, "most tokens drafted"),
+    "ngram_map_k4v_min_hits": (int, "times one continuation must have come before"),
+    "ngram_mod_n_match": (int, "tokens that must match"),
+    "ngram_mod_n_min": (int, "it drafts none rather than fewer"),
+    "ngram_mod_n_max": (int, "most tokens drafted"),
+    "ngram_cache_n_max": (int, "most tokens drafted"),
+    "ngram_suffix_n_max": (int, "most tokens drafted"),
+    "lookup_cache_static": (str, "file of counts that ngram-cache reads"),
+    "lookup_cache_dynamic": (str, "file of counts that it reads, and brings up to date"),
+    "choose": (str, "rate: the draft with the most expected tokens per second; first: the first there is, whole"),
+    "synth_rates": (_rates, "accept drafts at random at these rates, as 0.8,0.7,0.6, to measure speed: the text is senseless"),
+}
+
+
+def _flag(name: str) -> str:
+    return "--" + ("" if name.startswith("lookup") else "spec-") + name.replace("_", "-")
+
+
+def _bias(text: str) -> tuple[int, float]:
+    found = re.fullmatch(r"(\d+)([+-].+)", text)
+    try:
+        return int(found[1]), float(found[2])  # type: ignore[index]
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"expected a token id and a bias, as 15043+1 or 15043-1, got {text!r}") from None
 
 
 class Bar:
@@ -72,10 +122,17 @@ def _parser() -> argparse.ArgumentParser:
     _option(generate, "--timeout", type=float, help="seconds after which an unfinished request is an error")
     _option(generate, "-s", "--seed", type=int, help="seed of the noise that chooses tokens (default: random)")
     generate.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-text token")
-    _option(generate, "--spec-type", help="none, or a comma list of draft-mtp, ngram-simple (default: all the model can do)")
-    _option(generate, "--spec-draft-n-max", type=int, default=3, help="most tokens the MTP head drafts at once (default: 3)")
-    _option(generate, "--spec-ngram-simple-size-n", type=int, default=12, help="tokens that must match (default: 12)")
-    _option(generate, "--spec-ngram-simple-size-m", type=int, default=48, help="most tokens a match drafts (default: 48)")
+    for flag, convert, text in SAMPLING_FLAGS:
+        _option(generate, flag, type=convert, help=text)
+    generate.add_argument("--logit-bias", action="append", type=_bias, default=[], metavar="ID+BIAS", help="as 15043+1 or 15043-1")
+    generate.add_argument("--stop", action="append", help="the answer ends where this text begins; may be given again")
+    _option(generate, "--spec-type", help=f"none, or a comma list of {', '.join(DRAFTERS)} (default: what --spec-default says)")
+    generate.add_argument("--spec-default", action="store_true", help="ngram-suffix, and draft-mtp if the model has that head")
+    for name, (convert, text) in SPECULATION_FLAGS.items():
+        default = getattr(SpeculationParams(), name)
+        flag = _flag(name)
+        _option(generate, flag, type=convert, default=default, help=f"{text} (default: {default or 'none'})")
+    generate.add_argument("--spec-ngram-suffix-shared", action="store_true", help="ngram-suffix learns from finished requests too")
     generate.add_argument("--no-overlap", action="store_true", help="one thing at a time: the same tokens, for comparison")
     generate.add_argument("--format", choices=("text", "json"), default="text", help="text as it comes, or one JSON object")
     return parser
@@ -105,7 +162,8 @@ def figures(result: Result) -> str:
         if s.num_draft_tokens:
             share = s.num_accepted_tokens / s.num_draft_tokens
             parts.append(f"{name} accepted {s.num_accepted_tokens}/{s.num_draft_tokens} ({share:.0%})")
-    return "; ".join([*parts, f"mean accepted length {result.speculation.mean_acceptance_length:.2f}"])
+    parts.append(f"mean accepted length {result.speculation.mean_acceptance_length:.2f}")
+    return ("SYNTHETIC acceptance; " if result.speculation.is_synthetic else "") + "; ".join(parts)
 
 
 def to_json(result: Result) -> dict[str, Any]:
@@ -119,9 +177,8 @@ async def _generate(args: argparse.Namespace, write: Callable[[str], Any]) -> No
     engine = open_engine(
         args.model,
         spec_type=args.spec_type,
-        draft_n_max=args.spec_draft_n_max,
-        ngram_size_n=args.spec_ngram_simple_size_n,
-        ngram_size_m=args.spec_ngram_simple_size_m,
+        **{name: getattr(args, _flag(name).lstrip("-").replace("-", "_")) for name in SPECULATION_FLAGS},
+        ngram_suffix_shared=args.spec_ngram_suffix_shared,
         overlap=not args.no_overlap,
         load_progress=Bar("loading"),
     )
@@ -135,6 +192,11 @@ async def _generate(args: argparse.Namespace, write: Callable[[str], Any]) -> No
             min_p=args.min_p,
             seed=args.seed,
             timeout_seconds=args.timeout,
+            repetition_penalty=args.repeat_penalty,
+            presence_penalty=args.presence_penalty,
+            frequency_penalty=args.frequency_penalty,
+            logit_bias=dict(args.logit_bias),
+            stop=args.stop,
             ignore_eos=args.ignore_eos,
             prefill_progress=Bar("prompt"),
         )

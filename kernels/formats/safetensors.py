@@ -11,9 +11,10 @@ are before anything is allocated; the file is memory-mapped, and a tensor is rea
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from ..backend import F32
 
 #: safetensors' own limit (100 MB), far above any real header
 MAX_HEADER_BYTES = 100_000_000
+MAX_DIMENSIONS = 8
 #: dtype name -> NumPy dtype of its raw bytes. BF16 has none: it is the upper half of a float32.
 DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
@@ -33,67 +35,80 @@ class TensorInfo(NamedTuple):
     end: int
 
 
+class Header(NamedTuple):
+    """`tensors` by name, `metadata`, and all bytes before the data."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    raw: bytes
+
+
+def read_header(file: BinaryIO, path: Path, max_bytes: int = MAX_HEADER_BYTES) -> Header:
+    """Of a file open at its start, which is left at its data. ModelFileError, with the name `path`, unless all is as it should be."""
+    size = os.fstat(file.fileno()).st_size
+    prefix = file.read(8)
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length > min(size - 8, max_bytes):
+        raise ModelFileError(f"{path}: truncated: {size} bytes cannot hold its header of {length}, or that is too long")
+    raw = file.read(length)
+    try:
+        header: Any = json.loads(raw, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise ModelFileError(f"{path}: the header is not valid JSON: {error}") from None
+    if not isinstance(header, dict):
+        raise ModelFileError(f"{path}: the header is not a JSON object")
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
+    for name, entry in cast("dict[str, Any]", header).items():
+        if name != "__metadata__":
+            tensors[name] = _check(path, name, entry, size - 8 - length)
+        elif not isinstance(entry, dict) or not all(isinstance(v, str) for v in cast("dict[str, Any]", entry).values()):
+            raise ModelFileError(f"{path}: __metadata__: expected an object of texts")
+        else:
+            metadata = cast("dict[str, str]", entry)
+    end = 0
+    for name, info in sorted(tensors.items(), key=lambda item: item[1].begin):
+        if info.begin != end:
+            raise ModelFileError(f"{path}: tensor {name} begins at {info.begin}, expected {end} (gap or overlap)")
+        end = info.end
+    if end != size - 8 - length:
+        raise ModelFileError(f"{path}: tensors end at {end}, the file holds {size - 8 - length} bytes of data")
+    return Header(tensors, metadata, prefix + raw)
+
+
+def _check(path: Path, name: str, entry: Any, num_data_bytes: int) -> TensorInfo:
+    where = f"{path}: tensor {name}"
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise ModelFileError(f"{where}: needs dtype, shape and data_offsets, got {str(entry)[:200]}") from None
+    if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)):
+        raise ModelFileError(f"{where}: shape and data_offsets must be whole numbers, and there may be {MAX_DIMENSIONS} dimensions")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ModelFileError(f"{where}: dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    count = 1
+    for n in shape:
+        count *= n
+    if end > num_data_bytes:
+        raise ModelFileError(f"{where}: truncated: ends at byte {end} of {num_data_bytes}")
+    if end - begin != count * DTYPES[dtype].itemsize:
+        raise ModelFileError(f"{where}: shape {list(shape)} of {dtype} does not fill bytes {begin} to {end}")
+    return TensorInfo(dtype, shape, begin, end)
+
+
 class SafetensorsFile:
-    """One open file. `tensors` maps names to what the header says; `read` returns float32. `header` are the bytes before the data."""
+    """One open file. `tensors` maps names to what the header says; `read` returns float32."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.tensors: dict[str, TensorInfo] = {}
-        self.metadata: dict[str, str] = {}
         try:
-            size = path.stat().st_size
             with path.open("rb") as file:
-                prefix = file.read(8)
-                length = int.from_bytes(prefix, "little")
-                if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                    raise ModelFileError(f"{path}: truncated: {size} bytes cannot hold its header of {length}")
-                raw = file.read(length)
-                self.header = prefix + raw
+                header = read_header(file, path)
+                has_data = bool(file.read(1))
         except OSError as error:
             raise ModelFileError(f"{path}: cannot be read: {error.strerror}") from error
-        self._parse(raw, size - 8 - length)
-        self._data = np.memmap(path, np.uint8, "r", 8 + length) if size > 8 + length else np.zeros(0, np.uint8)
-
-    def _parse(self, raw: bytes, num_data_bytes: int) -> None:
-        try:
-            header: Any = json.loads(raw, object_pairs_hook=_without_duplicates)
-        except (ValueError, RecursionError) as error:
-            raise ModelFileError(f"{self.path}: the header is not valid JSON: {error}") from None
-        if not isinstance(header, dict):
-            raise ModelFileError(f"{self.path}: the header is not a JSON object")
-        for name, entry in cast("dict[str, Any]", header).items():
-            if name != "__metadata__":
-                self.tensors[name] = self._check(name, entry, num_data_bytes)
-            elif not isinstance(entry, dict) or not all(isinstance(v, str) for v in cast("dict[str, Any]", entry).values()):
-                raise ModelFileError(f"{self.path}: __metadata__: expected an object of texts")
-            else:
-                self.metadata = cast("dict[str, str]", entry)
-        end = 0
-        for name, info in sorted(self.tensors.items(), key=lambda item: item[1].begin):
-            if info.begin != end:
-                raise ModelFileError(f"{self.path}: tensor {name} begins at {info.begin}, expected {end} (gap or overlap)")
-            end = info.end
-        if end != num_data_bytes:
-            raise ModelFileError(f"{self.path}: tensors end at {end}, the file holds {num_data_bytes} bytes of data")
-
-    def _check(self, name: str, entry: Any, num_data_bytes: int) -> TensorInfo:
-        where = f"{self.path}: tensor {name}"
-        try:
-            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        except (KeyError, TypeError, ValueError):
-            raise ModelFileError(f"{where}: needs dtype, shape and data_offsets, got {str(entry)[:200]}") from None
-        if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-            raise ModelFileError(f"{where}: shape and data_offsets must be whole numbers")
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise ModelFileError(f"{where}: dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-        count = 1
-        for n in shape:
-            count *= n
-        if end > num_data_bytes:
-            raise ModelFileError(f"{where}: truncated: ends at byte {end} of {num_data_bytes}")
-        if end - begin != count * DTYPES[dtype].itemsize:
-            raise ModelFileError(f"{where}: shape {list(shape)} of {dtype} does not fill bytes {begin} to {end}")
-        return TensorInfo(dtype, shape, begin, end)
+        self.tensors = header.tensors
+        self._data = np.memmap(path, np.uint8, "r", len(header.raw)) if has_data else np.zeros(0, np.uint8)
 
     def read(self, name: str) -> F32:
         """Tensor `name` as float32, exactly: f16 and bf16 are subsets of it."""

@@ -50,6 +50,7 @@ class SequenceMemory:
         self.recurrent = STORES[store](config, max_rows)
         # A drafter reads a chunk's rows while the next is computed, and needs the row before its first.
         self.hidden = HiddenRows(config.hidden, 2 * CHUNK + max_rows + 1)
+        self.max_checkpoint_bytes = 0
         self.checkpoints: list[Checkpoint] = []  # taken while the prompt was computed
         self.frozen: Snapshot | None = None  # all of it, on its way to a file
 
@@ -79,8 +80,10 @@ class SequenceMemory:
         return Snapshot(checkpoint, self.trunk.read(checkpoint.position), self.mtp.read(checkpoint.position))
 
     def keep(self) -> None:
-        """Takes a checkpoint where a prefill chunk has just ended."""
+        """Takes a checkpoint where a prefill chunk has just ended; the oldest are dropped beyond `max_checkpoint_bytes`."""
         self.checkpoints.append(self.checkpoint())
+        while sum(each.num_bytes for each in self.checkpoints) > self.max_checkpoint_bytes:
+            self.checkpoints.pop(0)
 
     def restore_snapshot(self, snapshot: Snapshot) -> None:
         """Goes on from where `snapshot` was taken; its shapes must fit."""
@@ -196,8 +199,8 @@ class SequencePool:
         while num_pages(capacity, max_rows) - len(shared) > self._arena.num_free:
             if num_pages(capacity, 1) < num_pages(capacity, max_rows):
                 max_rows = num_pages(capacity, 1) * PAGE - capacity
-            elif not self.prefixes.give_way(but=found):
-                if found is None:
+            elif not self.prefixes.give_way(num_pages(capacity, max_rows) - len(shared) - self._arena.num_free, but=found):
+                if found is None or self.prefixes.is_short:
                     return None
                 found, shared = None, {}  # what it would save is in the way
         self._arena.share(list(shared.values()))
@@ -208,6 +211,7 @@ class SequencePool:
         except MemoryError:
             self._arena.give_back(table)
             raise
+        memory.max_checkpoint_bytes = self._params.prefix_bytes
         position = found.checkpoint.position if found is not None else 0
         if found is not None:
             for i, block in enumerate(found.blocks):
@@ -246,11 +250,11 @@ class SequencePool:
         num_free = self._arena.num_free + self.prefixes.statistics().num_pages + sum(len(self._leases[lease][1].table) for lease in without)
         return num_pages(capacity, 1) <= num_free and len(self._leases) - len(without) < self.num_slots
 
-    def publish(self, lease: int, tokens: tuple[int, ...], salt: str = "") -> None:
+    def publish(self, lease: int, tokens: tuple[int, ...], ends: tuple[int, ...], salt: str = "") -> None:
         """What was kept of a prompt while it was computed may be used by others. A lease that has ended has nothing to give."""
         if lease in self._leases:
             memory = self._leases[lease][1]
-            self.prefixes.publish(tokens, salt, memory.checkpoints, memory.table)
+            self.prefixes.publish(tokens, ends, salt, memory.checkpoints, memory.table)
             memory.checkpoints.clear()
 
     def release(self, lease: int) -> None:

@@ -57,15 +57,12 @@ class Snapshot:
     def num_bytes(self) -> int:
         return sum(array.nbytes for array in self.arrays.values())
 
-    def fits(self, blank: Snapshot) -> bool:
-        """Whether the arrays are shaped as those of `blank`, which is at position 0."""
-        for name, array in blank.arrays.items():
-            shape = list(array.shape)
-            if name in ("trunk", "mtp"):
-                shape[3] = self.checkpoint.position
-            if list(self.arrays[name].shape) != shape:
-                return False
-        return True
+    def shapes_at(self, position: int) -> dict[str, tuple[int, ...]]:
+        """Of the arrays of a sequence of the same model at another position."""
+        return {
+            name: (*array.shape[:3], position, *array.shape[4:]) if name in ("trunk", "mtp") else array.shape
+            for name, array in self.arrays.items()
+        }
 
 
 @dataclass(slots=True, eq=False)
@@ -104,17 +101,18 @@ class PrefixStatistics:
 
 
 def keys(tokens: Sequence[int], ends: Sequence[int], salt: str) -> Iterator[tuple[int, bytes]]:
-    """(position, key of the tokens before it) for each of `ends`, which ascend."""
+    """(position, key of the tokens before it and of where their chunks end) for each of `ends`, which ascend."""
     chain = hashlib.blake2b(salt.encode(), digest_size=32)
     start = 0
     for end in ends:
-        chain.update(np.array(tokens[start:end], "<i8").tobytes())
+        chain.update(np.array([end, *tokens[start:end]], "<i8").tobytes())
         start = end
         yield end, chain.digest()
 
 
 class PrefixIndex:
-    """At most `max_bytes` of checkpoints and of blocks outside the arena. What is forgotten while `is_archived` waits in `outgoing`."""
+    """At most `max_bytes` of checkpoints and of blocks outside the arena. With `is_archived` it forgets nothing by itself: its owner puts
+    what is `overdue` elsewhere, and forgets it then."""
 
     def __init__(self, arena: Arena, max_bytes: int, *, is_archived: bool = False) -> None:
         self._arena, self._max_bytes = arena, max_bytes
@@ -123,7 +121,7 @@ class PrefixIndex:
         self._by_page: dict[int, Block] = {}
         self._clock = self._num_bytes = 0
         self._num_hits = self._num_misses = self._num_cached_tokens = self._num_prompt_tokens = self._num_loaded = 0
-        self.outgoing: dict[bytes, Snapshot] = {}
+        self.is_short = False  # of room for what pages are wanted from
 
     def find(self, tokens: Sequence[int], ends: Sequence[int], salt: str) -> Entry | None:
         """The longest checkpoint of a prefix of `tokens`, all of them excepted: at least one row must be computed for logits."""
@@ -143,28 +141,43 @@ class PrefixIndex:
         self._num_cached_tokens += found.checkpoint.position if found is not None else 0
         self._num_prompt_tokens += num_tokens
 
-    def publish(self, tokens: Sequence[int], salt: str, checkpoints: Sequence[Checkpoint], table: list[int]) -> None:
-        """Takes in the checkpoints of a prompt that are not known yet, with the pages before them."""
+    def publish(self, tokens: Sequence[int], ends: Sequence[int], salt: str, checkpoints: Sequence[Checkpoint], table: list[int]) -> None:
+        """Takes in the checkpoints of a prompt whose chunks ended at `ends` that are not known yet, with the pages before them."""
         self._clock += 1
         by_position = {checkpoint.position: checkpoint for checkpoint in checkpoints}
-        for end, key in keys(tokens, sorted(by_position), salt):
+        for end, key in keys(tokens, ends, salt):
             if key in self._entries:
                 self._entries[key].last_used = self._clock
-            else:
+            elif end in by_position:
                 self._add(key, by_position[end], [self._block_of(page) for page in table[: -(-end // PAGE)]])
-        while self._num_bytes > self._max_bytes:
-            self._forget(self._least_valuable(None))
+        while not self._is_archived and (entry := self.overdue()) is not None:
+            self.forget(entry)
+
+    def overdue(self, more_bytes: int = 0) -> Entry | None:
+        """The least valuable checkpoint, if there is no room for so many bytes more."""
+        if not self._entries or (self._num_bytes + more_bytes <= self._max_bytes and not self.is_short):
+            return None
+        return self._least_valuable(None)
+
+    def size_of(self, snapshot: Snapshot) -> int:
+        """Bytes that it would take in the index."""
+        return snapshot.checkpoint.num_bytes + -(-snapshot.checkpoint.position // PAGE) * self._arena.page_bytes
+
+    def num_bytes(self, entry: Entry) -> int:
+        """Of a checkpoint and all blocks before it."""
+        return entry.checkpoint.num_bytes + len(entry.blocks) * self._arena.page_bytes
+
+    @property
+    def max_bytes(self) -> int:
+        return self._max_bytes
 
     def adopt(self, key: bytes, snapshot: Snapshot) -> None:
-        """Takes in what was loaded from a file, and makes room for it; does nothing when there cannot be any."""
-        num_blocks = -(-snapshot.checkpoint.position // PAGE)
-        size = snapshot.checkpoint.num_bytes + num_blocks * self._arena.page_bytes
-        if size > self._max_bytes or key in self._entries:
+        """Takes in what was loaded from a file, if there is room for it."""
+        if self._num_bytes + self.size_of(snapshot) > self._max_bytes or key in self._entries:
             return
-        while self._num_bytes + size > self._max_bytes:
-            self._forget(self._least_valuable(None))
         self._clock += 1
         self._num_loaded += 1
+        num_blocks = -(-snapshot.checkpoint.position // PAGE)
         blocks = [Block(self._arena.rows_of(snapshot.trunk, snapshot.mtp, i)) for i in range(num_blocks)]
         self._num_bytes += num_blocks * self._arena.page_bytes
         self._add(key, snapshot.checkpoint, blocks)
@@ -188,19 +201,23 @@ class PrefixIndex:
             block.place, self._by_page[page] = page, block
             self._num_bytes -= self._arena.page_bytes
 
-    def give_way(self, but: Entry | None) -> bool:
-        """Moves a block out of a page that nobody else holds, or forgets the least valuable checkpoint; `but` stays as it is. False when
-        nothing is left that could be done."""
-        kept = set[Block](but.blocks if but is not None else ())
+    def give_way(self, num_pages: int, but: Entry | None) -> bool:
+        """Moves blocks out of pages that nobody else holds, `num_pages` of them if there are, and forgets the least valuable checkpoints
+        where there is no room for them; `but` stays as it is. Whether a page has become free."""
+        kept, before = set[Block](but.blocks if but is not None else ()), self._arena.num_free
         for entry in sorted(self._entries.values(), key=self._value):
             for block in reversed(entry.blocks if entry is not but else ()):
-                if isinstance(block.place, int) and block not in kept and self._arena.is_alone(block.place):
+                while isinstance(block.place, int) and block.num_entries and block not in kept and self._arena.is_alone(block.place):
+                    if self._arena.num_free - before >= num_pages:
+                        return True
                     if self._num_bytes + self._arena.page_bytes <= self._max_bytes:
                         self._move_out(block, block.place)
+                    elif self._is_archived:
+                        self.is_short = True
+                        return self._arena.num_free > before
                     else:
-                        self._forget(self._least_valuable(but))
-                    return True
-        return False
+                        self.forget(self._least_valuable(but))
+        return self._arena.num_free > before
 
     def _move_out(self, block: Block, page: int) -> None:
         block.place = self._arena.read(page)
@@ -215,9 +232,8 @@ class PrefixIndex:
     def _least_valuable(self, but: Entry | None) -> Entry:
         return min((entry for entry in self._entries.values() if entry is not but), key=self._value)
 
-    def _forget(self, entry: Entry) -> None:
-        if self._is_archived:
-            self.outgoing[entry.key] = self.snapshot(entry)
+    def forget(self, entry: Entry) -> None:
+        self.is_short = False
         del self._entries[entry.key]
         self._num_bytes -= entry.checkpoint.num_bytes
         for block in entry.blocks:

@@ -1,4 +1,5 @@
-"""Token choice: a pure function of (logits, parameters, position), so that no draft, batch or retry can change a text.
+"""Token choice: a pure function of (logits, parameters, position, and with penalties the tokens before), so that no draft,
+batch or retry can change a text.
 
     argmax(filtered logits / temperature + Gumbel noise(seed, position, token))
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...core.vocabulary import SamplingParams
+from ...core.vocabulary import Choosing, History, SamplingParams, TokenLogprob
 from ..backend import F32
 
 
@@ -21,9 +22,12 @@ def gumbel(seed: int, position: int, size: int) -> np.ndarray[tuple[int], np.dty
     return -np.log(np.maximum(exponential, 1e-300))  # random() may return 0, once in 2^53 draws
 
 
-def choose(logits: F32, params: SamplingParams, position: int) -> int:
+def choose(logits: F32, params: SamplingParams, position: int, history: History | None = None) -> int:
     """The token at `position`, from logits [V]. Ties go to the lowest id. The filters follow transformers'
-    `generation/logits_process.py`: temperature, top-k (ties with the k-th stay), top-p (at least one stays), min-p."""
+    `generation/logits_process.py`: bias, repetition penalty, temperature, top-k (ties with the k-th stay), top-p (at least one stays),
+    min-p. `history` is what stands before `position`, and needed by penalties alone."""
+    if params.logit_bias or params.needs_history:
+        logits = _penalised(logits, params, history)
     if params.temperature == 0:
         return int(logits.argmax())
     x = logits.astype(np.float64)
@@ -38,6 +42,41 @@ def choose(logits: F32, params: SamplingParams, position: int) -> int:
     if params.min_p > 0:
         x[x < x.max() + np.log(params.min_p)] = -np.inf
     return int((x + gumbel(params.seed, position, len(x))).argmax())
+
+
+def choose_rows(logits: F32, how: Choosing, position: int, ahead: tuple[int, ...] = ()) -> list[int]:
+    """The tokens at `position`... from logits [R, V], of which each row but the first follows one token more of `ahead`."""
+    return [
+        choose(row, how.sampling, position + i, how.history.then(ahead[:i]) if how.history is not None else None)
+        for i, row in enumerate(logits)
+    ]
+
+
+def logprobs(logits: F32, token: int, num_top: int) -> TokenLogprob:
+    """Of logits [V], as the model has them."""
+    x = logits.astype(np.float64)
+    x -= x.max() + np.log(np.exp(x - x.max()).sum())
+    top = np.argsort(-x, kind="stable")[:num_top]
+    return TokenLogprob(float(x[token]), tuple((int(each), float(x[each])) for each in top))
+
+
+def share(logits: F32, token: int) -> float:
+    """The probability of a token, from logits [V] at temperature 1."""
+    highest = logits.max()
+    return float(np.exp(logits[token] - highest) / np.exp(logits - highest).sum())
+
+
+def _penalised(logits: F32, params: SamplingParams, history: History | None) -> F32:
+    x = logits.copy()
+    for token, bias in params.logit_bias:
+        if token < len(x):
+            x[token] += np.float32(bias)
+    if history is not None:
+        seen = np.unique(history.tokens)
+        x[seen] = np.where(x[seen] > 0, x[seen] / np.float32(params.repetition_penalty), x[seen] * np.float32(params.repetition_penalty))
+        tokens, counts = np.unique(np.array(history.tokens[history.num_prompt :], np.int64), return_counts=True)
+        x[tokens] -= np.float32(params.presence_penalty) + np.float32(params.frequency_penalty) * counts.astype(np.float32)
+    return x
 
 
 def _softmax(x: np.ndarray[tuple[int], np.dtype[np.float64]]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:

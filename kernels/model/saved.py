@@ -5,25 +5,30 @@ positions before, `trunk` and `mtp`. Its metadata are FORMAT, the model's finger
 has produced (JSON), and a BLAKE2b checksum of the whole file with the checksum's own digits zero. There is nothing in it
 to execute. A file that is not wholly what it should be is refused before anything is changed.
 
-A file appears under its name at once or not at all: it is written beside it, synced, and renamed.
+A file appears under its name at once or not at all: it is written beside it under a name nobody else has, synced, and renamed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+import stat
+import tempfile
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
+from ...core.checks import check_ranges, check_stop
 from ...core.errors import InvalidRequest, ModelFileError, SavedSequenceError
-from ...core.vocabulary import Request, SamplingParams, check_ranges, check_salt
+from ...core.vocabulary import Request, SamplingParams, check_salt
 from ..backend import F32
 from ..formats import safetensors
 from .prefix import Checkpoint, PrefixIndex, Snapshot
@@ -31,78 +36,128 @@ from .prefix import Checkpoint, PrefixIndex, Snapshot
 logger = logging.getLogger("forerun")
 
 FORMAT = "forerun sequence 1"
-NO_CHECKSUM = "0" * 64
+CHECKSUM_DIGITS = 64
+#: Far above the header of a request of 262,144 tokens.
+MAX_HEADER_BYTES = 8_000_000
+#: Seconds after which what a dead process left half written beside a file is removed.
+LEFT_BEHIND_SECONDS = 3600.0
+ENDING = ".saving"
+BLOCK_BYTES = 2**20
 
 
 def write(path: Path, fingerprint: str, record: str, snapshot: Snapshot) -> None:
     """Puts a sequence in place of whatever `path` held. SavedSequenceError when the system does not let us; `path` is as it was then."""
     metadata = {
-        "format": FORMAT, "model": fingerprint, "position": str(snapshot.checkpoint.position), "record": record, "checksum": NO_CHECKSUM,
+        "format": FORMAT, "model": fingerprint, "position": str(snapshot.checkpoint.position), "record": record,
+        "checksum": "0" * CHECKSUM_DIGITS,
     }  # fmt: skip
-    arrays = [array for _, array in sorted(snapshot.arrays.items())]
+    arrays = [np.ascontiguousarray(array, "<f4") for _, array in sorted(snapshot.arrays.items())]
     header = safetensors.header({name: ("F32", array) for name, array in snapshot.arrays.items()}, metadata)
-    whole = header.replace(NO_CHECKSUM.encode(), _checksum(header, arrays).encode())
-    mine = path.with_name(f".{path.name}.{os.getpid()}.saving")
+    digest = hashlib.blake2b(header, digest_size=CHECKSUM_DIGITS // 2)
+    for array in arrays:
+        digest.update(array.data)
+    mine = ""
     try:
         _remove_left_behind(path)
-        with open(os.open(mine, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(whole)
+        handle, mine = tempfile.mkstemp(ENDING, f".{path.name}.", path.parent)
+        with open(handle, "wb") as file:
+            file.write(_with_checksum(header, digest.hexdigest()))
             for array in arrays:
-                file.write(np.ascontiguousarray(array, "<f4").data)
+                file.write(array.data)
             file.flush()
             os.fsync(file.fileno())
-        mine.replace(path)
+        os.replace(mine, path)
+        mine = ""
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except OSError as error:
-        with suppress(OSError):
-            mine.unlink()
-        raise SavedSequenceError(f"{path}: cannot be written: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: no file can have such a name
+        if mine:
+            with suppress(OSError):
+                os.unlink(mine)
+        raise SavedSequenceError(f"{str(path)!r}: cannot be written: {error}") from error
 
 
-def read(path: Path, fingerprint: str) -> tuple[str, Snapshot, str]:
-    """The record, the sequence and the checksum of a file. SavedSequenceError unless it is whole, of this format, and of this model."""
-    try:
-        file = safetensors.SafetensorsFile(path)
-    except ModelFileError as error:
-        raise SavedSequenceError(str(error)) from None
-    metadata = file.metadata
-    if metadata.get("format") != FORMAT:
-        raise SavedSequenceError(f"{path}: its format is {metadata.get('format')!r:.50}, expected {FORMAT!r}")
-    if metadata.get("model") != fingerprint:
-        raise SavedSequenceError(f"{path}: was saved by another model: {metadata.get('model')!r:.70}, this one is {fingerprint}")
-    try:
-        arrays = {name: file.read(name) for name in ("state", "columns", "hidden", "trunk", "mtp")}
-        position, record, checksum = int(metadata["position"]), metadata["record"], metadata["checksum"]
-    except (KeyError, ValueError) as error:
-        raise SavedSequenceError(f"{path}: {error} is missing or wrong") from None
-    header = file.header.replace(checksum.encode(), NO_CHECKSUM.encode())
-    if len(checksum) != len(NO_CHECKSUM) or checksum != _checksum(header, [array for _, array in sorted(arrays.items())]):
-        raise SavedSequenceError(f"{path}: is damaged: its checksum is not that of its contents")
-    checkpoint = Checkpoint(position, arrays["state"], arrays["columns"], arrays["hidden"])
-    return record, Snapshot(checkpoint, arrays["trunk"], arrays["mtp"]), checksum
+def _with_checksum(header: bytes, checksum: str) -> bytes:
+    """The header with other digits for its checksum. ValueError unless there is one checksum in it."""
+    start = header.index(CHECKSUM_KEY) + len(CHECKSUM_KEY)
+    return header[:start] + checksum.encode("ascii") + header[start + CHECKSUM_DIGITS :]
 
 
-def _checksum(header: bytes, arrays: Sequence[F32]) -> str:
-    digest = hashlib.blake2b(header, digest_size=32)
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array, "<f4").data)
-    return digest.hexdigest()
+#: How a header names its checksum. Within a JSON text no quotation mark stands alone, so nothing else in it can look like this.
+CHECKSUM_KEY = b'"checksum": "'
 
 
 def _remove_left_behind(path: Path) -> None:
-    """Removes what processes that have died in the middle of saving left beside `path`."""
-    for other in path.parent.glob(f".{path.name}.*.saving"):
-        pid = other.name.removesuffix(".saving").rpartition(".")[2]
-        try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
-            other.unlink(missing_ok=True)
-        except (OSError, ValueError):
-            continue  # alive, another user's, or not ours
+    """Removes what was left half written beside `path` long ago."""
+    for name in os.listdir(path.parent):
+        if name.startswith(f".{path.name}.") and name.endswith(ENDING):
+            other = path.parent / name
+            with suppress(OSError):
+                if time.time() - other.stat().st_mtime > LEFT_BEHIND_SECONDS:
+                    other.unlink()
+
+
+def check(path: Path, fingerprint: str, blank: Snapshot) -> tuple[int, str, str]:
+    """Position, record and checksum of a file that is whole, of this format, and of the model whose sequences are shaped like `blank`.
+    SavedSequenceError otherwise. Takes as much memory as the file's header."""
+    with _open(path, fingerprint, blank) as (file, position, metadata, header, _):
+        digest = hashlib.blake2b(_with_checksum(header, "0" * CHECKSUM_DIGITS), digest_size=CHECKSUM_DIGITS // 2)
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+        _compare(path, digest.hexdigest(), metadata)
+        return position, metadata["record"], metadata["checksum"]
+
+
+def read(path: Path, fingerprint: str, blank: Snapshot, checksum: str | None = None) -> tuple[str, Snapshot]:
+    """The record and the sequence of a file that `check` finds right, and whose checksum is `checksum` if that is known."""
+    with _open(path, fingerprint, blank) as (file, position, metadata, header, shapes):
+        digest = hashlib.blake2b(_with_checksum(header, "0" * CHECKSUM_DIGITS), digest_size=CHECKSUM_DIGITS // 2)
+        arrays: dict[str, F32] = {}
+        for name, shape in sorted(shapes.items()):
+            array = np.empty(shape, "<f4")
+            if file.readinto(array.data.cast("B") if array.size else bytearray()) != array.nbytes:
+                raise SavedSequenceError(f"{path}: truncated")
+            digest.update(array.data)
+            arrays[name] = array.astype(np.float32, copy=False)
+        _compare(path, digest.hexdigest(), metadata)
+        if checksum is not None and metadata["checksum"] != checksum:
+            raise SavedSequenceError(f"{path}: is another file than it was a moment ago")
+        checkpoint = Checkpoint(position, arrays["state"], arrays["columns"], arrays["hidden"])
+        return metadata["record"], Snapshot(checkpoint, arrays["trunk"], arrays["mtp"])
+
+
+@contextmanager
+def _open(
+    path: Path, fingerprint: str, blank: Snapshot
+) -> Generator[tuple[io.BufferedReader, int, dict[str, str], bytes, dict[str, tuple[int, ...]]]]:
+    """An open file at its data, its position, metadata, header and shapes, once they are what they should be."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise SavedSequenceError(f"{path}: is not a file")
+        with path.open("rb") as file:
+            tensors, metadata, header = safetensors.read_header(file, path, MAX_HEADER_BYTES)
+            if metadata.get("format") != FORMAT:
+                raise SavedSequenceError(f"{path}: its format is {metadata.get('format')!r:.50}, expected {FORMAT!r}")
+            if metadata.get("model") != fingerprint:
+                found = f"{metadata.get('model')!r:.70}, this one is {fingerprint}"
+                raise SavedSequenceError(f"{path}: was saved by another model: {found}")
+            position, checksum, _ = int(metadata["position"]), metadata["checksum"], metadata["record"]
+            shapes = blank.shapes_at(position)
+            if {name: (info.dtype, info.shape) for name, info in tensors.items()} != {n: ("F32", s) for n, s in shapes.items()}:
+                raise SavedSequenceError(f"{path}: its arrays are not those of this model at position {position}")
+            if len(checksum) != CHECKSUM_DIGITS or header.count(CHECKSUM_KEY + checksum.encode("ascii")) != 1:
+                raise SavedSequenceError(f"{path}: is damaged: it has no checksum")
+            yield file, position, metadata, header, shapes
+    except (OSError, ModelFileError, ValueError, KeyError, OverflowError) as error:
+        raise SavedSequenceError(f"{str(path)!r}: cannot be read: {error}") from error
+
+
+def _compare(path: Path, checksum: str, metadata: dict[str, str]) -> None:
+    if metadata["checksum"] != checksum:
+        raise SavedSequenceError(f"{path}: is damaged: its checksum is not that of its contents")
 
 
 class PrefixFolder:
@@ -111,12 +166,20 @@ class PrefixFolder:
 
     def __init__(self, folder: Path, fingerprint: str, max_bytes: int) -> None:
         self._folder, self._fingerprint, self._max_bytes = folder / fingerprint[:16], fingerprint, max_bytes
+        found: list[tuple[int, str, int]] = []
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            files = sorted(((path.stat(), path) for path in self._folder.glob("*.safetensors")), key=lambda each: each[0].st_mtime_ns)
-        except OSError as error:
-            raise SavedSequenceError(f"{folder}: cannot be used: {error.strerror}") from error
-        self._sizes = {path.stem: stat.st_size for stat, path in files}  # the longest unused first
+            for path in self._folder.iterdir():
+                with suppress(OSError):  # it goes just now, or points to nothing
+                    status = path.stat()
+                    if path.name.endswith(".safetensors") and stat.S_ISREG(status.st_mode):
+                        found.append((status.st_mtime_ns, path.stem, status.st_size))
+                    elif path.name.endswith(ENDING) and time.time() - status.st_mtime > LEFT_BEHIND_SECONDS:
+                        path.unlink()
+        except (OSError, ValueError) as error:
+            raise SavedSequenceError(f"{folder}: cannot be used: {error}") from error
+        self._sizes = {name: size for _, name, size in sorted(found)}  # the longest unused first
+        self._make_room(0)
 
     def __contains__(self, key: bytes) -> bool:
         return key.hex() in self._sizes
@@ -124,43 +187,48 @@ class PrefixFolder:
     def __len__(self) -> int:
         return len(self._sizes)
 
+    def size(self, key: bytes) -> int:
+        return self._sizes[key.hex()]
+
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.safetensors"
 
-    def load(self, key: bytes, blank: Snapshot) -> Snapshot:
-        """SavedSequenceError when the file is damaged, which is then removed."""
+    def load(self, key: bytes, position: int, blank: Snapshot) -> Snapshot:
+        """SavedSequenceError when the file is damaged or not what its name says, which is then removed."""
         name = key.hex()
         try:
-            _, snapshot, _ = read(self._path(name), self._fingerprint)
-            if not snapshot.fits(blank):
-                raise SavedSequenceError(f"{self._path(name)}: its arrays have other shapes than this model's")
-            with suppress(OSError):
-                os.utime(self._path(name))
+            record, snapshot = read(self._path(name), self._fingerprint, blank)
+            if (record, snapshot.checkpoint.position) != (name, position):
+                raise SavedSequenceError(f"{self._path(name)}: is of another prefix than its name says")
         except SavedSequenceError:
             self._remove(name)
             raise
+        with suppress(OSError):
+            os.utime(self._path(name))
         self._sizes[name] = self._sizes.pop(name)
         return snapshot
 
     def store(self, key: bytes, snapshot: Snapshot) -> None:
-        """SavedSequenceError when the system does not let us."""
-        name = key.hex()
-        if name not in self._sizes:
-            write(self._path(name), self._fingerprint, "", snapshot)
-            self._sizes[name] = self._path(name).stat().st_size
-        while sum(self._sizes.values()) > self._max_bytes:
-            self._remove(next(iter(self._sizes)))
+        """Does nothing when there can be no room. SavedSequenceError when the system does not let us."""
+        name, size = key.hex(), snapshot.num_bytes + 4096
+        if name not in self._sizes and size <= self._max_bytes:
+            self._make_room(size)
+            write(self._path(name), self._fingerprint, name, snapshot)
+            self._sizes[name] = size
 
     def store_all(self, prefixes: PrefixIndex) -> None:
         """Stores what the index still has, the most valuable first, as far as there is room; what cannot be written is left out."""
         for entry in prefixes.entries:
-            room = self._max_bytes - sum(self._sizes.values())
             try:
-                if entry.key not in self and (snapshot := prefixes.snapshot(entry)).num_bytes < room:
-                    self.store(entry.key, snapshot)
+                if entry.key not in self and prefixes.num_bytes(entry) + 4096 < self._max_bytes - sum(self._sizes.values()):
+                    self.store(entry.key, prefixes.snapshot(entry))
             except SavedSequenceError as error:
                 logger.warning("checkpoints are forgotten: %s", error)
                 return
+
+    def _make_room(self, size: int) -> None:
+        while self._sizes and sum(self._sizes.values()) + size > self._max_bytes:
+            self._remove(next(iter(self._sizes)))
 
     def _remove(self, name: str) -> None:
         self._sizes.pop(name, None)
@@ -185,12 +253,21 @@ def parse_record(record: str, request_id: str, vocabulary: int, context: int) ->
         for name, tokens in ids.items():
             if not all(type(token) is int and 0 <= token < vocabulary for token in tokens):
                 raise ValueError(f"{name} are not all token ids of this model")
-        sampling, max_tokens, salt = SamplingParams(**values.pop("sampling")), values.pop("max_tokens"), values.pop("cache_salt")
-        if values or max_tokens is None or check_ranges({"max_tokens": max_tokens}) or check_salt(salt) or salt is None:
+        chosen: Any = values.pop("sampling")
+        chosen["logit_bias"] = tuple((token, bias) for token, bias in chosen["logit_bias"])
+        sampling = SamplingParams(**chosen)
+        max_tokens, salt, stops = values.pop("max_tokens"), values.pop("cache_salt"), tuple(values.pop("stop"))
+        numbers = {"max_tokens": max_tokens, "num_logprobs": values.pop("num_logprobs")}
+        if values or max_tokens is None or check_ranges(numbers) or check_salt(salt) or salt is None or check_stop(stops):
             raise ValueError(f"max_tokens, cache_salt or {sorted(values)} are not as expected")
         if not ids["prompt_ids"] or not 0 < len(ids["output_ids"]) < max_tokens or len(ids["prompt_ids"]) + max_tokens > context:
             raise ValueError("prompt and answer are longer than they could have been")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, InvalidRequest) as error:
         raise SavedSequenceError(f"the saved request makes no sense: {error}") from None
-    stop, boundary = frozenset(ids["stop_ids"]), frozenset(ids["boundary_ids"])
-    return Request(request_id, ids["prompt_ids"], max_tokens, sampling, stop, vocabulary, boundary, salt), ids["output_ids"]
+    stop_ids, boundary_ids, prompt, num_logprobs = ids["stop_ids"], ids["boundary_ids"], ids["prompt_ids"], numbers["num_logprobs"]
+    return (
+        Request(
+            request_id, prompt, max_tokens, sampling, frozenset(stop_ids), vocabulary, frozenset(boundary_ids), salt, stops, num_logprobs
+        ),
+        ids["output_ids"],
+    )

@@ -13,6 +13,7 @@ from forerun.core.protocol import chunk_ends
 from forerun.core.vocabulary import Lease
 from forerun.kernels.model.memory import MemoryParams, ModelMemory, SequenceMemory, SequencePool
 from forerun.kernels.model.pages import PAGE, Arena, KeyValues
+from forerun.kernels.model.prefix import Snapshot
 from forerun.kernels.model.recurrent import STORES, StoreName
 from forerun.kernels.model.sizes import MIB, PUBLISHED, memory_sizes, table
 from forerun.kernels.model.weights import ModelWeights
@@ -74,12 +75,15 @@ class Pools(RuleBasedStateMachine):
         self.target = FakeTarget()
         self.pool = SequencePool(FakeMaker(), MemoryParams(4, 10, self.prefix_bytes, "log", is_archived=True))
         self.leases: dict[int, tuple[Lease, tuple[int, ...], str]] = {}
+        self.archived: dict[bytes, Snapshot] = {}
 
     @rule(data=st.data(), salt=st.sampled_from(["", "a"]), num_tokens=st.integers(1, 300), seed=st.integers(0, 2), rows=st.integers(1, 70))
     def lease(self, data: st.DataObject, salt: str, num_tokens: int, seed: int, rows: int) -> None:
         tokens = tuple((i * 5 + (seed if i > 100 else 0)) % 11 for i in range(num_tokens))
         ends = chunk_ends(tokens, BOUNDARY)
         lease = self.pool.lease("someone", tokens, ends, num_tokens + 5, rows, salt)
+        while lease is None and self.archive():
+            lease = self.pool.lease("someone", tokens, ends, num_tokens + 5, rows, salt)
         if lease is None:
             needed = -(-(num_tokens + 5 + 1) // PAGE)
             held = {page for number in self.leases for page in self.pool[number].table}
@@ -106,7 +110,17 @@ class Pools(RuleBasedStateMachine):
     @rule(data=st.data())
     def publish(self, data: st.DataObject) -> None:
         lease, tokens, salt = data.draw(st.sampled_from(list(self.leases.values())))
-        self.pool.publish(lease.number, tokens, salt)
+        self.pool.publish(lease.number, tokens, chunk_ends(tokens, BOUNDARY), salt)
+        while self.archive():
+            pass
+
+    def archive(self) -> bool:
+        """What the memory manager does with what the index has no room for."""
+        entry = self.pool.prefixes.overdue()
+        if entry is not None:
+            self.archived[entry.key] = self.pool.prefixes.snapshot(entry)
+            self.pool.prefixes.forget(entry)
+        return entry is not None
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
@@ -129,11 +143,11 @@ class Pools(RuleBasedStateMachine):
         with pytest.raises(InternalBug):
             self.pool.release(number)
 
-    @precondition(lambda self: self.pool.prefixes.outgoing)
+    @precondition(lambda self: self.archived)
     @rule(data=st.data())
     def bring_back(self, data: st.DataObject) -> None:
-        key = data.draw(st.sampled_from(sorted(self.pool.prefixes.outgoing)))
-        self.pool.prefixes.adopt(key, self.pool.prefixes.outgoing.pop(key))
+        key = data.draw(st.sampled_from(sorted(self.archived)))
+        self.pool.prefixes.adopt(key, self.archived[key])
 
     @rule()
     def reset(self) -> None:

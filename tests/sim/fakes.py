@@ -90,6 +90,7 @@ class FakeMemory(SequenceMemory):
         self.trunk, self.mtp = KeyValues(arena.trunk, table), KeyValues(arena.mtp, table)
         self.first, self.states = 0, [0]
         self.hidden = HiddenRows(2, 2 * CHUNK + max_rows + 1)
+        self.max_checkpoint_bytes = 0
         self.checkpoints = []
         self.frozen = None
 

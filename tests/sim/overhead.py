@@ -13,7 +13,7 @@ from typing import Any
 import anyio
 import numpy as np
 from forerun.actors.engine import EngineParams, run_engine
-from forerun.core.vocabulary import SpeculationParams, parse_spec_type
+from forerun.core.speculation import SpeculationParams, parse_spec_type
 from forerun.kernels.model.memory import MemoryParams, SequenceMemory
 from forerun.kernels.model.pages import Arena
 from forerun.kernels.model.recurrent import StoreName
@@ -93,7 +93,7 @@ async def bare() -> float:
 
 async def layer(spec_type: str, at_once: int, overlap: bool, watched: bool) -> float:
     """Microseconds a round and sequence; with a draft, of one token."""
-    speculation = SpeculationParams(parse_spec_type(spec_type), draft_n_max=1, ngram_size_n=64, ngram_size_m=1)
+    speculation = SpeculationParams(parse_spec_type(spec_type), draft_n_max=1, ngram_simple_size_n=64, ngram_simple_size_m=1)
     params = EngineParams(speculation, MemoryParams(at_once, at_once * 40, 0, "log"), 100, overlap)
     async with run_engine(InstantModel(), params) as engine:
 

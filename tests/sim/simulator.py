@@ -48,8 +48,9 @@ from forerun.core.errors import (
 )
 from forerun.core.messages import Propose
 from forerun.core.protocol import ENDS
+from forerun.core.speculation import DRAFTERS, Draft, DrafterName, SpeculationParams
 from forerun.core.trace import Event, Notice, Subscription, Trace
-from forerun.core.vocabulary import DRAFTERS, Draft, DrafterName, FinishReason, SamplingParams, SpeculationParams
+from forerun.core.vocabulary import FinishReason, SamplingParams
 from forerun.kernels.model.memory import MemoryParams
 from trio.testing import MockClock
 
@@ -135,13 +136,24 @@ def make_plan(rng: random.Random) -> Plan:
                 save_at=rng.randint(1, 5) if has["save"] and rng.random() < 0.4 else math.inf,
             )
         )
-    names = ("tokenizer", "memory manager", "target decoder", "MTP drafter", "n-gram drafter")
+    types: tuple[DrafterName, ...] = tuple(name for name in DRAFTERS if rng.random() < (0.8 if name == "draft-mtp" else 0.25))
+    names = ("tokenizer", "memory manager", "target decoder", "MTP drafter", *(f"{name} drafter" for name in types if name != "draft-mtp"))
     how = ("before", "within", "after", "stuck")
     crashes = {(rng.choice(names), rng.randint(1, 60)): rng.choice(how) for _ in range(rng.randint(1, 6) if has["crash"] else 0)}
-    types: tuple[DrafterName, ...] = tuple(name for name in DRAFTERS if rng.random() < 0.8)
     num_slots = rng.randint(1, 4)
     params = EngineParams(
-        SpeculationParams(types, draft_n_max=rng.randint(1, 4), ngram_size_n=rng.randint(1, 3), ngram_size_m=rng.randint(1, 8)),
+        SpeculationParams(
+            types,
+            draft_n_max=rng.randint(1, 4),
+            ngram_simple_size_n=rng.randint(1, 3),
+            ngram_simple_size_m=rng.randint(1, 8),
+            ngram_map_k_size_n=2,
+            ngram_map_k4v_size_n=1,
+            ngram_mod_n_match=2,
+            ngram_mod_n_min=1,
+            ngram_suffix_shared=rng.random() < 0.5,
+            choose=rng.choice(["rate", "first"]),
+        ),
         MemoryParams(
             num_slots, num_pages=rng.choice([3, 4, 8, 20]) if not is_long else 50, prefix_bytes=rng.choice([0, 60, 10_000]), store="log"
         ),
@@ -465,7 +477,7 @@ class Simulation:
             assert (actor.mailbox.num_waiting, actor.mailbox.num_unanswered) == (0, 0), f"{name}: {actor}"
         for actor in self._actors.values():
             if isinstance(actor, NgramDrafter):
-                assert not actor._histories or statistics.actors[actor.name].is_switched_off  # pyright: ignore[reportPrivateUsage]
+                assert not actor._sequences or statistics.actors[actor.name].is_switched_off  # pyright: ignore[reportPrivateUsage]
             if isinstance(actor, MtpDrafter):
                 assert not actor._sequences or statistics.actors[actor.name].is_switched_off  # pyright: ignore[reportPrivateUsage]
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 import anyio
 import trio
 from forerun.actors.engine import Engine, EngineParams, run_engine
-from forerun.core.vocabulary import SpeculationParams
+from forerun.core.speculation import SpeculationParams
 from forerun.kernels.model.memory import MemoryParams
 from trio.testing import MockClock
 
@@ -40,7 +40,7 @@ def run(test: Callable[[Engine, Device], object], spec_type: str = "draft-mtp", 
 
     async def main() -> None:
         types = ("draft-mtp",) if spec_type == "draft-mtp" else ()
-        params = EngineParams(SpeculationParams(types, draft_n_max=1), MemoryParams(4, 40, 0, "log"), 10, overlap, executor=device)
+        params = EngineParams(SpeculationParams(types, draft_n_max=1, choose="first"), MemoryParams(4, 40, 0, "log"), 10, overlap, executor=device)
         async with run_engine(FakeModel(), params) as engine:
             await test(engine, device)  # type: ignore[misc]
 

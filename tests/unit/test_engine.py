@@ -90,7 +90,7 @@ async def test_bad_requests_are_refused_and_harm_nobody(model: str, given: Any, 
         {"spec_type": "draft-magic"},
         {"num_slots": 0},
         {"draft_n_max": 65},
-        {"ngram_size_n": 0},
+        {"ngram_simple_size_n": 0},
         {"num_pages": 0},
         {"prefix_bytes": -1},
         {"recurrent_store": "tape"},
@@ -384,7 +384,7 @@ async def test_draining_finishes_what_runs_and_refuses_what_is_new(model: str) -
 async def test_the_plain_loop_gives_the_same_tokens(model: str) -> None:
     texts: list[list[tuple[int, ...]]] = []
     for overlap in (True, False):
-        async with forerun.open_engine(model, overlap=overlap, ngram_size_n=3) as engine:
+        async with forerun.open_engine(model, overlap=overlap) as engine:
             found: dict[int, tuple[int, ...]] = {}
 
             async def one(length: int, engine: forerun.Engine = engine, found: dict[int, tuple[int, ...]] = found) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from forerun.core.errors import InternalBug
 from forerun.core.protocol import CHUNK, ENDS, TRANSITIONS, Event, SequenceProtocol, State, diagram
-from forerun.core.vocabulary import Draft, FinishReason, Request, SamplingParams, Verdict
+from forerun.core.vocabulary import FinishReason, Request, SamplingParams, Verdict
 
 STOP, VOCABULARY = 99, 100
 
@@ -51,7 +51,7 @@ def test_chunks_start_at_multiples_and_cover_the_prompt() -> None:
 
 def test_a_round_keeps_what_equals_the_targets_choices() -> None:
     p = started()
-    assert p.drafted(Draft("draft-mtp", (1, 2, 3))) == (50, 1, 2, 3)
+    assert p.drafted((1, 2, 3)) == (50, 1, 2, 3)
     p.verified(Verdict((1, 2, 8, 9)))
     done = p.round
     assert (done.position, done.computed, done.num_drafted, done.num_accepted, done.tokens) == (3, (50, 1, 2), 3, 2, (1, 2, 8))
@@ -60,13 +60,13 @@ def test_a_round_keeps_what_equals_the_targets_choices() -> None:
 
 
 def test_a_draft_is_used_up_to_the_first_token_there_is_not() -> None:
-    assert started().drafted(Draft("draft-mtp", (1, 2, VOCABULARY, 3))) == (50, 1, 2)
-    assert started().drafted(Draft("draft-mtp", (-1,))) == (50,)
+    assert started().drafted((1, 2, VOCABULARY, 3)) == (50, 1, 2)
+    assert started().drafted((-1,)) == (50,)
 
 
 def test_a_stop_token_ends_the_text_and_is_not_part_of_it() -> None:
     p = started()
-    p.drafted(Draft("draft-mtp", (1, STOP, 3)))
+    p.drafted((1, STOP, 3))
     p.verified(Verdict((1, STOP, 3, 4)))
     assert p.round.tokens == (1,)
     p.committed()
@@ -76,7 +76,7 @@ def test_a_stop_token_ends_the_text_and_is_not_part_of_it() -> None:
 def test_never_more_than_max_tokens() -> None:
     p = started(max_tokens=4)
     assert p.draft_limit == 2
-    assert p.drafted(Draft("draft-mtp", (1, 2, 3, 4, 5))) == (50, 1, 2)
+    assert p.drafted((1, 2, 3, 4, 5)) == (50, 1, 2)
     p.verified(Verdict((1, 2, 3)))
     assert p.round.tokens == (1, 2, 3)
     p.committed()
@@ -86,10 +86,10 @@ def test_never_more_than_max_tokens() -> None:
 
 def test_lost_memory_is_replayed_by_chunks_then_by_steps_and_must_choose_the_same() -> None:
     p = started(num_prompt=CHUNK + 2)
-    p.drafted(Draft("draft-mtp", (1, 2)))
+    p.drafted((1, 2))
     p.verified(Verdict((1, 2, 3)))
     p.committed()
-    p.drafted(None)
+    p.drafted(())
     p.memory_lost()
     assert (p.state, p.holds_lease, p.output) == (State.WAITING, False, [50, 1, 2, 3])
     p.admitted()
@@ -112,7 +112,7 @@ CALLS: dict[Event, Callable[[SequenceProtocol], object]] = {
     Event.ADMITTED: lambda p: p.admitted(),
     Event.CHUNK_COMPUTED: lambda p: p.chunk_computed(Verdict((1,))),
     Event.REPLAYED: lambda p: p.replayed(Verdict(())),
-    Event.DRAFTED: lambda p: p.drafted(None),
+    Event.DRAFTED: lambda p: p.drafted(()),
     Event.VERIFIED: lambda p: p.verified(Verdict((1,))),
     Event.COMMITTED: lambda p: p.committed(),
     Event.MEMORY_LOST: lambda p: p.memory_lost(),
@@ -150,7 +150,7 @@ def successors(p: SequenceProtocol) -> Iterator[tuple[Event, SequenceProtocol]]:
         start = p.output.index(rows[0]) + 1  # the tokens of this text are all different
         moves.append((Event.REPLAYED, partial(SequenceProtocol.replayed, verdict=Verdict(tuple(p.output[start : start + len(rows)])))))
     if p.state is State.DRAFTING:
-        drafts = (None, Draft("draft-mtp", (60,)), Draft("draft-mtp", (60, 61)))
+        drafts = ((), (60,), (60, 61))
         moves += [(Event.DRAFTED, partial(SequenceProtocol.drafted, draft=draft)) for draft in drafts]
     if p.state is State.VERIFYING:
         rows = p.rows
@@ -225,7 +225,7 @@ def test_any_drafts_give_the_tokens_of_no_drafts() -> None:
         while p.state is not State.FINISHING:
             at = len(p.output)
             guess = [token if rng.random() < 0.7 else 91 for token in text[at : at + rng.randrange(6)]]
-            rows = p.drafted(Draft("draft-mtp", tuple(guess)) if guess else None)
+            rows = p.drafted(tuple(guess))
             p.verified(Verdict(tuple(text[at : at + len(rows)])))
             p.committed()
         assert p.output == text[:40]

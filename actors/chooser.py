@@ -1,0 +1,231 @@
+"""Which draft is worth verifying, and how much of it: by expected tokens per second.
+
+    rate(K) = E(K) / (V(K + 1) + seconds of drafting + overhead),    E(K) = 1 + sum over i <= K of a_1 ... a_i
+
+V is what verifies of so many rows have taken lately, a_i how often the drafter was right lately where it was as sure as
+now. All drafters are compared with what came, also those whose drafts were not verified: who was not listened to can
+still convince. Length 0 is a draft like any other, so speculation that does not pay turns itself off; the head, whose
+drafts cost something, is then asked now and then for one token, more seldom the longer that is for nothing.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..core.speculation import Draft, DrafterName
+
+#: Of a new measurement; old ones fade.
+NEWEST_SHARE = 0.1
+#: A measurement more than so many times the mean is an accident of the machine, and counts as that much.
+OUTLIER = 2.0
+#: Measurements of other sizes after which one is forgotten: what was once slow must be tried again.
+FORGOTTEN_AFTER = 300
+#: What one row more costs, in verifies of one row, before two sizes have been measured. Low, so that drafts are tried.
+HOPED_SLOPE = 0.25
+#: Trials that a belief remembers, and what the drafter's own word weighs against them.
+MEMORY, WORD = 12.0, 1.5
+#: How sure a drafter is, in classes.
+CLASSES = (0.2, 0.4, 0.6, 0.75, 0.9, 0.97)
+#: Rounds between two questions to a head that is not worth it: at first, and at last.
+FIRST_PAUSE, LAST_PAUSE = 4, 16
+#: Tokens that another sequence in the batch gains by each of its rows, about.
+OTHERS_GAIN = 0.7
+
+
+class Costs:
+    """Seconds by size, as measured; between sizes and beyond by straight lines, and never less for more."""
+
+    def __init__(self) -> None:
+        self._means: dict[int, tuple[float, int, int]] = {}  # size -> mean, measurements, the clock at the last
+        self._clock = 0
+        self._curve: tuple[list[int], list[float]] = [], []
+
+    def saw(self, size: int, seconds: float) -> None:
+        if seconds <= 0:
+            return
+        self._clock += 1
+        mean, number, _ = self._means.get(size, (seconds, 0, 0))
+        mean += (min(seconds, OUTLIER * mean) - mean) * max(1 / (number + 1), NEWEST_SHARE)
+        self._means[size] = mean, number + 1, self._clock
+        self._means = {size: each for size, each in self._means.items() if self._clock - each[2] < FORGOTTEN_AFTER}
+        sizes, highest, curve = sorted(self._means), 0.0, list[float]()
+        for each in sizes:
+            highest = max(highest, self._means[each][0])
+            curve.append(highest)
+        self._curve = sizes, curve
+
+    def __call__(self, size: int) -> float:
+        """0 before anything was measured."""
+        sizes, seconds = self._curve
+        if not sizes:
+            return 0.0
+        at = bisect_left(sizes, size)
+        if at < len(sizes) and sizes[at] == size:
+            return seconds[at]
+        if at == 0:
+            return seconds[0]
+        if at < len(sizes):
+            share = (size - sizes[at - 1]) / (sizes[at] - sizes[at - 1])
+            return seconds[at - 1] + share * (seconds[at] - seconds[at - 1])
+        slope = HOPED_SLOPE * seconds[-1] / sizes[-1]
+        if len(sizes) > 1:
+            slope = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
+        return seconds[-1] + slope * (size - sizes[-1])
+
+
+@dataclass(slots=True)
+class _Belief:
+    num_right: float = 0.0
+    num_trials: float = 0.0
+
+    def saw(self, is_right: bool, memory: float = MEMORY) -> None:
+        fading = 1 - 1 / memory
+        self.num_right, self.num_trials = self.num_right * fading + is_right, self.num_trials * fading + 1
+
+    def share(self, before: float) -> float:
+        return (self.num_right + WORD * before) / (self.num_trials + WORD)
+
+
+class Experience:
+    """What all sequences of an engine have seen: what verifying and drafting take, and how often drafters were right."""
+
+    def __init__(self) -> None:
+        self.verify, self.drafting, self.overhead = Costs(), Costs(), Costs()
+        self.beliefs: dict[tuple[str, int, int], _Belief] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to verify: a draft, and perhaps another drafter's that goes on where it ends. `rate` is in tokens per second."""
+
+    parts: tuple[Draft, ...]
+    rate: float
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return tuple(token for part in self.parts for token in part.tokens)
+
+
+class Chooser:
+    """For one sequence. The order of a round: `best` of what was looked up, `head_limit`, `best` again, and `came`."""
+
+    def __init__(self, experience: Experience) -> None:
+        self._experience = experience
+        self._beliefs: dict[tuple[str, int, int], _Belief] = {}
+        self._first_guesses = [_Belief() for _ in range(64)]  # of the head, by position, however sure it was
+        self._num_other_rows = 0.0
+        self._pause, self._num_unasked = FIRST_PAUSE, 0
+
+    # What is expected
+
+    def _seconds(self, num_drafts: int, num_head: int) -> float:
+        """Of a round that verifies so many drafts, of which the head made so many."""
+        e = self._experience
+        return e.verify(round(self._num_other_rows) + num_drafts + 1) + (e.drafting(num_head) if num_head else 0.0) + e.overhead(1)
+
+    def _rate(self, expected: float, seconds: float) -> float:
+        return (expected + OTHERS_GAIN * self._num_other_rows) / seconds if seconds > 0 else expected
+
+    @staticmethod
+    def _key(name: str, i: int, confidence: float) -> tuple[str, int, int]:
+        return name, min(i, 2), bisect_left(CLASSES, confidence)
+
+    def _probabilities(self, draft: Draft, suffix: str = "") -> list[float]:
+        """How likely each token is right once those before it are."""
+        found: list[float] = []
+        for i, confidence in enumerate(_confidences(draft)):
+            key = self._key(draft.drafter + suffix, i, confidence)
+            before = self._experience.beliefs.get(key, _Belief()).share(confidence)
+            found.append(self._beliefs.get(key, _Belief()).share(before))
+        return found
+
+    def none(self) -> Plan:
+        return Plan((), self._rate(1.0, self._seconds(0, 0)))
+
+    def best(self, drafts: Sequence[Draft], num_head: int, room: int) -> Plan:
+        """The best beginning of the best draft, of `room` tokens at most, or none. The head has drafted `num_head` tokens already."""
+        plan = Plan((), self._rate(1.0, self._seconds(0, num_head)))
+        for draft in drafts:
+            plan = max(plan, self._cut((draft,), self._probabilities(draft), num_head, room), key=lambda each: each.rate)
+        return plan
+
+    def extended(self, plan: Plan, tails: Sequence[Draft], num_head: int, room: int) -> Plan:
+        """`plan`, or better, with one of the drafts that go on where it ends."""
+        start = self._probabilities(plan.parts[0])
+        for tail in tails:
+            longer = self._cut((plan.parts[0], tail), start + self._probabilities(tail, " tail"), num_head, room)
+            plan = max(plan, longer, key=lambda each: each.rate)
+        return plan
+
+    def _cut(self, parts: tuple[Draft, ...], probabilities: list[float], num_head: int, room: int) -> Plan:
+        expected, reach, best, length = 1.0, 1.0, 0.0, 0
+        for i, probability in enumerate(probabilities[:room]):
+            reach *= probability
+            expected += reach
+            rate = self._rate(expected, self._seconds(i + 1, num_head))
+            if rate > best:
+                best, length = rate, i + 1
+            if reach < 0.01:
+                break
+        first = parts[0].cut(length)
+        rest = parts[1].cut(length - len(parts[0].tokens)) if length > len(parts[0].tokens) else None
+        return Plan((first, rest) if rest is not None else (first,), best)
+
+    def is_likely(self, plan: Plan) -> bool:
+        """Whether all of a plan of one draft is more likely right than not."""
+        reach = 1.0
+        for probability in self._probabilities(plan.parts[0]):
+            reach *= probability
+        return reach > 0.5
+
+    def head_limit(self, plan: Plan, limit: int) -> tuple[int, float]:
+        """How many tokens the head should be asked for, when without it `plan` is the best, and the likelihood below which another is not
+        worth it. One token, now and then, to see whether it has become worth it."""
+        best, wanted, expected, reach, floor = plan.rate, 0, 1.0, 1.0, 0.0
+        for i in range(limit):
+            reach *= self._first_guesses[i].share(0.6)
+            expected += reach
+            rate = self._rate(expected, self._seconds(i + 1, i + 1))
+            if rate > best:
+                best, wanted = rate, i + 1
+        self._num_unasked += 1
+        if wanted:
+            floor = best * (self._seconds(wanted, wanted) - self._seconds(wanted - 1, wanted - 1))
+            self._num_unasked, self._pause = 0, FIRST_PAUSE
+        elif limit and self._num_unasked >= self._pause:
+            wanted, self._num_unasked, self._pause = 1, 0, min(2 * self._pause, LAST_PAUSE)
+        return wanted, min(floor, 0.5)
+
+    # What came
+
+    def came(self, tokens: Sequence[int], drafts: Sequence[Draft], plan: Plan, num_rows: int, seconds: float) -> None:
+        """A round brought `tokens`; `drafts` had been made for it, and the best of them was verified in a batch of `num_rows`."""
+        for draft in drafts:
+            self._compare(draft, tokens)
+        if len(plan.parts) > 1 and tuple(tokens[: len(plan.parts[0].tokens)]) == plan.parts[0].tokens:
+            self._compare(plan.parts[1], tokens[len(plan.parts[0].tokens) :], " tail")
+        if num_rows:
+            self._num_other_rows += 0.3 * (num_rows - len(plan.tokens) - 1 - self._num_other_rows)
+            self._experience.verify.saw(num_rows, seconds)
+
+    def _compare(self, draft: Draft, tokens: Sequence[int], suffix: str = "") -> None:
+        for i, (confidence, token, right) in enumerate(zip(_confidences(draft), draft.tokens, tokens, strict=False)):
+            key = self._key(draft.drafter + suffix, i, confidence)
+            self._beliefs.setdefault(key, _Belief()).saw(token == right)
+            self._experience.beliefs.setdefault(key, _Belief()).saw(token == right, 8 * MEMORY)
+            if draft.drafter == "draft-mtp":
+                self._first_guesses[i].saw(token == right)
+            if token != right:
+                break
+
+
+def _confidences(draft: Draft) -> tuple[float, ...]:
+    """Of a draft that may be anything."""
+    missing = len(draft.tokens) - len(draft.confidences)
+    return (*draft.confidences[: len(draft.tokens)], *(0.5,) * missing)
+
+
+def drafters_of(plan: Plan) -> tuple[DrafterName, ...]:
+    return tuple(part.drafter for part in plan.parts)
