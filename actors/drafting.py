@@ -121,20 +121,20 @@ class Drafting:
                     await self._resume(drafter, question.flow, question.lease)
                     replies.append(await drafter.mailbox.post(message))
                 if not self._overlap:
-                    drafts += await self._hear(replies, limit)
-            return drafts + await self._hear(replies, room)
+                    drafts += await self._hear(replies)
+            return drafts + await self._hear(replies)
         finally:
             for reply in replies:
                 reply.abandon()
 
     @staticmethod
-    async def _hear(replies: list[Reply[Draft]], room: int) -> list[Draft]:
+    async def _hear(replies: list[Reply[Draft]]) -> list[Draft]:
         drafts: list[Draft] = []
         while replies:
             with suppress(ForerunError):  # a drafter that has died costs its draft alone
                 draft = await replies.pop(0).wait()
                 if draft.tokens:
-                    drafts.append(draft.cut(room))  # whatever a drafter answers, the lease has room for so many
+                    drafts.append(draft)  # which may be anything, and longer than asked for
         return drafts
 
     def settle(self, num_drafted: int, num_accepted: int, tokens: tuple[int, ...], verdict: Verdict) -> None:

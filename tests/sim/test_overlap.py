@@ -40,7 +40,9 @@ def run(test: Callable[[Engine, Device], object], spec_type: str = "draft-mtp", 
 
     async def main() -> None:
         types = ("draft-mtp",) if spec_type == "draft-mtp" else ()
-        params = EngineParams(SpeculationParams(types, draft_n_max=1, choose="first"), MemoryParams(4, 40, 0, "log"), 10, overlap, executor=device)
+        params = EngineParams(
+            SpeculationParams(types, draft_n_max=1, choose="first"), MemoryParams(4, 40, 0, "log"), 10, overlap, executor=device
+        )
         async with run_engine(FakeModel(), params) as engine:
             await test(engine, device)  # type: ignore[misc]
 
