@@ -14,7 +14,7 @@ HELD_OUT = [case["text"] for case in json.loads((Path(__file__).parent / "data" 
 #: request -> its tokens when it runs alone
 ALONE: dict[int, tuple[int, ...]] = {}
 OPTIONS: tuple[forerun.Options, ...] = ({"max_tokens": 100, "temperature": 0.0}, {"max_tokens": 100, "temperature": 0.8, "seed": 7})
-ACTORS = ("tokenizer", "memory manager", "target decoder", "MTP drafter", "ngram-suffix drafter")
+ACTORS = ("tokenizer", "memory manager", "target decoder", "MTP drafter", "ngram-simple drafter")
 
 pytestmark = pytest.mark.anyio
 
@@ -27,14 +27,15 @@ def demo() -> forerun.Model:
 @pytest.mark.parametrize("options", OPTIONS, ids=["greedy", "sampled"])
 async def test_killing_each_actor_in_the_middle_leaves_the_text_as_it_is(demo: forerun.Model, options: forerun.Options) -> None:
     text = HELD_OUT[0]
-    async with forerun.open_engine(demo, choose="first") as engine:  # which asks all it can
+    drafters: forerun.SpeculationOptions = {"choose": "first", "ngram_simple_size_n": 3}  # asks whom it can
+    async with forerun.open_engine(demo, spec_type="draft-mtp,ngram-simple", **drafters) as engine:
         alone = await engine.complete(text, **options)
         for actor in ACTORS:
             async with engine.generate(text, **options) as stream:
                 pieces: list[forerun.Delta] = []
                 async for delta in stream:
                     pieces.append(delta)
-                    if len(pieces) == 2:
+                    if len(pieces) == 4:
                         engine.supervisor.kill(actor, RuntimeError(f"the {actor} was killed by a test"))
             result = stream.result
             assert (result.token_ids, result.text) == (alone.token_ids, alone.text)
