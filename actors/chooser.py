@@ -24,12 +24,14 @@ OUTLIER = 2.0
 FORGOTTEN_AFTER = 300
 #: What one row more costs, in verifies of one row, before two sizes have been measured. Low, so that drafts are tried.
 HOPED_SLOPE = 0.25
-#: Trials that a belief remembers, and what the drafter's own word weighs against them.
-MEMORY, WORD = 12.0, 1.5
+#: Trials that a belief remembers, one about the head's guesses in a row, and what a word of the drafter's own weighs against them.
+MEMORY, SHORT_MEMORY, WORD = 12.0, 6.0, 1.5
 #: How sure a drafter is, in classes.
 CLASSES = (0.2, 0.4, 0.6, 0.75, 0.9, 0.97)
-#: Rounds between two questions to a head that is not worth it: at first, and at last.
+#: Rounds between two questions to a head that is not worth it: at first, and at last. After a right answer it is asked again at once.
 FIRST_PAUSE, LAST_PAUSE = 4, 16
+#: Drafts in a row that were wrong from the start: the text has changed its nature, and whoever was not worth it may be.
+NUM_MISSES = 2
 #: Tokens that another sequence in the batch gains by each of its rows, about.
 OTHERS_GAIN = 0.7
 
@@ -56,6 +58,11 @@ class Costs:
             curve.append(highest)
         self._curve = sizes, curve
 
+    @property
+    def reach(self) -> int:
+        """The largest size that may be tried: twice the largest that was, so that the curve is measured from its beginning."""
+        return 2 * self._curve[0][-1] if self._curve[0] else 1
+
     def __call__(self, size: int) -> float:
         """0 before anything was measured."""
         sizes, seconds = self._curve
@@ -65,11 +72,11 @@ class Costs:
         if at < len(sizes) and sizes[at] == size:
             return seconds[at]
         if at == 0:
-            return seconds[0]
+            return seconds[0] * (1 + HOPED_SLOPE * (size - 1)) / (1 + HOPED_SLOPE * (sizes[0] - 1))
         if at < len(sizes):
             share = (size - sizes[at - 1]) / (sizes[at] - sizes[at - 1])
             return seconds[at - 1] + share * (seconds[at] - seconds[at - 1])
-        slope = HOPED_SLOPE * seconds[-1] / sizes[-1]
+        slope = HOPED_SLOPE * seconds[-1] / (1 + HOPED_SLOPE * (sizes[-1] - 1))
         if len(sizes) > 1:
             slope = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
         return seconds[-1] + slope * (size - sizes[-1])
@@ -116,7 +123,8 @@ class Chooser:
         self._beliefs: dict[tuple[str, int, int], _Belief] = {}
         self._first_guesses = [_Belief() for _ in range(64)]  # of the head, by position, however sure it was
         self._num_other_rows = 0.0
-        self._pause, self._num_unasked = FIRST_PAUSE, 0
+        self._pause, self._num_unasked, self._is_probing = FIRST_PAUSE, 0, False
+        self._num_misses = 0
 
     # What is expected
 
@@ -161,7 +169,8 @@ class Chooser:
 
     def _cut(self, parts: tuple[Draft, ...], probabilities: list[float], num_head: int, room: int) -> Plan:
         expected, reach, best, length = 1.0, 1.0, 0.0, 0
-        for i, probability in enumerate(probabilities[:room]):
+        most = self._experience.verify.reach - 1 - round(self._num_other_rows)
+        for i, probability in enumerate(probabilities[: max(0, min(room, most))]):
             reach *= probability
             expected += reach
             rate = self._rate(expected, self._seconds(i + 1, num_head))
@@ -191,12 +200,12 @@ class Chooser:
             if rate > best:
                 best, wanted = rate, i + 1
         self._num_unasked += 1
+        self._is_probing = not wanted and limit > 0 and self._num_unasked >= self._pause
         if wanted:
             floor = best * (self._seconds(wanted, wanted) - self._seconds(wanted - 1, wanted - 1))
-            self._num_unasked, self._pause = 0, FIRST_PAUSE
-        elif limit and self._num_unasked >= self._pause:
-            wanted, self._num_unasked, self._pause = 1, 0, min(2 * self._pause, LAST_PAUSE)
-        return wanted, min(floor, 0.5)
+        if wanted or self._is_probing:
+            self._num_unasked = 0
+        return wanted or int(self._is_probing), min(floor, 0.5)
 
     # What came
 
@@ -204,6 +213,11 @@ class Chooser:
         """A round brought `tokens`; `drafts` had been made for it, and the best of them was verified in a batch of `num_rows`."""
         for draft in drafts:
             self._compare(draft, tokens)
+            if draft.drafter == "draft-mtp" and self._is_probing:
+                self._pause = 1 if draft.tokens[:1] == tuple(tokens[:1]) else min(max(2 * self._pause, FIRST_PAUSE), LAST_PAUSE)
+        self._num_misses = self._num_misses + 1 if plan.tokens and plan.tokens[:1] != tuple(tokens[:1]) else 0
+        if self._num_misses == NUM_MISSES:
+            self._pause = 1
         if len(plan.parts) > 1 and tuple(tokens[: len(plan.parts[0].tokens)]) == plan.parts[0].tokens:
             self._compare(plan.parts[1], tokens[len(plan.parts[0].tokens) :], " tail")
         if num_rows:
@@ -216,7 +230,7 @@ class Chooser:
             self._beliefs.setdefault(key, _Belief()).saw(token == right)
             self._experience.beliefs.setdefault(key, _Belief()).saw(token == right, 8 * MEMORY)
             if draft.drafter == "draft-mtp":
-                self._first_guesses[i].saw(token == right)
+                self._first_guesses[i].saw(token == right, SHORT_MEMORY)
             if token != right:
                 break
 

@@ -395,7 +395,7 @@ class Engine:
         more_stop_ids = job.options.get("stop_ids") or []
         if bad := [token for token in more_stop_ids if not 0 <= token < vocabulary]:
             raise InvalidRequest([("stop_ids", f"{bad[0]!r:.50} is not a token id below the vocabulary's {vocabulary}")])
-        stops = _stops(job.options.get("stop"))
+        stops = tuple(_stops(job.options.get("stop")))
         if stops and self.model.vocabulary is None:
             raise InvalidRequest([("stop", "this model has no tokenizer.json, so its answers have no text")])
         stop_ids = (frozenset[int]() if job.options.get("ignore_eos") else self.model.defaults.stop_ids) | frozenset(more_stop_ids)
@@ -434,8 +434,8 @@ class Engine:
         )
 
 
-def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
-    return () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+def _stops(stop: str | list[str] | None) -> list[str]:
+    return [] if stop is None else [stop] if isinstance(stop, str) else stop
 
 
 def _call_soon() -> Callable[[Callable[[], Any]], Any]:

@@ -27,9 +27,15 @@ async def all_tokens(
     at_once: int,
     spec_type: str,
     n_max: int = 3,
+    choose: str = "first",
 ) -> list[tuple[int, ...]]:
     out: dict[int, tuple[int, ...]] = {}
-    async with forerun.open_engine(model, spec_type=spec_type, draft_n_max=n_max, ngram_simple_size_n=3, num_slots=at_once) as engine:
+    # The first draft there is, whole: what is verified is then wrong as often as it can be.
+    small: forerun.SpeculationOptions = {
+        "choose": choose, "draft_n_max": n_max, "ngram_simple_size_n": 3, "ngram_map_k_size_n": 3, "ngram_map_k4v_size_n": 3,
+        "ngram_mod_n_match": 3, "ngram_mod_n_min": 1,
+    }  # fmt: skip
+    async with forerun.open_engine(model, spec_type=spec_type, num_slots=at_once, **small) as engine:
         options = {**options, "max_tokens": num_tokens}
 
         async def one(i: int) -> None:
@@ -68,3 +74,23 @@ async def test_the_demo_model(options: forerun.Options, request: pytest.FixtureR
     plain = await all_tokens(model, prompts, num_tokens, options, 1, "none")
     for spec_type, n_max, at_once in product(SPEC_TYPES, (1, 3, 8) if is_full else (3,), (1, 8) if is_full else (8,)):
         assert await all_tokens(model, prompts, num_tokens, options, at_once, spec_type, n_max) == plain, (spec_type, n_max, at_once)
+
+
+COMBINATIONS = (*forerun.DRAFTERS, ",".join(forerun.DRAFTERS), "draft-mtp,ngram-suffix", "ngram-map-k,ngram-cache,ngram-mod")
+
+
+@pytest.mark.parametrize("choose", ["rate", "first"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.0, "repetition_penalty": 1.2, "frequency_penalty": 0.3},
+        {"temperature": 0.8, "seed": 7, "top_p": 0.9, "presence_penalty": 0.5, "stop": ["self", "return"]},
+        {"temperature": 1.5, "seed": 3, "ignore_eos": True},
+    ],
+)
+async def test_every_drafter_and_combination(options: forerun.Options, choose: str) -> None:
+    model = forerun.load_model("demo")
+    prompts = [HELD_OUT[0], HELD_OUT[1] + HELD_OUT[1][:100], "x = 1\n" * 20]
+    plain = await all_tokens(model, prompts, 40, options, 1, "none")
+    for spec_type in COMBINATIONS:
+        assert await all_tokens(model, prompts, 40, options, 3, spec_type, 3, choose) == plain, spec_type

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from forerun.core.errors import InvalidRequest
-from forerun.core.vocabulary import SamplingParams
-from forerun.kernels.model.sampling import choose
+from forerun.core.vocabulary import Choosing, History, SamplingParams
+from forerun.kernels.model.sampling import _penalised, choose, choose_rows, logprobs, share  # pyright: ignore[reportPrivateUsage]
 
 LOGITS = np.array([2.0, 1.0, 0.5, 0.5, -1.0, -3.0], np.float32)
 
@@ -74,3 +74,66 @@ def test_values_out_of_range_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(InvalidRequest) as caught:
         SamplingParams(**bad)  # pyright: ignore[reportArgumentType]
     assert caught.value.violations[0][0] == next(iter(bad))
+
+
+def test_penalties_and_biases_are_transformers_and_vllms() -> None:
+    logits = np.array([2.0, -1.0, 0.5, 3.0, 0.0], np.float32)
+    history = History((0, 1, 1, 3, 3, 3), 2)  # prompt 0, 1; answer 1, 3, 3, 3
+    params = SamplingParams(
+        repetition_penalty=1.5, presence_penalty=0.25, frequency_penalty=0.5, logit_bias=((4, 2.0), (1, 0.5), (99, 1.0))
+    )
+    expected = logits.copy()
+    expected[4] += 2
+    expected[1] += 0.5
+    for token in (0, 1, 3):
+        expected[token] = expected[token] / 1.5 if expected[token] > 0 else expected[token] * 1.5
+    expected[1] -= 0.25 + 0.5
+    expected[3] -= 0.25 + 3 * 0.5
+    np.testing.assert_allclose(_penalised(logits, params, history), expected, rtol=1e-6)
+    assert choose(logits, params, 0, history) == expected.argmax()
+    rows = choose_rows(np.stack([logits] * 3), Choosing(params, history), 5, (3, 4))
+    assert rows == [choose(logits, params, 5 + i, history.then((3, 4)[:i])) for i in range(3)]
+
+
+def test_log_probabilities_are_of_the_models_own_distribution() -> None:
+    found = logprobs(LOGITS, 4, 3)
+    expected = LOGITS - np.log(np.exp(LOGITS.astype(np.float64)).sum())
+    assert found.logprob == pytest.approx(expected[4])
+    assert [token for token, _ in found.top] == [0, 1, 2]
+    assert [each for _, each in found.top] == pytest.approx(expected[:3])
+    assert share(LOGITS, 4) == pytest.approx(np.exp(expected[4]), rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(22))
+def test_draws_of_random_distributions(seed: int) -> None:
+    """With the eight above, thirty."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 2, int(rng.integers(3, 40))).astype(np.float32)
+    size = len(logits)
+    params = SamplingParams(
+        float(rng.choice([0.3, 0.8, 1.0, 1.5, 3.0])), int(rng.choice([0, 2, size])), float(rng.choice([1.0, 0.9, 0.5])),
+        float(rng.choice([0.0, 0.05])), seed, float(rng.choice([1.0, 1.3])), float(rng.choice([0.0, 0.5])),
+    )  # fmt: skip
+    history, num_draws = History((0, 1, 1), 1), 20_000
+    x = _penalised(logits, params, history).astype(np.float64) / params.temperature
+    order = sorted(range(size), key=lambda token: (-x[token], token))
+    kept = [token for token in order if not params.top_k or x[token] >= x[order[min(params.top_k, size) - 1]]]
+    p = np.zeros(size)
+    p[kept] = np.exp(x[kept] - x.max())
+    p /= p.sum()
+    before, nucleus = 0.0, list[int]()
+    for token in kept:
+        if before < params.top_p:
+            nucleus.append(token)
+        before += p[token]
+    p[[token for token in range(size) if token not in nucleus or p[token] < params.min_p * p.max()]] = 0
+    p /= p.sum()
+    counts = np.bincount([choose(logits, params, position, history) for position in range(num_draws)], minlength=size)
+    assert (counts[p == 0] == 0).all()
+    rare = (p > 0) & (p * num_draws < 5)
+    expected = np.append(p[(p > 0) & ~rare], p[rare].sum()) * num_draws
+    seen = np.append(counts[(p > 0) & ~rare], counts[rare].sum())
+    seen, expected = seen[expected > 0], expected[expected > 0]
+    freedom = max(1, len(expected) - 1)
+    limit = freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3  # p = 0.001 (Wilson and Hilferty 1931)
+    assert ((seen - expected) ** 2 / expected).sum() < max(limit, 10.83)

@@ -420,3 +420,59 @@ async def test_cancelled_work_never_reaches_the_slots_next_owner(model: str, inl
         assert answers == [alone] * 24
         assert engine.statistics().num_slots_used == 0
         assert all(actor.mailbox.num_unanswered == 0 for actor in engine.statistics().actors.values())
+
+
+async def test_a_stop_text_ends_the_answer_before_it_and_is_never_seen() -> None:
+    async with forerun.open_engine("demo") as engine:
+        plain = (await engine.complete("def add(a, b):", max_tokens=60)).text
+        stop = plain[20:26]
+        async with engine.generate("def add(a, b):", max_tokens=60, stop=["never there", stop]) as stream:
+            pieces = [delta.text async for delta in stream]
+        result = stream.result
+        assert "".join(pieces) == result.text == plain[: plain.index(stop)]
+        assert (result.finish_reason, result.matched_stop) == (forerun.FinishReason.STOP, stop)
+        token = result.token_ids[2]
+        ended = await engine.complete("def add(a, b):", max_tokens=60, stop_ids=[token])
+        assert (ended.token_ids, ended.matched_stop) == (result.token_ids[: result.token_ids.index(token)], token)
+
+
+async def test_log_probabilities_come_with_every_token_whoever_drafted() -> None:
+    found: list[tuple[forerun.TokenLogprob, ...]] = []
+    for spec_type in ("none", "draft-mtp,ngram-suffix"):
+        async with forerun.open_engine("demo", spec_type=spec_type, choose="first") as engine:
+            async with engine.generate("def add(a, b):", max_tokens=40, temperature=0.7, seed=1, num_logprobs=2) as stream:
+                deltas = [delta async for delta in stream]
+            result = stream.result
+            assert len(result.logprobs) == len(result.token_ids) == 40
+            assert tuple(each for delta in deltas for each in delta.logprobs) == result.logprobs
+            found.append(result.logprobs)
+            assert (await engine.complete("def add(a, b):", max_tokens=4)).logprobs == ()
+    assert found[0] == found[1]
+
+
+async def test_synthetic_acceptance_is_as_ordered_and_marked() -> None:
+    async with forerun.open_engine("demo", spec_type="draft-mtp", choose="first", synth_rates=(0.8, 0.5, 0.0)) as engine:
+        result = await engine.complete("def add(a, b):", max_tokens=600, ignore_eos=True)
+    assert result.speculation.is_synthetic
+    drafter = result.speculation.drafters["draft-mtp"]
+    first, second, *rest = drafter.num_accepted_tokens_per_pos
+    assert 0.7 < first / drafter.num_drafts < 0.9
+    assert 0.35 < second / first < 0.65
+    assert not any(rest)
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"stop": "x" * 300}, "stop[0]"), ({"stop": ["a"] * 17}, "stop"), ({"stop": ["a", ""]}, "stop[1]"), ({"stop": 7}, "stop"),
+        ({"stop": ["\ud800"]}, "stop[0]"), ({"logit_bias": {1: float("nan")}}, "logit_bias"), ({"logit_bias": {-1: 1.0}}, "logit_bias"),
+        ({"logit_bias": {"a": 1.0}}, "logit_bias"), ({"stop_ids": [4096]}, "stop_ids"), ({"num_logprobs": 21}, "num_logprobs"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"), ({"presence_penalty": 3.0}, "presence_penalty"),
+        ({"frequency_penalty": float("inf")}, "frequency_penalty"),
+    ],
+)  # fmt: skip
+async def test_new_options_out_of_range_are_named(options: Any, field: str) -> None:
+    async with forerun.open_engine("demo") as engine:
+        with pytest.raises(forerun.InvalidRequest) as caught:
+            await engine.complete("x", **options)
+        assert caught.value.violations[0][0] == field

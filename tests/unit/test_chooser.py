@@ -1,0 +1,155 @@
+"""The chooser on made-up texts and machines: it finds the best length, hears whoever is right, gives up what does not pay, and
+comes back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+from forerun.actors.chooser import Chooser, Costs, Experience, Plan
+from forerun.core.speculation import Draft, DrafterName
+
+Right = Callable[[int, int], float]  # (round, position in the draft) -> probability
+
+
+def test_costs_are_what_was_measured_and_straight_between_and_beyond() -> None:
+    costs = Costs()
+    assert costs(3) == 0
+    for _ in range(50):
+        costs.saw(1, 1.0)
+        costs.saw(5, 3.0)
+        costs.saw(9, 2.0)  # more rows never cost less
+    assert [costs(size) for size in (1, 3, 5, 9)] == [1.0, 2.0, 3.0, 3.0]
+    assert costs(13) == 3.0
+    costs.saw(1, 100.0)  # an accident counts little
+    assert costs(1) < 1.3
+    costs.saw(1, 0.0)
+    assert costs(1) > 1.0
+
+
+class Text:
+    """A text of random tokens, drafters that are right with given probabilities, and a machine."""
+
+    def __init__(self, seed: int, verify: Callable[[int], float], head_cost: float = 0.2) -> None:
+        self.rng, self.experience = random.Random(seed), Experience()
+        self.chooser = Chooser(self.experience)
+        self.verify, self.head_cost = verify, head_cost
+        self.num_tokens, self.seconds = 0, 0.0
+        self.num_rounds = self.num_head_asked = 0
+
+    def _draft(self, name: DrafterName, right: Right, length: int, future: list[int], confidence: float) -> Draft:
+        is_right = [self.rng.random() < right(self.num_rounds, i) for i in range(length)]
+        tokens = tuple(future[i] if ok else -1 for i, ok in enumerate(is_right))
+        return Draft(name, tokens, (confidence,) * length)
+
+    def round(self, look_up: Right | None, head: Right | None) -> Plan:
+        future = [self.rng.randrange(1000) for _ in range(64)]
+        drafts = [self._draft("ngram-suffix", look_up, 16, future, 0.7)] if look_up is not None else []
+        plan, num_head = self.chooser.best(drafts, 0, 40), 0
+        if head is not None:
+            num_head, _ = self.chooser.head_limit(plan, 3)
+            if num_head:
+                self.num_head_asked += 1
+                drafts.append(self._draft("draft-mtp", head, num_head, future, 0.7))
+                self.experience.drafting.saw(num_head, self.head_cost * num_head)
+                plan = self.chooser.best(drafts, num_head, 40)
+        tokens = plan.tokens
+        num_right = next((i for i, token in enumerate(tokens) if token != future[i]), len(tokens))
+        rows = len(tokens) + 1
+        self.chooser.came(future[: num_right + 1], drafts, plan, rows, self.verify(rows))
+        self.num_tokens += num_right + 1
+        self.seconds += self.verify(rows) + self.head_cost * num_head
+        self.num_rounds += 1
+        return plan
+
+
+def steep(rows: int) -> float:
+    return 1 + 0.5 * (rows - 1)
+
+
+def flat(rows: int) -> float:
+    return 1 + 0.05 * (rows - 1)
+
+
+def never(_: int, __: int) -> float:
+    return 0.0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_drafter_that_is_always_wrong_costs_little(seed: int) -> None:
+    text = Text(seed, steep)
+    for _ in range(50):
+        text.round(never, never)
+    text.num_tokens, text.seconds = 0, 0.0
+    for _ in range(400):
+        text.round(never, never)
+    assert text.num_tokens / text.seconds > 0.95  # tokens a second; 1 without any draft
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_mostly_right_is_used_and_as_long_as_pays(seed: int) -> None:
+    def often(_: int, i: int) -> float:
+        return 0.9
+
+    cheap, dear = Text(seed, flat), Text(seed, steep)
+    long = [len(cheap.round(often, None).tokens) for _ in range(200)][100:]
+    short = [len(dear.round(often, None).tokens) for _ in range(200)][100:]
+    assert sum(long) / len(long) > 2 * sum(short) / len(short)
+    assert cheap.num_tokens / cheap.seconds > 3
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_it_turns_round_within_20_rounds_when_the_text_does(seed: int) -> None:
+    def first(number: int, _: int) -> float:
+        return 0.95 if number < 60 else 0.02
+
+    def then(number: int, _: int) -> float:
+        return 0.02 if number < 60 else 0.95
+
+    text = Text(seed, flat)
+    plans = [text.round(first, then) for _ in range(140)]
+    by = ["".join(part.drafter for part in plan.parts) for plan in plans]
+    assert by[30:60].count("ngram-suffix") > 25
+    assert by[80:].count("draft-mtp") > 50
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_head_that_is_not_worth_it_is_asked_more_and_more_seldom(seed: int) -> None:
+    text = Text(seed, steep)
+    for _ in range(60):
+        text.round(None, never)
+    asked = text.num_head_asked
+    for _ in range(160):
+        text.round(None, never)
+    assert 5 <= text.num_head_asked - asked <= 20
+
+
+def test_others_rows_make_short_drafts() -> None:
+    """In a batch of many rows that costs what it has rows, one more row must earn more."""
+
+    def often(_: int, i: int) -> float:
+        return 0.8
+
+    alone, among = Text(1, flat), Text(1, flat)
+    for _ in range(30):
+        alone.round(often, None)
+        among.chooser.came([1], [], Plan((), 0.0), 30, 30.0)
+    for rows in range(20, 60):
+        among.experience.verify.saw(rows, float(rows))
+    assert len(among.round(often, None).tokens) < len(alone.round(often, None).tokens)
+
+
+def test_a_tail_lengthens_what_is_likely() -> None:
+    text = Text(2, flat)
+    head = Draft("draft-mtp", (1, 2, 3), (0.95, 0.95, 0.95))
+    tail = Draft("ngram-suffix", (4, 5, 6), (0.9, 0.9, 0.9))
+    for rows in range(1, 9):
+        text.experience.verify.saw(rows, flat(rows))
+    plan = text.chooser.best([head], 3, 10)
+    assert text.chooser.is_likely(plan)
+    assert text.chooser.extended(plan, [tail], 3, 10).tokens == (1, 2, 3, 4, 5, 6)
+    assert text.chooser.extended(plan, [tail], 3, 4).tokens == (1, 2, 3, 4)
+    for _ in range(20):
+        text.chooser.came((1, 2, 3, 9), [head], Plan((head, tail), 1.0), 7, flat(7))
+    assert text.chooser.extended(plan, [tail], 3, 10).tokens == (1, 2, 3)
