@@ -53,6 +53,10 @@ class Backend(Protocol):
         """Takes in a weight [outputs, inputs]; the caller's array is not needed afterwards."""
         ...
 
+    def first_outputs(self, weight: Matrix, count: int) -> Matrix:
+        """A weight's first `count` outputs, sharing its memory."""
+        ...
+
     def embed(self, table: Matrix, ids: list[int]) -> F32:
         """Rows `ids` of a table [V, hidden]: [R, hidden]."""
         ...

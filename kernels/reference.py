@@ -32,6 +32,9 @@ class ReferenceBackend:
     def matrix(self, weight: F32) -> F32:
         return np.ascontiguousarray(weight.T)
 
+    def first_outputs(self, weight: F32, count: int) -> F32:
+        return weight[:, :count]
+
     def embed(self, table: F32, ids: list[int]) -> F32:
         return np.ascontiguousarray(table[:, ids].T)
 

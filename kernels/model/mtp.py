@@ -17,6 +17,10 @@ from .memory import SequenceMemory
 from .trunk import LayerGraph
 from .weights import AttentionWeights, ModelWeights, MtpWeights
 
+#: Tokens that can be drafted where the vocabulary is larger: the LM head would be most of what a draft costs. Byte-level BPE numbers
+#: its tokens in the order of their merges, the most frequent first, so these are the first.
+DRAFT_VOCABULARY = 32_768
+
 
 @dataclass(frozen=True, slots=True)
 class MtpRows:
@@ -37,6 +41,10 @@ class MtpHead(LayerGraph):
         self._mtp: MtpWeights = weights.mtp
         self._attention: AttentionWeights = weights.mtp.layer.mixer
         self.hidden = self.config.hidden
+        self._num_drafted = min(DRAFT_VOCABULARY, self.config.vocabulary)
+        self._head = weights.head
+        if self._num_drafted < self.config.vocabulary:
+            self._head = backend.first_outputs(weights.head, self._num_drafted)
 
     def forward(self, batch: Sequence[MtpRows]) -> F32:
         """Writes the rows into each cache; returns the head's post-norm outputs [R, hidden], in batch order."""
@@ -50,10 +58,10 @@ class MtpHead(LayerGraph):
         return backend.rms_norm(x, self._mtp.norm, eps)
 
     def logits(self, outputs: F32) -> F32:
-        """[R, V]."""
-        return self.backend.linear(outputs, self.weights.head)
+        """[R, V], or of the first DRAFT_VOCABULARY tokens."""
+        return self.backend.linear(outputs, self._head)
 
     def seconds(self, num_rows: int) -> float:
         """About how long drafting so many rows takes: one layer and the vocabulary's head."""
         w, c = self.weights, self.config
-        return num_rows * (w.num_parameters / (len(w.layers) + 1) + c.hidden * c.vocabulary) / self.backend.operations_per_second
+        return num_rows * (w.num_parameters / (len(w.layers) + 1) + c.hidden * self._num_drafted) / self.backend.operations_per_second

@@ -73,9 +73,12 @@ def _penalised(logits: F32, params: SamplingParams, history: History | None) -> 
             x[token] += np.float32(bias)
     if history is not None:
         seen = np.unique(history.tokens)
+        seen = seen[seen < len(x)]  # a draft's logits may be of fewer tokens
         x[seen] = np.where(x[seen] > 0, x[seen] / np.float32(params.repetition_penalty), x[seen] * np.float32(params.repetition_penalty))
         tokens, counts = np.unique(np.array(history.tokens[history.num_prompt :], np.int64), return_counts=True)
-        x[tokens] -= np.float32(params.presence_penalty) + np.float32(params.frequency_penalty) * counts.astype(np.float32)
+        is_there = tokens < len(x)
+        penalty = np.float32(params.presence_penalty) + np.float32(params.frequency_penalty) * counts.astype(np.float32)
+        x[tokens[is_there]] -= penalty[is_there]
     return x
 
 

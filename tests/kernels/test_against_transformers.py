@@ -96,3 +96,11 @@ def test_mtp_chained_drafts(weights: ModelWeights, recorded: Any, chain: int) ->
         outputs = head.forward([MtpRows(memory, len(ids) + i, (token,), outputs)])
         logits.append(head.logits(outputs))
     assert_close(np.concatenate(logits), recorded["mtp_chains"][chain])
+
+
+def test_a_large_vocabulary_is_drafted_from_its_beginning(weights: ModelWeights, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = MtpHead(weights, ReferenceBackend())
+    monkeypatch.setattr("forerun.kernels.model.mtp.DRAFT_VOCABULARY", 100)
+    short = MtpHead(weights, ReferenceBackend())
+    outputs = np.random.default_rng(0).random((3, weights.config.hidden), np.float32)
+    np.testing.assert_allclose(short.logits(outputs), whole.logits(outputs)[:, :100], rtol=1e-5, atol=1e-6)
