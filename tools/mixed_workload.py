@@ -1,0 +1,98 @@
+"""Measures drafters against each other on texts of several kinds, in turn, so that a machine's moods hit all alike.
+
+python -m forerun.tools.mixed_workload PROMPTS.json [--runs 5]      # PROMPTS: [{"text": ...}, ...], at least 12
+
+For each way of drafting and each part: tokens a verify, and tokens per second relative to none, as medians of the runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import anyio
+
+from .. import DRAFTERS, Model, Options, Prompt, SpeculationOptions, load_model, open_engine
+
+#: Ways of drafting: spec types, and what else is said of speculation.
+WAYS: dict[str, tuple[str, SpeculationOptions]] = {
+    "none": ("none", {}),
+    **{name: (name, SpeculationOptions()) for name in DRAFTERS},
+    "precedence": ("draft-mtp,ngram-simple", {"choose": "first"}),
+    "chooser": ("draft-mtp,ngram-suffix", {}),
+}
+
+
+class Measured(NamedTuple):
+    seconds: float
+    num_tokens: int
+    num_rounds: int
+    text: tuple[int, ...]
+
+
+def parts(texts: list[str]) -> dict[str, list[tuple[Prompt, Options]]]:
+    """Requests by kind."""
+    rng = random.Random(0)
+    again = [f"{text}\n\n# The same again:\n{text}\n\n# The same again:\n{text[: len(text) // 4]}" for text in texts[4:7]]
+    return {
+        "completion": [(text, {"temperature": 0.0}) for text in texts[:4]],
+        "the same again": [(text, {"temperature": 0.0}) for text in again],
+        "chat": [([{"role": "user", "content": text[:300]}], {"temperature": 0.7, "seed": 1}) for text in texts[7:11]],
+        "random text": [([rng.randrange(200, 4000) for _ in range(60)], {"temperature": 1.5, "seed": i}) for i in range(4)],
+    }
+
+
+async def measure(model: Model, way: str, texts: list[str], num_tokens: int) -> dict[str, Measured]:
+    spec_type, options = WAYS[way]
+    found: dict[str, Measured] = {}
+    async with open_engine(model, spec_type=spec_type, prefix_bytes=0, **options) as engine:
+        await engine.complete(texts[11], max_tokens=num_tokens)
+        for part, requests in parts(texts).items():
+            seconds, rounds, tokens = 0.0, 0, list[int]()
+            for prompt, how in requests:
+                how: Options = {**how, "max_tokens": num_tokens, "ignore_eos": True}
+                begin = time.perf_counter()
+                result = await engine.complete(prompt, **how)
+                seconds += time.perf_counter() - begin - result.timings.prefill_seconds
+                rounds += result.speculation.num_rounds
+                tokens += result.token_ids
+            found[part] = Measured(seconds, len(tokens), rounds, tuple(tokens))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompts", type=Path)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    args = parser.parse_args()
+    texts = [case["text"] for case in json.loads(args.prompts.read_text())]
+    model = load_model("demo")
+    runs: list[dict[str, dict[str, Measured]]] = []
+    for _ in range(args.runs):
+        runs.append({way: anyio.run(measure, model, way, texts, args.tokens) for way in args.ways})
+        for part in runs[0][args.ways[0]]:
+            if len({run[way][part].text for run in runs for way in args.ways}) > 1:
+                raise SystemExit(f"{part}: the texts differ")
+    first = args.ways[0]
+    print("| drafted by | " + " | ".join(runs[0][first]) + " | all |")
+    print("|---" * (len(runs[0][first]) + 2) + "|")
+    for way in args.ways:
+        cells: list[str] = []
+        for part in runs[0][first]:
+            ratios = [run[first][part].seconds / run[way][part].seconds for run in runs]
+            one = runs[-1][way][part]
+            spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+            cells.append(f"{statistics.median(ratios):.2f} ({spread}), {one.num_tokens / max(1, one.num_rounds):.2f} a verify")
+        total = [sum(m.seconds for m in run[first].values()) / sum(m.seconds for m in run[way].values()) for run in runs]
+        print(f"| {way} | " + " | ".join(cells) + f" | {statistics.median(total):.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
