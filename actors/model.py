@@ -8,15 +8,18 @@ from typing import Any, Protocol, cast
 
 from ..core.checks import check_ranges
 from ..core.errors import ModelFileError
+from ..kernels.formats.gguf import GgufFile
 from ..kernels.model.config import load_config, read_json
+from ..kernels.model.gguf_names import GgufCheckpoint, gguf_config
 from ..kernels.model.memory import MemoryMaker, ModelMemory
 from ..kernels.model.mtp import MtpHead
 from ..kernels.model.trunk import Trunk
-from ..kernels.model.weights import ModelWeights, Progress, load_weights
+from ..kernels.model.weights import FolderCheckpoint, ModelWeights, Progress, load_weights
 from ..kernels.reference import ReferenceBackend
 from .mtp_drafter import DraftHead
 from .target_decoder import Target
 from .tokenizer import Vocabulary
+from .vocabularies import folder_vocabulary, gguf_stop_ids, gguf_vocabulary
 
 SHIPPED = {"demo": Path(__file__).parents[1] / "kernels" / "model" / "demo"}
 
@@ -76,7 +79,7 @@ class Model(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A Hugging Face folder in memory."""
+    """A model in memory."""
 
     name: str
     weights: ModelWeights
@@ -110,10 +113,20 @@ class LoadedModel:
 
 
 def load_model(name: str, progress: Progress | None = None) -> LoadedModel:
-    """Loads a model: the name of a shipped one, or a path. ModelFileError names the file and what was expected."""
-    folder = SHIPPED.get(name) or Path(name)
-    if not folder.is_dir():
-        raise ModelFileError(f"{name}: no such model; expected {', '.join(SHIPPED)} or a Hugging Face folder")
-    weights = load_weights(folder, load_config(folder), ReferenceBackend(), progress)
-    vocabulary = Vocabulary(folder) if (folder / "tokenizer.json").exists() else None
-    return LoadedModel(name, weights, vocabulary, Defaults.load(folder))
+    """Loads a model: the name of a shipped one, a Hugging Face folder, or a GGUF file. ModelFileError names the file and what was
+    expected."""
+    path = SHIPPED.get(name) or Path(name)
+    backend = ReferenceBackend()
+    if path.is_file():
+        file = GgufFile(path)
+        config = gguf_config(file)
+        weights = load_weights(GgufCheckpoint(file, config), config, backend, progress)
+        vocabulary = gguf_vocabulary(file)
+        if vocabulary is not None and vocabulary.size > config.vocabulary:
+            raise ModelFileError(f"{path}: {vocabulary.size} tokens, but embeddings for {config.vocabulary}")
+        return LoadedModel(name, weights, vocabulary, Defaults(gguf_stop_ids(file), {"temperature": 0.0}))
+    if not path.is_dir():
+        raise ModelFileError(f"{name}: no such model; expected {', '.join(SHIPPED)}, a Hugging Face folder or a GGUF file")
+    weights = load_weights(FolderCheckpoint(path), load_config(path), backend, progress)
+    vocabulary = folder_vocabulary(path) if (path / "tokenizer.json").exists() else None
+    return LoadedModel(name, weights, vocabulary, Defaults.load(path))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 import logging
-from pathlib import Path
 from typing import Any, cast
 
 import anyio
@@ -16,10 +15,9 @@ from tokenizers import Tokenizer
 
 from ..core.actor import Actor, Executor
 from ..core.channel import Envelope, Mailbox
-from ..core.errors import ActorStuck, ForerunError, InternalBug, InvalidRequest, ModelFileError, RequestFailed
+from ..core.errors import ActorStuck, ForerunError, InternalBug, InvalidRequest, RequestFailed
 from ..core.messages import Encode
 from ..core.vocabulary import Message
-from ..kernels.model.config import read_json
 from . import chat_template
 
 logger = logging.getLogger("forerun")
@@ -44,27 +42,20 @@ BYTE_OF = _bytes_of_characters()
 
 
 class Vocabulary:
-    """tokenizer.json through the tokenizers package, as pure functions. Byte-level BPE, as all of the family."""
+    """Text to ids and back through the tokenizers package, as pure functions. Byte-level BPE, as all of the family. `tokenizer` is
+    told special tokens by its added tokens, `plain` is the same and never finds any in text."""
 
-    def __init__(self, folder: Path) -> None:
-        path = folder / "tokenizer.json"
-        decoder: Any = read_json(path).get("decoder")
-        if not isinstance(decoder, dict) or cast("dict[str, Any]", decoder).get("type") != "ByteLevel":
-            raise ModelFileError(f"{path}: decoder: expected type ByteLevel, got {decoder!r:.100}")
-        try:
-            self._tokenizer: Any = Tokenizer.from_file(str(path))
-            self._plain: Any = Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises bare Exception
-            raise ModelFileError(f"{path}: {error}") from None
+    def __init__(self, tokenizer: Tokenizer, plain: Tokenizer, chat_template: str | None) -> None:
+        self._tokenizer: Any = tokenizer
+        self._plain: Any = plain
         self._plain.encode_special_tokens = True
         self._specials = {i: token.content for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
         self._bytes: dict[int, bytes] = dict.fromkeys(self._specials, b"")
-        settings = folder / "tokenizer_config.json"
-        template: object = read_json(settings).get("chat_template") if settings.exists() else None
-        jinja = folder / "chat_template.jinja"
-        if jinja.exists():
-            template = jinja.read_text(errors="replace")
-        self.chat_template = template if isinstance(template, str) else None
+        self.chat_template = chat_template
+
+    @property
+    def size(self) -> int:
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     @property
     def specials(self) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from forerun.kernels.model.config import load_config
-from forerun.kernels.model.weights import ModelWeights, load_weights
+from forerun.kernels.model.weights import FolderCheckpoint, ModelWeights, load_weights
 from forerun.kernels.reference import ReferenceBackend
 
 from tests.checkpoints import LAYOUTS, make
@@ -26,7 +26,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @cache
 def _load(folder: Path) -> ModelWeights:
-    return load_weights(folder, load_config(folder), ReferenceBackend())
+    return load_weights(FolderCheckpoint(folder), load_config(folder), ReferenceBackend())
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from typing import Any
 import anyio
 
 from .. import DEFAULT_MAX_TOKENS, DRAFTERS, ForerunError, InvalidRequest, Prompt, Result, SpeculationParams, open_engine
+from .convert import OUT_TYPES, convert, info
 
 #: wrong or old flag -> what to use
 RENAMED = {
@@ -107,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="forerun", description="Fast, exact, observable inference of hybrid language models.")
     commands = parser.add_subparsers(dest="command", required=True)
     generate = commands.add_parser("generate", help="continue a prompt", allow_abbrev=False)
-    _option(generate, "-m", "--model", default="demo", help="demo, or a Hugging Face folder (default: demo)")
+    _option(generate, "-m", "--model", default="demo", help="demo, a GGUF file or a Hugging Face folder (default: demo)")
     prompt = generate.add_mutually_exclusive_group(required=True)
     prompt.add_argument("-p", "--prompt", help="text to continue")
     prompt.add_argument("-f", "--file", type=Path, help="file that holds the text, - for standard input")
@@ -122,18 +123,24 @@ def _parser() -> argparse.ArgumentParser:
     _option(generate, "--timeout", type=float, help="seconds after which an unfinished request is an error")
     _option(generate, "-s", "--seed", type=int, help="seed of the noise that chooses tokens (default: random)")
     generate.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-text token")
-    for flag, convert, text in SAMPLING_FLAGS:
-        _option(generate, flag, type=convert, help=text)
+    for flag, read, text in SAMPLING_FLAGS:
+        _option(generate, flag, type=read, help=text)
     generate.add_argument("--logit-bias", action="append", type=_bias, default=[], metavar="ID+BIAS", help="as 15043+1 or 15043-1")
     generate.add_argument("--stop", action="append", help="the answer ends where this text begins; may be given again")
     _option(generate, "--spec-type", help=f"none, or a comma list of {', '.join(DRAFTERS)} (default: what --spec-default says)")
     generate.add_argument("--spec-default", action="store_true", help="ngram-suffix, and draft-mtp if the model has that head")
-    for name, (convert, text) in SPECULATION_FLAGS.items():
+    for name, (read, text) in SPECULATION_FLAGS.items():
         default = getattr(SpeculationParams(), name)
         flag = _flag(name)
-        _option(generate, flag, type=convert, default=default, help=f"{text} (default: {default or 'none'})")
+        _option(generate, flag, type=read, default=default, help=f"{text} (default: {default or 'none'})")
     generate.add_argument("--spec-ngram-suffix-shared", action="store_true", help="ngram-suffix learns from finished requests too")
     generate.add_argument("--no-overlap", action="store_true", help="one thing at a time: the same tokens, for comparison")
+    shown = commands.add_parser("info", help="say what a model file is", allow_abbrev=False)
+    shown.add_argument("path", type=Path, help="a GGUF file, a Hugging Face folder, or demo")
+    converted = commands.add_parser("convert", help="write a Hugging Face folder as a GGUF file", allow_abbrev=False)
+    converted.add_argument("folder", type=Path, help="a Hugging Face folder, or demo")
+    converted.add_argument("out", type=Path, help="the file to write")
+    converted.add_argument("--outtype", choices=OUT_TYPES, default="bf16", help="type of the matrices (default: bf16)")
     generate.add_argument("--format", choices=("text", "json"), default="text", help="text as it comes, or one JSON object")
     return parser
 
@@ -226,7 +233,12 @@ def main() -> None:
         sys.stdout.flush()
 
     try:
-        anyio.run(_generate, args, write)
+        if args.command == "info":
+            write(info(args.path) + "\n")
+        elif args.command == "convert":
+            convert(args.folder, args.out, args.outtype)
+        else:
+            anyio.run(_generate, args, write)
     except ForerunError as error:
         sys.exit(f"forerun: {error}")
     except BrokenPipeError:  # the reader of our output has gone; keep the interpreter from flushing into it again

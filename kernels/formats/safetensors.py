@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from ...core.errors import ModelFileError
 from ..backend import F32
@@ -118,11 +119,9 @@ class SafetensorsFile:
             return (raw.astype(np.uint32) << 16).view(np.float32)
         return raw.astype(np.float32)
 
-    def pieces(self, name: str, count: int, size: int = 4096) -> list[bytes]:
-        """`count` pieces of `size` bytes spread evenly over a tensor, or all of it if it is smaller than they."""
-        info = self.tensors[name]
-        starts = range(info.begin, info.end, max(size, (info.end - info.begin) // count))
-        return [self._data[start : min(start + size, info.end)].tobytes() for start in starts]
+    def raw(self, name: str) -> npt.NDArray[np.uint8]:
+        """A tensor's bytes, in the file."""
+        return self._data[self.tensors[name].begin : self.tensors[name].end]
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

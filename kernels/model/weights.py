@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from ...core.errors import ModelFileError
 from ..backend import F32, Backend, Experts, Matrix
@@ -26,7 +27,7 @@ from .config import ModelConfig, MoeConfig, read_json
 logger = logging.getLogger("forerun")
 
 #: Pieces of a tensor that tell two models apart: fine-tuning changes a tensor everywhere.
-FINGERPRINT_PIECES = 16
+FINGERPRINT_PIECES, PIECE_BYTES = 16, 4096
 #: called with (tensors read, tensors in all) as a checkpoint loads
 Progress = Callable[[int, int], None]
 
@@ -104,8 +105,49 @@ class ModelWeights:
     fingerprint: str
 
 
-class Checkpoint:
-    """The tensors of a Hugging Face folder: one file, or several with an index. Names lose their prefix."""
+class Checkpoint(Protocol):
+    """A model's tensors, under Hugging Face's names without prefix, in its layouts."""
+
+    folder: Path
+
+    @property
+    def has_fused_experts(self) -> bool: ...
+    @property
+    def has_head(self) -> bool: ...
+    @property
+    def has_mtp(self) -> bool: ...
+
+    def check(self, expected: dict[str, tuple[int, ...]]) -> None:
+        """Every tensor expected is there in its shape, and no other."""
+        ...
+
+    def read(self, name: str) -> F32: ...
+
+    def norm(self, name: str) -> F32:
+        """What a norm multiplies by."""
+        ...
+
+    def log_decay(self, name: str) -> F32:
+        """-exp(A_log)."""
+        ...
+
+    def fingerprint(self, config: ModelConfig, backend: str) -> str: ...
+
+
+def fingerprint(config: ModelConfig, backend: str, tensors: Iterable[tuple[str, npt.NDArray[np.uint8]]]) -> str:
+    """Of a model, as one backend computes it: 64 hexadecimal digits from the sizes, and of every tensor what is said of it and
+    FINGERPRINT_PIECES pieces spread over its bytes (all of them if they are few)."""
+    digest = hashlib.blake2b(f"{backend} {config}".encode(), digest_size=32)
+    for text, raw in tensors:
+        digest.update(text.encode())
+        step = max(PIECE_BYTES, len(raw) // FINGERPRINT_PIECES)
+        for start in range(0, len(raw), step):
+            digest.update(raw[start : start + PIECE_BYTES].tobytes())
+    return digest.hexdigest()
+
+
+class FolderCheckpoint:
+    """The tensors of a Hugging Face folder: one file, or several with an index."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -161,17 +203,20 @@ class Checkpoint:
         file, full = self._files[name]
         return file.read(full)
 
+    def norm(self, name: str) -> F32:
+        return 1 + self.read(name)
+
+    def log_decay(self, name: str) -> F32:
+        return -np.exp(self.read(name))
+
     def fingerprint(self, config: ModelConfig, backend: str) -> str:
-        """Of a model, as one backend computes it: 64 hexadecimal digits from the sizes, and of every tensor name, dtype, shape and
-        FINGERPRINT_PIECES pieces spread over it (all of it if it is small)."""
-        digest = hashlib.blake2b(f"{backend} {config}".encode(), digest_size=32)
-        for name in sorted(self._files):
-            file, full = self._files[name]
-            info = file.tensors[full]
-            digest.update(f"{name} {info.dtype} {info.shape}".encode())
-            for piece in file.pieces(full, FINGERPRINT_PIECES):
-                digest.update(piece)
-        return digest.hexdigest()
+        def tensors() -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:
+            for name in sorted(self._files):
+                file, full = self._files[name]
+                info = file.tensors[full]
+                yield f"{name} {info.dtype} {info.shape}", file.raw(full)
+
+        return fingerprint(config, backend, tensors())
 
 
 def _and_more(names: list[str]) -> str:
@@ -250,7 +295,9 @@ class _Loader:
         self._total, self._progress, self._done = total, progress, 0
 
     def raw(self, name: str) -> F32:
-        array = self._checkpoint.read(name)
+        return self._count(self._checkpoint.read(name))
+
+    def _count(self, array: F32) -> F32:
         self._done += 1
         if self._progress is not None:
             self._progress(self._done, self._total)
@@ -260,7 +307,7 @@ class _Loader:
         return self._backend.matrix(self.raw(name + ".weight"))
 
     def norm(self, name: str) -> F32:
-        return 1 + self.raw(name + ".weight")
+        return self._count(self._checkpoint.norm(name + ".weight"))
 
     def layer(self, prefix: str, is_full: bool, moe: MoeConfig | None) -> LayerWeights:
         mixer = self.attention(prefix + "self_attn.") if is_full else self.delta(prefix + "linear_attn.")
@@ -286,7 +333,7 @@ class _Loader:
         return DeltaWeights(
             qkv, z, b, a,
             conv=np.ascontiguousarray(self.raw(prefix + "conv1d.weight")[:, 0].T),
-            log_decay=-np.exp(self.raw(prefix + "A_log")),
+            log_decay=self._count(self._checkpoint.log_decay(prefix + "A_log")),
             dt_bias=self.raw(prefix + "dt_bias"),
             norm=self.raw(prefix + "norm.weight"),
             out=self.matrix(prefix + "out_proj"),
@@ -312,9 +359,8 @@ class _Loader:
         )
 
 
-def load_weights(folder: Path, config: ModelConfig, backend: Backend, progress: Progress | None = None) -> ModelWeights:
-    """Loads a Hugging Face folder. ModelFileError names the tensor and what was expected of it."""
-    checkpoint = Checkpoint(folder)
+def load_weights(checkpoint: Checkpoint, config: ModelConfig, backend: Backend, progress: Progress | None = None) -> ModelWeights:
+    """Loads a model. ModelFileError names the tensor and what was expected of it."""
     fused = checkpoint.has_fused_experts
     has_mtp = checkpoint.has_mtp if config.num_mtp_layers is None else config.num_mtp_layers > 0
     # Some tied files repeat the embedding as lm_head; the config decides which is used.

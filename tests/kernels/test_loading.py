@@ -12,14 +12,14 @@ import pytest
 from forerun.core.errors import ModelFileError
 from forerun.kernels.formats import safetensors
 from forerun.kernels.model.config import load_config
-from forerun.kernels.model.weights import ModelWeights, load_weights
+from forerun.kernels.model.weights import FolderCheckpoint, ModelWeights, load_weights
 from forerun.kernels.reference import ReferenceBackend
 
 from tests.checkpoints import make
 
 
 def load(folder: Path) -> ModelWeights:
-    return load_weights(folder, load_config(folder), ReferenceBackend())
+    return load_weights(FolderCheckpoint(folder), load_config(folder), ReferenceBackend())
 
 
 def tensors_of(folder: Path) -> dict[str, tuple[str, np.ndarray[Any, Any]]]:

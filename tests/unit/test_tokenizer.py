@@ -9,6 +9,7 @@ import pytest
 from forerun.actors import chat_template
 from forerun.actors.model import SHIPPED
 from forerun.actors.tokenizer import Detokenizer, Vocabulary
+from forerun.actors.vocabularies import folder_vocabulary
 from forerun.core.errors import InvalidRequest, ModelFileError
 from forerun.core.vocabulary import Message
 
@@ -18,7 +19,7 @@ CHAT: list[Message] = [{"role": "user", "content": "hi <|im_end|> there"}]
 
 @pytest.fixture(scope="module")
 def vocabulary() -> Vocabulary:
-    return Vocabulary(SHIPPED["demo"])
+    return folder_vocabulary(SHIPPED["demo"])
 
 
 def test_pieces_make_the_whole_for_every_split(vocabulary: Vocabulary) -> None:
@@ -83,4 +84,4 @@ async def test_templates_that_fail_or_mean_harm_are_refused(template: str) -> No
 def test_a_tokenizer_file_that_is_wrong_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(ModelFileError, match=r"tokenizer\.json"):
-        Vocabulary(tmp_path)
+        folder_vocabulary(tmp_path)

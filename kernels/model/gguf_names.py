@@ -1,0 +1,211 @@
+"""GGUF files as checkpoints: metadata to a config, tensors under the names and in the layouts of Hugging Face, and back.
+
+What conversion changes (llama.cpp, `conversion/qwen.py`), undone here: every norm but the gated delta net's has the one
+added; `ssm_a` is -exp(A_log); the convolution has lost its middle dimension; and where there are more value heads than key
+heads, value heads stand tiled: head h reads key head h mod Hk, where Hugging Face has it read key head h // (Hv / Hk).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import numpy as np
+
+from ...core.errors import ModelFileError
+from ..backend import F32
+from ..formats.gguf import GgufFile
+from .config import ModelConfig, MoeConfig
+from .weights import fingerprint
+
+FAMILIES: dict[str, Literal["qwen3_5", "qwen3_5_moe"]] = {"qwen35": "qwen3_5", "qwen35moe": "qwen3_5_moe"}
+ARCHITECTURES = {family: name for name, family in FAMILIES.items()}
+
+#: Hugging Face -> GGUF, within a layer; without `.weight` where the table of expected tensors has none.
+IN_LAYER = {
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "post_attention_norm", "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm", "linear_attn.in_proj_qkv": "attn_qkv", "linear_attn.in_proj_z": "attn_gate",
+    "linear_attn.in_proj_b": "ssm_beta", "linear_attn.in_proj_a": "ssm_alpha", "linear_attn.conv1d": "ssm_conv1d",
+    "linear_attn.norm": "ssm_norm", "linear_attn.out_proj": "ssm_out", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "mlp.gate": "ffn_gate_inp", "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp", "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+}  # fmt: skip
+OUTSIDE = {"embed_tokens.weight": "token_embd.weight", "norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
+OF_MTP = {"fc": "eh_proj", "pre_fc_norm_embedding": "enorm", "pre_fc_norm_hidden": "hnorm", "norm": "shared_head_norm"}
+#: An MTP head's own embedding and LM head: no model of the family has them, and we would not read them.
+UNSUPPORTED = ("nextn.embed_tokens.weight", "nextn.shared_head_head.weight")
+
+
+def names_of(name: str, num_layers: int) -> tuple[str, ...]:
+    """The GGUF tensors that make the Hugging Face tensor `name` of a model with `num_layers` layers: one, or gate and up of experts."""
+    if name in OUTSIDE:
+        return (OUTSIDE[name],)
+    if name.startswith("mtp.layers.0."):
+        block, rest = num_layers, name.removeprefix("mtp.layers.0.")
+    elif name.startswith("mtp."):
+        return (f"blk.{num_layers}.nextn.{OF_MTP[name.removeprefix('mtp.').removesuffix('.weight')]}.weight",)
+    else:
+        block, rest = int(name.split(".")[1]), name.split(".", 2)[2]
+    at = f"blk.{block}."
+    special = {
+        "linear_attn.A_log": ("ssm_a",), "linear_attn.dt_bias": ("ssm_dt.bias",),
+        "mlp.experts.gate_up_proj": ("ffn_gate_exps.weight", "ffn_up_exps.weight"), "mlp.experts.down_proj": ("ffn_down_exps.weight",),
+    }  # fmt: skip
+    found = special.get(rest) or (IN_LAYER[rest.removesuffix(".weight")] + ".weight",)
+    return tuple(at + each for each in found)
+
+
+def reorder(name: str, c: ModelConfig) -> Callable[[F32, bool], F32]:
+    """What turns the value heads of a tensor from tiled to grouped, or with True from grouped to tiled."""
+    ratio = c.value_heads // c.key_heads
+    part = name.rpartition("linear_attn.")[2].removesuffix(".weight")
+    keys = 2 * c.key_heads * c.key_dim
+
+    def heads(x: F32, to_tiled: bool) -> F32:
+        """[value heads, ...] along the first dimension."""
+        sizes = (c.key_heads, ratio) if to_tiled else (ratio, c.key_heads)
+        return np.ascontiguousarray(x.reshape(*sizes, *x.shape[1:]).swapaxes(0, 1)).reshape(x.shape)
+
+    def rows(x: F32, to_tiled: bool) -> F32:
+        return heads(x.reshape(c.value_heads, -1), to_tiled).reshape(x.shape)
+
+    def values_of_qkv(x: F32, to_tiled: bool) -> F32:
+        return np.concatenate([x[:keys], rows(x[keys:], to_tiled)])
+
+    def columns(x: F32, to_tiled: bool) -> F32:
+        return np.ascontiguousarray(rows(np.ascontiguousarray(x.T), to_tiled).T)
+
+    if ratio > 1 and part in ("in_proj_qkv", "conv1d"):
+        return values_of_qkv
+    if ratio > 1 and part in ("in_proj_z", "in_proj_b", "in_proj_a", "A_log", "dt_bias"):
+        return rows
+    return columns if ratio > 1 and part == "out_proj" else lambda x, _: x
+
+
+def is_shifted_norm(name: str) -> bool:
+    """Whether Hugging Face stores this norm as its distance from one."""
+    return "norm" in name.rpartition(".weight")[0].rpartition(".")[2] and not name.endswith("linear_attn.norm.weight")
+
+
+def gguf_config(file: GgufFile) -> ModelConfig:
+    """ModelFileError names the key and what was expected."""
+    architecture = file.get("general.architecture", str)
+    if architecture not in FAMILIES:
+        raise ModelFileError(f"{file.path}: general.architecture: expected one of {', '.join(FAMILIES)}, got {architecture!r:.50}")
+    family = FAMILIES[architecture]
+
+    def integer(key: str, default: int | None = None, highest: int = 10_000_000) -> int:
+        value = file.get(f"{architecture}.{key}", int, default)
+        if not 0 < value <= highest:
+            raise ModelFileError(f"{file.path}: {architecture}.{key}: expected 1 to {highest}, got {value}")
+        return value
+
+    num_mtp = file.get(f"{architecture}.nextn_predict_layers", int, 0)
+    if num_mtp not in (0, 1):
+        raise ModelFileError(f"{file.path}: {architecture}.nextn_predict_layers: expected 0 or 1, got {num_mtp}")
+    num_layers = integer("block_count", highest=10_000) - num_mtp
+    interval = integer("full_attention_interval", 4)
+    is_full = tuple((i + 1) % interval == 0 for i in range(num_layers))
+    if "token_embd.weight" not in file.tensors:
+        raise ModelFileError(f"{file.path}: tensor token_embd.weight is missing")
+    moe = None
+    if family == "qwen3_5_moe":
+        used, own = integer("expert_used_count"), integer("expert_feed_forward_length")
+        moe = MoeConfig(integer("expert_count"), used, own, integer("expert_shared_feed_forward_length"))
+        if moe.num_used > moe.num_experts:
+            raise ModelFileError(f"{file.path}: {architecture}.expert_used_count: {used} of {moe.num_experts} experts")
+    heads, kv_heads = integer("attention.head_count"), integer("attention.head_count_kv")
+    key_heads, value_heads = integer("ssm.group_count"), integer("ssm.time_step_rank")
+    inner, rotary = integer("ssm.inner_size"), integer("rope.dimension_count")
+    if heads % kv_heads or value_heads % key_heads or inner % value_heads or rotary % 2 or num_layers < 1:
+        raise ModelFileError(f"{file.path}: heads do not divide, or rotary dimensions cannot be paired")
+    return ModelConfig(
+        family=family,
+        vocabulary=file.tensors["token_embd.weight"].shape[0],
+        hidden=integer("embedding_length"),
+        intermediate=integer("feed_forward_length", 1),
+        is_full_attention=is_full,
+        is_moe=(moe is not None,) * num_layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=integer("attention.key_length"),
+        rotary_dim=rotary,
+        rope_theta=float(file.get(f"{architecture}.rope.freq_base", (int, float), 10_000.0)),
+        rms_eps=float(file.get(f"{architecture}.attention.layer_norm_rms_epsilon", float)),
+        key_heads=key_heads,
+        value_heads=value_heads,
+        key_dim=integer("ssm.state_size"),
+        value_dim=inner // value_heads,
+        conv_width=integer("ssm.conv_kernel", highest=64),
+        context=integer("context_length"),
+        is_tied="output.weight" not in file.tensors,
+        num_mtp_layers=num_mtp,
+        moe=moe,
+    )
+
+
+class GgufCheckpoint:
+    """The tensors of a GGUF file, as weights.Checkpoint has those of a folder."""
+
+    has_fused_experts = True
+
+    def __init__(self, file: GgufFile, config: ModelConfig) -> None:
+        self.folder, self._file, self._config = file.path, file, config
+        self._num_layers = len(config.is_full_attention)
+
+    @property
+    def has_head(self) -> bool:
+        return not self._config.is_tied
+
+    @property
+    def has_mtp(self) -> bool:
+        return self._config.num_mtp_layers == 1
+
+    def check(self, expected: dict[str, tuple[int, ...]]) -> None:
+        """Every tensor expected is there in its shape, and no other."""
+        surplus = set(self._file.tensors)
+        for name, shape in expected.items():
+            parts = names_of(name, self._num_layers)
+            for part in parts:
+                if part not in self._file.tensors:
+                    raise ModelFileError(f"{self._file.path}: tensor {part} is missing, expected for {name} {list(shape)}")
+                wanted = self._shape(name, shape, len(parts))
+                if self._file.tensors[part].shape != wanted:
+                    found = list(self._file.tensors[part].shape)
+                    raise ModelFileError(f"{self._file.path}: tensor {part} has shape {found}, expected {list(wanted)}")
+            surplus -= set(parts)
+        if surplus:
+            raise ModelFileError(f"{self._file.path}: tensor {min(surplus)} is not part of this model (and {len(surplus) - 1} more)")
+
+    @staticmethod
+    def _shape(name: str, shape: tuple[int, ...], num_parts: int) -> tuple[int, ...]:
+        """Of a part, as GGUF has it."""
+        if name.endswith("conv1d.weight"):
+            return shape[0], shape[2]
+        if name.endswith("shared_expert_gate.weight"):
+            return shape[1:]
+        return (shape[0], shape[1] // num_parts, *shape[2:]) if num_parts > 1 else shape
+
+    def read(self, name: str) -> F32:
+        parts = [self._file.read(part) for part in names_of(name, self._num_layers)]
+        x = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+        x = reorder(name, self._config)(x, False)
+        if name.endswith("conv1d.weight"):
+            return x[:, None]
+        return x[None] if name.endswith("shared_expert_gate.weight") else x
+
+    def norm(self, name: str) -> F32:
+        return self.read(name)
+
+    def log_decay(self, name: str) -> F32:
+        return self.read(name)
+
+    def fingerprint(self, config: ModelConfig, backend: str) -> str:
+        def tensors() -> Iterator[tuple[str, Any]]:
+            for name in sorted(self._file.tensors):
+                tensor = self._file.tensors[name]
+                yield f"{name} {tensor.type} {tensor.shape}", self._file.raw(name)
+
+        return fingerprint(config, backend, tensors())

@@ -1,0 +1,196 @@
+"""GGUF: every type against a twin written value by value, files that are damaged in all ways, and models that come back as they were."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import forerun
+import numpy as np
+import pytest
+from forerun.actors.model import SHIPPED
+from forerun.actors.vocabularies import folder_vocabulary, gguf_vocabulary
+from forerun.core.errors import ModelFileError
+from forerun.kernels.formats.gguf import BY_NAME, GgufFile, quantise, write
+from forerun.kernels.model.gguf_names import GgufCheckpoint, gguf_config
+from forerun.kernels.model.memory import SequenceMemory
+from forerun.kernels.model.mtp import MtpHead, MtpRows
+from forerun.kernels.model.trunk import Rows, Trunk
+from forerun.kernels.model.weights import ModelWeights, load_weights
+from forerun.kernels.reference import ReferenceBackend
+from forerun.tools.convert import convert, info
+
+from tests.checkpoints import prompt
+
+
+def half(block: bytes, at: int) -> float:
+    return float(np.frombuffer(block, "<f2", 1, at)[0])
+
+
+def scale_of(block: bytes, j: int) -> tuple[int, int]:
+    """The j-th scale and minimum of a Q4_K or Q5_K block (ggml's get_scale_min_k4)."""
+    q = block[4:16]
+    if j < 4:
+        return q[j] & 63, q[j + 4] & 63
+    return (q[j + 4] & 15) | (q[j - 4] >> 6 << 4), (q[j + 4] >> 4) | (q[j] >> 6 << 4)
+
+
+def twin(kind: str, block: bytes) -> list[float]:
+    match kind:
+        case "Q8_0":
+            return [half(block, 0) * byte for byte in np.frombuffer(block, np.int8, 32, 2)]
+        case "Q4_0":
+            return [half(block, 0) * ((block[2 + i % 16] >> (4 if i >= 16 else 0) & 15) - 8) for i in range(32)]
+        case "Q4_K" | "Q5_K":
+            values: list[float] = []
+            packed = block[16:] if kind == "Q4_K" else block[48:]
+            for i in range(256):
+                scale, least = scale_of(block, i // 32)
+                quant = packed[i // 64 * 32 + i % 32] >> (4 if i // 32 % 2 else 0) & 15
+                if kind == "Q5_K":
+                    quant += 16 * (block[16 + i % 32] >> (i // 32) & 1)
+                values.append(half(block, 0) * scale * quant - half(block, 2) * least)
+            return values
+        case "Q6_K":
+            values = []
+            for i in range(256):
+                part, quarter, j = i // 128, i % 128 // 32, i % 32
+                low = block[part * 64 + quarter % 2 * 32 + j] >> (4 if quarter >= 2 else 0) & 15
+                high = block[128 + part * 32 + j] >> (2 * quarter) & 3
+                scale = int(np.frombuffer(block, np.int8, 1, 192 + i // 16)[0])
+                values.append(half(block, 208) * scale * ((low | high << 4) - 32))
+            return values
+        case "F32":
+            return [float(np.frombuffer(block, "<f4")[0])]
+        case "F16":
+            return [half(block, 0)]
+        case _:
+            return [float((np.frombuffer(block, "<u2").astype(np.uint32) << 16).view(np.float32)[0])]
+
+
+@pytest.mark.parametrize("kind", BY_NAME)
+def test_every_type_is_read_as_it_is_defined(kind: str) -> None:
+    each, rng = BY_NAME[kind], np.random.default_rng(5)
+    blocks = rng.integers(0, 256, (40, each.size), np.uint8)
+    for at in {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}.get(kind, (0,)):  # scales that are numbers
+        blocks[:, at : at + 2] = rng.normal(0, 1, (40, 1)).astype("<f2").view(np.uint8)
+    if kind == "F32":
+        blocks = rng.normal(0, 1, (40, 1)).astype("<f4").view(np.uint8)
+    expected = np.array([twin(kind, block.tobytes()) for block in blocks])
+    np.testing.assert_allclose(each.read(blocks), expected, rtol=2e-6, atol=1e-6)
+
+
+def test_what_is_written_is_what_is_read_as_near_as_the_type_allows(tmp_path: Path) -> None:
+    x = np.random.default_rng(1).normal(0, 1, (5, 64)).astype(np.float32)
+    x[0, :32] = 0
+    for kind, error in (("F32", 0.0), ("F16", 1e-3), ("BF16", 4e-3), ("Q8_0", 0.02)):
+        write(tmp_path / "a.gguf", {"a": 1, "b": "x", "c": [1, -2], "d": ["p", "q"], "e": 0.5, "f": True}, {"x": (kind, lambda: x)})
+        file = GgufFile(tmp_path / "a.gguf")
+        assert file.metadata == {"a": 1, "b": "x", "c": [1, -2], "d": ["p", "q"], "e": 0.5, "f": True}
+        assert np.abs(file.read("x") - x).max() <= error * np.abs(x).max()
+        np.testing.assert_array_equal(quantise(file.read("x"), kind), file.raw("x"))  # rounds what is exact to itself
+    assert [path.name for path in tmp_path.iterdir()] == ["a.gguf"]
+
+
+def load(path: Path) -> ModelWeights:
+    file = GgufFile(path)
+    config = gguf_config(file)
+    return load_weights(GgufCheckpoint(file, config), config, ReferenceBackend())
+
+
+@pytest.mark.parametrize("layout", ["dense", "moe"])
+def test_a_converted_model_computes_the_same_bits(checkpoints: dict[str, Path], layout: str, weights: ModelWeights, tmp_path: Path) -> None:
+    convert(checkpoints[layout], tmp_path / "m.gguf", "f32")
+    converted = load(tmp_path / "m.gguf")
+    assert replace(converted.config, rms_eps=weights.config.rms_eps) == weights.config  # which GGUF has in float32
+    logits: list[Any] = []
+    for each in (weights, converted):
+        trunk, head = Trunk(each, ReferenceBackend()), MtpHead(each, ReferenceBackend())
+        memory = SequenceMemory.alone(each.config, 80, 4)
+        tokens = tuple(prompt(40))
+        logits.append(trunk.prefill(Rows(memory, 0, tokens), is_last=True))
+        logits.append(trunk.verify([Rows(memory, 40, (1, 2, 3))])[0])
+        logits.append(head.logits(head.forward([MtpRows(memory, 1, tokens[1:], memory.hidden.read(0, 39))])))
+    for one, other in zip(logits[:3], logits[3:], strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_converted_demo_model_says_the_same(tmp_path: Path) -> None:
+    convert(Path("demo"), tmp_path / "m.gguf", "bf16")
+    file, folder = gguf_vocabulary(GgufFile(tmp_path / "m.gguf")), folder_vocabulary(SHIPPED["demo"])
+    assert file is not None
+    for text in ("def f(x):\n    return 'é ñ 漢字 \u0301' # <|im_end|>\t1234", "", "a" * 100, "\r\n\n  x"):
+        assert file.encode(text) == folder.encode(text)
+        assert b"".join(map(file.token_bytes, file.encode(text))) == b"".join(map(folder.token_bytes, folder.encode(text)))
+    assert (file.specials, file.chat_template) == (folder.specials, folder.chat_template)
+    one, other = forerun.load_model(str(tmp_path / "m.gguf")), forerun.load_model("demo")
+    assert (one.context, one.num_token_ids, one.has_mtp) == (other.context, other.num_token_ids, True)
+    assert one.defaults.stop_ids == other.defaults.stop_ids
+    assert one.fingerprint != other.fingerprint  # other bytes; their bits agree, but nothing says so
+    assert "5.3 million parameters, 71 BF16, 52 F32" in info(tmp_path / "m.gguf")
+
+
+def test_what_cannot_be_converted_or_read_is_said(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    for layout, problem in (("next", "qwen3_next is not converted"), ("dense_r3", "no regular interval")):
+        with pytest.raises(ModelFileError, match=problem):
+            convert(checkpoints[layout], tmp_path / "m.gguf", "f32")
+    write(tmp_path / "m.gguf", {"general.architecture": "llama"}, {})
+    with pytest.raises(ModelFileError, match="expected one of qwen35, qwen35moe, got 'llama'"):
+        forerun.load_model(str(tmp_path / "m.gguf"))
+    with pytest.raises(ModelFileError, match="no such model"):
+        forerun.load_model(str(tmp_path / "missing.gguf"))
+
+
+def test_damaged_files_are_refused_or_read_and_nothing_else(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Cut at every byte of what precedes the data; and 2,000 files with a few bytes changed there."""
+    convert(checkpoints["dense"], tmp_path / "m.gguf", "q8_0")
+    good, bad = (tmp_path / "m.gguf").read_bytes(), tmp_path / "bad.gguf"
+    size = good.index(b"output_norm.weight") + 3000
+    for length in range(0, size, 7):
+        bad.write_bytes(good[:length])
+        with pytest.raises(ModelFileError):
+            GgufFile(bad)
+    rng, num_read = random.Random(6), 0
+    bad.write_bytes(good)
+    with bad.open("r+b") as file:
+        for _ in range(2000):
+            places = [rng.randrange(size if rng.random() < 0.5 else 600) for _ in range(rng.randrange(1, 4))]
+            for place in places:
+                file.seek(place)
+                file.write(bytes([rng.choice([0, 1, 8, 127, 255, good[place] ^ 1 << rng.randrange(8)])]))
+            file.flush()
+            try:
+                read = GgufFile(bad)
+                config = gguf_config(read)
+                if config.hidden < 10_000 and config.vocabulary < 100_000 and len(config.is_full_attention) < 100:
+                    GgufCheckpoint(read, config).check({})
+                    gguf_vocabulary(read)
+                num_read += 1
+            except ModelFileError:
+                pass
+            for place in places:
+                file.seek(place)
+                file.write(good[place : place + 1])
+            file.flush()
+    assert num_read < 1500
+
+
+def test_names_of_no_length_and_counts_beyond_the_file_cost_nothing(tmp_path: Path) -> None:
+    def refused(raw: bytes) -> None:
+        (tmp_path / "bad.gguf").write_bytes(raw)
+        with pytest.raises(ModelFileError):
+            GgufFile(tmp_path / "bad.gguf")
+
+    head = b"GGUF" + (3).to_bytes(4, "little")
+    huge = (2**63).to_bytes(8, "little")
+    refused(head + huge + (0).to_bytes(8, "little"))
+    refused(head + (0).to_bytes(8, "little") + huge)
+    one = head + (0).to_bytes(8, "little") + (1).to_bytes(8, "little")
+    refused(one + huge + b"x" * 40)
+    key = (1).to_bytes(8, "little") + b"k"
+    for inner in (0, 8, 9, 12, 99):
+        refused(one + key + (9).to_bytes(4, "little") + inner.to_bytes(4, "little") + huge + b"x" * 40)
+    refused(b"GGUF" + (3).to_bytes(4, "big") + bytes(40))
+    refused(b"")
