@@ -22,8 +22,12 @@ NEWEST_SHARE = 0.1
 OUTLIER = 2.0
 #: Measurements of other sizes after which one is forgotten: what was once slow must be tried again.
 FORGOTTEN_AFTER = 300
+#: How much cheaper than its only measurement a size may be.
+HOPE = 0.3
 #: What one row more costs, in verifies of one row, before two sizes have been measured. Low, so that drafts are tried.
 HOPED_SLOPE = 0.25
+#: By how much the head must promise more than what is there already, before it is asked.
+HEAD_MARGIN = 1.05
 #: Trials that a belief remembers, one about the head's guesses in a row, and what a word of the drafter's own weighs against them.
 MEMORY, SHORT_MEMORY, WORD = 12.0, 6.0, 1.5
 #: How sure a drafter is, in classes.
@@ -37,7 +41,8 @@ OTHERS_GAIN = 0.7
 
 
 class Costs:
-    """Seconds by size, as measured; between sizes and beyond by straight lines, and never less for more."""
+    """Seconds by size, as measured; between sizes and beyond by straight lines, and never less for more. A size that was measured a few
+    times only is taken for somewhat cheaper than it seemed, so that an accident is not believed for long."""
 
     def __init__(self) -> None:
         self._means: dict[int, tuple[float, int, int]] = {}  # size -> mean, measurements, the clock at the last
@@ -52,11 +57,16 @@ class Costs:
         mean += (min(seconds, OUTLIER * mean) - mean) * max(1 / (number + 1), NEWEST_SHARE)
         self._means[size] = mean, number + 1, self._clock
         self._means = {size: each for size, each in self._means.items() if self._clock - each[2] < FORGOTTEN_AFTER}
-        sizes, highest, curve = sorted(self._means), 0.0, list[float]()
+        sizes = sorted(self._means)
+        # Where more seemed to cost less, neighbours are averaged (pool adjacent violators).
+        pools: list[tuple[float, int, int]] = []  # mean, measurements, sizes
         for each in sizes:
-            highest = max(highest, self._means[each][0])
-            curve.append(highest)
-        self._curve = sizes, curve
+            mean, number, _ = self._means[each]
+            pools.append((mean * (1 - HOPE / number), number, 1))
+            while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+                (one, n, k), (other, m, j) = pools[-2:]
+                pools[-2:] = [((one * n + other * m) / (n + m), n + m, k + j)]
+        self._curve = sizes, [mean for mean, _, count in pools for _ in range(count)]
 
     @property
     def reach(self) -> int:
@@ -192,7 +202,7 @@ class Chooser:
     def head_limit(self, plan: Plan, limit: int) -> tuple[int, float]:
         """How many tokens the head should be asked for, when without it `plan` is the best, and the likelihood below which another is not
         worth it. One token, now and then, to see whether it has become worth it."""
-        best, wanted, expected, reach, floor = plan.rate, 0, 1.0, 1.0, 0.0
+        best, wanted, expected, reach, floor = HEAD_MARGIN * plan.rate, 0, 1.0, 1.0, 0.0
         for i in range(limit):
             reach *= self._first_guesses[i].share(0.6)
             expected += reach

@@ -90,6 +90,8 @@ class Drafting:
         if HEAD not in self._drafters:
             return plan
         limit, floor = chooser.head_limit(plan, min(room, self._params.draft_n_max))
+        if question.choosing.sampling.temperature > 0:
+            floor = 0.0  # drawn with the target's noise, an unlikely token is as often right as a likely one
         if not limit:
             return plan
         began = self._trace.clock()

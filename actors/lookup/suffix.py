@@ -72,6 +72,13 @@ class Automaton:
         target = self.next[state].get(token)
         return (target, matched + 1) if target is not None else (0, 0)
 
+    def followed(self, state: int, matched: int) -> tuple[int, int]:
+        """The longest suffix of a match that something followed: the text's own end is followed by nothing yet."""
+        while state > 0 and not self.counts[state]:
+            state = self.link[state]
+            matched = self.length[state]
+        return state, matched
+
     def likeliest(self, state: int) -> tuple[int, float]:
         """The token that followed a state most often, the newest of equals, and its share; (-1, 0) when nothing did."""
         best, most, total = -1, 0, 0
@@ -105,6 +112,7 @@ class Suffix(Lookup):
         for automaton, at, length in matches:
             for token in ahead:
                 at, length = automaton.follow(at, length, token)
+            at, length = automaton.followed(at, length)
             if length > matched:
                 best, state, matched = automaton, at, length
         found, sure = list[int](), list[float]()
@@ -114,5 +122,5 @@ class Suffix(Lookup):
                 break
             found.append(token)
             sure.append(share * matched / (matched + 2))
-            state, matched = best.follow(state, matched, token)
+            state, matched = best.followed(*best.follow(state, matched, token))
         return (tuple(found), tuple(sure)) if found else NOTHING

@@ -20,6 +20,8 @@ from .weights import AttentionWeights, ModelWeights, MtpWeights
 #: Tokens that can be drafted where the vocabulary is larger: the LM head would be most of what a draft costs. Byte-level BPE numbers
 #: its tokens in the order of their merges, the most frequent first, so these are the first.
 DRAFT_VOCABULARY = 32_768
+#: Rows from which a chunk's products are the faster ones.
+CHUNK_ROWS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +49,16 @@ class MtpHead(LayerGraph):
             self._head = backend.first_outputs(weights.head, self._num_drafted)
 
     def forward(self, batch: Sequence[MtpRows]) -> F32:
-        """Writes the rows into each cache; returns the head's post-norm outputs [R, hidden], in batch order."""
+        """Writes the rows into each cache; returns the head's post-norm outputs [R, hidden], in batch order. Nothing that is said depends
+        on their last bits, so many rows are computed as a chunk."""
         backend, eps = self.backend, self.config.rms_eps
         embedded = backend.embed(self.weights.embedding, [token for rows in batch for token in rows.tokens])
         hidden = np.concatenate([rows.hidden for rows in batch])
         both = [backend.rms_norm(embedded, self._mtp.embedding_norm, eps), backend.rms_norm(hidden, self._mtp.hidden_norm, eps)]
         spans = [(rows.memory.mtp, rows.position, len(rows.tokens)) for rows in batch]
-        x = backend.linear(np.concatenate(both, axis=-1), self._mtp.fc)
-        x = self.layer(x, self._mtp.layer, lambda u: self.attention(u, self._attention, spans, 0, False), False)
+        is_chunk = len(hidden) >= CHUNK_ROWS
+        x = self.linear(is_chunk)(np.concatenate(both, axis=-1), self._mtp.fc)
+        x = self.layer(x, self._mtp.layer, lambda u: self.attention(u, self._attention, spans, 0, is_chunk), is_chunk)
         return backend.rms_norm(x, self._mtp.norm, eps)
 
     def logits(self, outputs: F32) -> F32:

@@ -20,12 +20,21 @@ def test_costs_are_what_was_measured_and_straight_between_and_beyond() -> None:
         costs.saw(1, 1.0)
         costs.saw(5, 3.0)
         costs.saw(9, 2.0)  # more rows never cost less
-    assert [costs(size) for size in (1, 3, 5, 9)] == [1.0, 2.0, 3.0, 3.0]
-    assert costs(13) == 3.0
+    assert [costs(size) for size in (1, 3, 5, 9, 13)] == pytest.approx([1.0, 1.75, 2.5, 2.5, 2.5], rel=0.02)
     costs.saw(1, 100.0)  # an accident counts little
     assert costs(1) < 1.3
     costs.saw(1, 0.0)
     assert costs(1) > 1.0
+
+
+def test_one_accident_is_not_believed_for_long() -> None:
+    costs = Costs()
+    for _ in range(40):
+        costs.saw(1, 1.0)
+        costs.saw(2, 1.3)
+    costs.saw(4, 9.0)
+    costs.saw(8, 3.0)
+    assert costs(4) < 6.0
 
 
 class Text:

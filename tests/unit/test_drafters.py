@@ -81,9 +81,8 @@ def suffix(text: list[int], ahead: Sequence[int], limit: int) -> list[int]:
     while len(found) < limit:
         after: list[int] = []
         for n in range(len(whole) - 1, MIN_MATCH - 1, -1):
-            # Where it stands in the text, and something of the text follows.
             after = [text[i + n] for i in range(len(text) - n) if text[i : i + n] == whole[-n:]]
-            if after or any(text[i : i + n] == whole[-n:] for i in range(len(text) - n + 1)):
+            if after:
                 break
         if not after:
             break
