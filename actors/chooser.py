@@ -48,6 +48,7 @@ class Costs:
         self._means: dict[int, tuple[float, int, int]] = {}  # size -> mean, measurements, the clock at the last
         self._clock = 0
         self._curve: tuple[list[int], list[float]] = [], []
+        self._table: list[float] = []  # what `__call__` has said of sizes 0, 1, ... since the last measurement
 
     def saw(self, size: int, seconds: float) -> None:
         if seconds <= 0:
@@ -56,7 +57,9 @@ class Costs:
         mean, number, _ = self._means.get(size, (seconds, 0, 0))
         mean += (min(seconds, OUTLIER * mean) - mean) * max(1 / (number + 1), NEWEST_SHARE)
         self._means[size] = mean, number + 1, self._clock
-        self._means = {size: each for size, each in self._means.items() if self._clock - each[2] < FORGOTTEN_AFTER}
+        if self._clock % FORGOTTEN_AFTER == 0:
+            self._means = {size: each for size, each in self._means.items() if self._clock - each[2] < FORGOTTEN_AFTER}
+        self._table.clear()
         sizes = sorted(self._means)
         # Where more seemed to cost less, neighbours are averaged (pool adjacent violators).
         pools: list[tuple[float, int, int]] = []  # mean, measurements, sizes
@@ -75,6 +78,11 @@ class Costs:
 
     def __call__(self, size: int) -> float:
         """0 before anything was measured."""
+        while len(self._table) <= size:
+            self._table.append(self._estimate(len(self._table)))
+        return self._table[size]
+
+    def _estimate(self, size: int) -> float:
         sizes, seconds = self._curve
         if not sizes:
             return 0.0
@@ -105,12 +113,16 @@ class _Belief:
         return (self.num_right + WORD * before) / (self.num_trials + WORD)
 
 
+NEVER = _Belief()
+
+
 class Experience:
     """What all sequences of an engine have seen: what verifying and drafting take, and how often drafters were right."""
 
     def __init__(self) -> None:
         self.verify, self.drafting, self.overhead = Costs(), Costs(), Costs()
         self.beliefs: dict[tuple[str, int, int], _Belief] = {}
+        self.first_guesses = [_Belief() for _ in range(64)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,11 +164,14 @@ class Chooser:
 
     def _probabilities(self, draft: Draft, suffix: str = "") -> list[float]:
         """How likely each token is right once those before it are."""
-        found: list[float] = []
+        found, known, name = list[float](), dict[tuple[int, float], float](), draft.drafter + suffix
         for i, confidence in enumerate(_confidences(draft)):
-            key = self._key(draft.drafter + suffix, i, confidence)
-            before = self._experience.beliefs.get(key, _Belief()).share(confidence)
-            found.append(self._beliefs.get(key, _Belief()).share(before))
+            place = min(i, 2), confidence
+            if place not in known:
+                key = self._key(name, i, confidence)
+                before = self._experience.beliefs.get(key, NEVER).share(confidence)
+                known[place] = self._beliefs.get(key, NEVER).share(before)
+            found.append(known[place])
         return found
 
     def none(self) -> Plan:
@@ -178,15 +193,17 @@ class Chooser:
         return plan
 
     def _cut(self, parts: tuple[Draft, ...], probabilities: list[float], num_head: int, room: int) -> Plan:
+        e, others = self._experience, round(self._num_other_rows)
+        fixed, gain = self._seconds(0, num_head) - e.verify(others + 1), OTHERS_GAIN * self._num_other_rows
         expected, reach, best, length = 1.0, 1.0, 0.0, 0
-        most = self._experience.verify.reach - 1 - round(self._num_other_rows)
-        for i, probability in enumerate(probabilities[: max(0, min(room, most))]):
+        for i, probability in enumerate(probabilities[: max(0, min(room, e.verify.reach - 1 - others))], 1):
             reach *= probability
             expected += reach
-            rate = self._rate(expected, self._seconds(i + 1, num_head))
+            seconds = fixed + e.verify(others + i + 1)
+            rate = (expected + gain) / seconds if seconds > 0 else expected
             if rate > best:
-                best, length = rate, i + 1
-            if reach < 0.01:
+                best, length = rate, i
+            elif rate < 0.7 * best or reach < 0.01:
                 break
         first = parts[0].cut(length)
         rest = parts[1].cut(length - len(parts[0].tokens)) if length > len(parts[0].tokens) else None
@@ -204,7 +221,7 @@ class Chooser:
         worth it. One token, now and then, to see whether it has become worth it."""
         best, wanted, expected, reach, floor = HEAD_MARGIN * plan.rate, 0, 1.0, 1.0, 0.0
         for i in range(limit):
-            reach *= self._first_guesses[i].share(0.6)
+            reach *= self._first_guesses[i].share(self._experience.first_guesses[i].share(0.6))
             expected += reach
             rate = self._rate(expected, self._seconds(i + 1, i + 1))
             if rate > best:
@@ -241,6 +258,7 @@ class Chooser:
             self._experience.beliefs.setdefault(key, _Belief()).saw(token == right, 8 * MEMORY)
             if draft.drafter == "draft-mtp":
                 self._first_guesses[i].saw(token == right, SHORT_MEMORY)
+                self._experience.first_guesses[i].saw(token == right, 8 * MEMORY)
             if token != right:
                 break
 
