@@ -21,7 +21,7 @@ def anyio_backend() -> str:
 
 async def test_mtp_drafts_are_mostly_accepted() -> None:
     first = drafts = rounds = accepted = 0
-    async with forerun.open_engine("demo", spec_type="draft-mtp", draft_n_max=3) as engine:
+    async with forerun.open_engine("demo", spec_type="draft-mtp", draft_n_max=3, choose="first") as engine:
         for text in HELD_OUT:
             speculation = (await engine.complete(text, max_tokens=128, temperature=0)).speculation
             statistics = speculation.drafters["draft-mtp"]
