@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..core.speculation import Draft, DrafterName
+from ..core.speculation import Draft
 
 #: Of a new measurement; old ones fade.
 NEWEST_SHARE = 0.1
@@ -174,9 +174,6 @@ class Chooser:
             found.append(known[place])
         return found
 
-    def none(self) -> Plan:
-        return Plan((), self._rate(1.0, self._seconds(0, 0)))
-
     def best(self, drafts: Sequence[Draft], num_head: int, room: int) -> Plan:
         """The best beginning of the best draft, of `room` tokens at most, or none. The head has drafted `num_head` tokens already."""
         plan = Plan((), self._rate(1.0, self._seconds(0, num_head)))
@@ -248,7 +245,8 @@ class Chooser:
         if len(plan.parts) > 1 and tuple(tokens[: len(plan.parts[0].tokens)]) == plan.parts[0].tokens:
             self._compare(plan.parts[1], tokens[len(plan.parts[0].tokens) :], " tail")
         if num_rows:
-            self._num_other_rows += 0.3 * (num_rows - len(plan.tokens) - 1 - self._num_other_rows)
+            # Of a plan that is no sense not all was verified.
+            self._num_other_rows += 0.3 * (max(0, num_rows - len(plan.tokens) - 1) - self._num_other_rows)
             self._experience.verify.saw(num_rows, seconds)
 
     def _compare(self, draft: Draft, tokens: Sequence[int], suffix: str = "") -> None:
@@ -267,7 +265,3 @@ def _confidences(draft: Draft) -> tuple[float, ...]:
     """Of a draft that may be anything."""
     missing = len(draft.tokens) - len(draft.confidences)
     return (*draft.confidences[: len(draft.tokens)], *(0.5,) * missing)
-
-
-def drafters_of(plan: Plan) -> tuple[DrafterName, ...]:
-    return tuple(part.drafter for part in plan.parts)

@@ -58,7 +58,7 @@ class Drafting:
         self._observed: list[Reply[None]] = []  # of the last chunk, where drafters still read it
         self._drafts: list[Draft] = []  # of this round
         self._plan = Plan((), 0.0)
-        self._round_began = self._asked_ns = 0
+        self._round_began = 0
         self.statistics: dict[DrafterName, DrafterStatistics] = {name: DrafterStatistics() for name in mailboxes}
 
     # A round
@@ -69,7 +69,7 @@ class Drafting:
         if self._round_began and self._experience.verify(1):
             spent = (now - self._round_began) / 1e9
             self._experience.overhead.saw(1, min(spent, self._experience.verify(1)))
-        self._drafts, self._plan, self._asked_ns = [], Plan((), 0.0), 0
+        self._drafts, self._plan = [], Plan((), 0.0)
         is_first_best = self._params.choose == "first"
         look_ups: list[DrafterName] = [name for name in self._drafters if name != HEAD]
         self._drafts += await self._ask(look_ups, question, (question.last_token,), question.room, 0.0)
@@ -96,10 +96,10 @@ class Drafting:
             return plan
         began = self._trace.clock()
         (head,) = await self._ask([HEAD], question, (question.last_token,), limit, floor) or (None,)
-        self._asked_ns = self._trace.clock() - began
+        seconds = (self._trace.clock() - began) / 1e9
         if head is None:
             return plan
-        self._experience.drafting.saw(len(head.tokens), self._asked_ns / 1e9)
+        self._experience.drafting.saw(len(head.tokens), seconds)
         num_head = len(head.tokens)
         self._drafts.append(head)
         plan = chooser.best(self._drafts, num_head, room)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields
 from typing import Literal, TypedDict
 
@@ -146,11 +145,6 @@ class DrafterStatistics:
             self.num_accepted_tokens + num_accepted,
             tuple(per_pos),
         )
-
-    @property
-    def acceptance_rate(self) -> float:
-        """Accepted of drafted tokens; NaN before the first."""
-        return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else math.nan
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,8 @@ class Lookup(ABC):
 
     @abstractmethod
     def propose(self, ahead: tuple[int, ...], limit: int) -> Proposal:
-        """At most `limit` tokens that may follow the history and `ahead`, which is at least one token and is not learned."""
+        """At most `limit` tokens that may follow the history and `ahead`, which is at least one token and is not learned. With more than
+        one, which another drafted, `heard` will not be told of the proposal."""
 
     def heard(self, num_tested: int, num_right: int) -> None:  # noqa: B027 - most have no use for it
         """Of the last proposal so many tokens have been tested by what came, and so many were right before the first wrong one."""

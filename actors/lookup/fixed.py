@@ -66,9 +66,12 @@ class MapK(Lookup):
 
     def propose(self, ahead: tuple[int, ...], limit: int) -> Proposal:
         wanted = self.newest(self._size_n, ahead)
-        self._asked = key = self._keys.get(hash(wanted)) if len(wanted) == self._size_n else None
-        if key is None or key.num_hits < self._min_hits or tuple(self.tokens[key.end - self._size_n : key.end]) != wanted:
-            self._asked = None
+        key = self._keys.get(hash(wanted)) if len(wanted) == self._size_n else None
+        if key is not None and (key.num_hits < self._min_hits or tuple(self.tokens[key.end - self._size_n : key.end]) != wanted):
+            key = None
+        if len(ahead) == 1:
+            self._asked = key
+        if key is None:
             return NOTHING
         return copied(self.tokens, key.end, ahead, min(limit, key.reach))
 

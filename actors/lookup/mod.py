@@ -62,7 +62,7 @@ class Mod(Lookup):
 
     def propose(self, ahead: tuple[int, ...], limit: int) -> Proposal:
         newest = list(self.newest(self._n_match, ahead))
-        self._has_proposed = False
+        self._has_proposed &= len(ahead) > 1
         if len(newest) < self._n_match:
             return NOTHING
         while len(newest) < self._n_match + limit and (token := self._table.get(self._key(newest[-self._n_match :]))) >= 0:
@@ -70,7 +70,7 @@ class Mod(Lookup):
         found = tuple(newest[self._n_match :])
         if len(found) < self._n_min:
             return NOTHING
-        self._has_proposed = True
+        self._has_proposed |= len(ahead) == 1
         return found, (0.7,) * len(found)
 
     def heard(self, num_tested: int, num_right: int) -> None:

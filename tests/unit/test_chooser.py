@@ -149,6 +149,14 @@ def test_others_rows_make_short_drafts() -> None:
     assert len(among.round(often, None).tokens) < len(alone.round(often, None).tokens)
 
 
+def test_a_plan_that_was_not_verified_whole_is_no_harm() -> None:
+    chooser = Chooser(Experience())
+    plan = Plan((Draft("ngram-suffix", (-1,) * 40),), 0.0)
+    for _ in range(10):
+        chooser.came([1], [], plan, 1, 1.0)
+    assert chooser.best([], 0, 10).rate > 0
+
+
 def test_a_tail_lengthens_what_is_likely() -> None:
     text = Text(2, flat)
     head = Draft("draft-mtp", (1, 2, 3), (0.95, 0.95, 0.95))
