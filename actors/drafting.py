@@ -178,8 +178,8 @@ class Drafting:
     async def resume(self, flow: Flow, lease: int) -> None:
         """The lease holds something already."""
         for drafter in self._drafters.values():
-            drafter.life = drafter.mailbox.life
-            await self._tell_all(drafter, flow, lease)
+            with suppress(ForerunError):
+                await self._tell_all(drafter, flow, lease)
 
     async def forget(self, flow: Flow, lease: int) -> None:
         """Returns when no drafter works on the lease any more."""
@@ -194,13 +194,12 @@ class Drafting:
         """Tells a drafter that was restarted all it has to know. Whether that was needed."""
         if drafter.life == drafter.mailbox.life:
             return False
-        drafter.life = drafter.mailbox.life
-        await drafter.mailbox.tell(Resume(flow, lease, self._computed(), self._salt))
+        await self._tell_all(drafter, flow, lease)
         return True
 
     async def _tell_all(self, drafter: _Drafter, flow: Flow, lease: int) -> None:
-        with suppress(ForerunError):
-            await drafter.mailbox.tell(Resume(flow, lease, self._computed(), self._salt))
+        drafter.life = drafter.mailbox.life
+        await drafter.mailbox.tell(Resume(flow, lease, self._computed(), self._salt))
 
     async def _inform(self, drafter: _Drafter, message: Observe | Commit) -> Reply[None] | None:
         """Nothing to wait for when the drafter is gone, or had to be told everything."""

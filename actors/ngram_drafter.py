@@ -72,8 +72,8 @@ class NgramDrafter(Actor):
                     envelope.answer(None)
                 case Propose(_, lease, _, ahead, limit, _, _):
                     sequence = self._sequences.get(lease)
-                    is_wanted = sequence is not None and not envelope.is_abandoned
-                    envelope.answer(Draft(self._family.name, *(sequence.propose(ahead, limit) if sequence and is_wanted else NOTHING)))
+                    proposal = NOTHING if sequence is None or envelope.is_abandoned else sequence.propose(ahead, limit)
+                    envelope.answer(Draft(self._family.name, *proposal))
                 case Forget(_, lease):
                     sequence = self._sequences.pop(lease, None)
                     if sequence is not None:
