@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 #: Tokens, and for each how sure the look-up is of it once all before it have come, from 0 to 1.
 Proposal = tuple[tuple[int, ...], tuple[float, ...]]
@@ -35,14 +34,3 @@ class Lookup(ABC):
         if missing <= 0:
             return ahead[-size:]
         return (*self.tokens[max(0, len(self.tokens) - missing) :], *ahead)
-
-
-@dataclass(frozen=True, slots=True)
-class Copied:
-    """Copies what followed `start`; where the history ends, `ahead` follows."""
-
-    confidence: float
-
-    def __call__(self, tokens: list[int], start: int, ahead: tuple[int, ...], limit: int) -> Proposal:
-        copied = (*tokens[start : start + limit], *ahead)[:limit]
-        return copied, (self.confidence,) * len(copied)

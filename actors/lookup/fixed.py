@@ -7,11 +7,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .base import NOTHING, Copied, Lookup, Proposal
+from .base import NOTHING, Lookup, Proposal
 
-copied = Copied(0.7)
+#: How sure a look-up of a fixed size says it is; what came decides what that is worth.
+CONFIDENCE = 0.7
 #: Continuations that ngram-map-k4v keeps of one n-gram.
 NUM_CONTINUATIONS = 4
+
+
+def copied(tokens: list[int], start: int, ahead: tuple[int, ...], limit: int) -> Proposal:
+    """What followed `start`; where the history ends, `ahead` follows."""
+    found = (*tokens[start : start + limit], *ahead)[:limit]
+    return found, (CONFIDENCE,) * len(found)
 
 
 class Simple(Lookup):
