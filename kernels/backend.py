@@ -12,10 +12,13 @@ arXiv:2412.06464).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from .formats.stored import Stored
 
 F32 = npt.NDArray[np.float32]
 #: A matrix in the layout its backend wants; opaque to the graphs.
@@ -35,27 +38,44 @@ class DeltaInputs:
     beta: F32
 
 
+class DeltaHeads(NamedTuple):
+    """Heads of a gated delta net. Value head h reads key head h // (Hv / Hk), or h mod Hk if they are tiled, as GGUF has them."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    is_tiled: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """Routed experts of one layer: `gate_up[e]` is [2 I, hidden] with the gate half first, `down[e]` [hidden, I]."""
+    """Routed experts of one layer: `gate[e]` and `up[e]` are [I, hidden], `down[e]` [hidden, I]."""
 
-    gate_up: list[Matrix]
+    gate: list[Matrix]
+    up: list[Matrix]
     down: list[Matrix]
     num_used: int
 
 
-class Backend(Protocol):
+class MatrixMaker(Protocol):
+    """The part of a backend that weights are loaded for."""
+
     name: str
     #: rough multiply-adds a second, for telling long work from short
     operations_per_second: float
 
-    def matrix(self, weight: F32) -> Matrix:
-        """Takes in a weight [outputs, inputs]; the caller's array is not needed afterwards."""
+    def matrix(self, weight: Stored) -> Matrix:
+        """Takes in a weight [outputs, inputs]."""
         ...
 
     def first_outputs(self, weight: Matrix, count: int) -> Matrix:
         """A weight's first `count` outputs, sharing its memory."""
         ...
+
+
+class Backend(MatrixMaker, Protocol):
+    """What the eager graphs of trunk.py and mtp.py run on."""
 
     def embed(self, table: Matrix, ids: list[int]) -> F32:
         """Rows `ids` of a table [V, hidden]: [R, hidden]."""
@@ -90,9 +110,8 @@ class Backend(Protocol):
         [width, channels] oldest tap first: [R, channels]."""
         ...
 
-    def delta_inputs(self, qkv: F32, b: F32, a: F32, log_decay: F32, bias: F32, sizes: tuple[int, int, int, int]) -> DeltaInputs:
-        """From the convolved qkv [R, 2 Hk dk + Hv dv], b and a [R, Hv]; log_decay is -exp(A_log) [Hv], bias dt_bias [Hv],
-        sizes (Hk, Hv, dk, dv)."""
+    def delta_inputs(self, qkv: F32, b: F32, a: F32, log_decay: F32, bias: F32, heads: DeltaHeads) -> DeltaInputs:
+        """From the convolved qkv [R, 2 Hk dk + Hv dv], b and a [R, Hv]; log_decay is -exp(A_log) [Hv], bias dt_bias [Hv]."""
         ...
 
     def delta_steps(self, state: F32, x: DeltaInputs) -> F32:

@@ -10,7 +10,8 @@ from typing import cast
 
 import numpy as np
 
-from .backend import F32, DeltaInputs, Experts
+from .backend import F32, DeltaHeads, DeltaInputs, Experts
+from .formats.stored import Stored
 
 
 def _sigmoid(x: F32) -> F32:
@@ -29,8 +30,8 @@ class ReferenceBackend:
     name = "reference"
     operations_per_second = 5e9
 
-    def matrix(self, weight: F32) -> F32:
-        return np.ascontiguousarray(weight.T)
+    def matrix(self, weight: Stored) -> F32:
+        return np.ascontiguousarray(weight.values().T)
 
     def first_outputs(self, weight: F32, count: int) -> F32:
         return weight[:, :count]
@@ -64,12 +65,13 @@ class ReferenceBackend:
             total += columns[tap : tap + rows] * weight[tap]
         return total * _sigmoid(total)
 
-    def delta_inputs(self, qkv: F32, b: F32, a: F32, log_decay: F32, bias: F32, sizes: tuple[int, int, int, int]) -> DeltaInputs:
-        key_heads, value_heads, dk, dv = sizes
+    def delta_inputs(self, qkv: F32, b: F32, a: F32, log_decay: F32, bias: F32, heads: DeltaHeads) -> DeltaInputs:
+        key_heads, value_heads, dk, dv, is_tiled = heads
         rows, keys = len(qkv), key_heads * dk
         qk = qkv[:, : 2 * keys].reshape(rows, 2, key_heads, dk)
         qk = qk / np.sqrt(np.square(qk).sum(-1, keepdims=True) + 1e-6)
-        qk = np.repeat(qk, value_heads // key_heads, axis=2)
+        ratio = value_heads // key_heads
+        qk = np.tile(qk, (1, 1, ratio, 1)) if is_tiled else np.repeat(qk, ratio, axis=2)
         g = log_decay * np.logaddexp(np.float32(0), a + bias)
         v = qkv[:, 2 * keys :].reshape(rows, value_heads, dv)
         return DeltaInputs(qk[:, 0] * np.float32(dk**-0.5), np.ascontiguousarray(qk[:, 1]), v, g, np.exp(g), _sigmoid(b))
@@ -146,7 +148,7 @@ class ReferenceBackend:
         # Experts in ascending order: a row adds its own in the same order whoever else uses them.
         for expert in np.unique(chosen):
             rows, rank = np.nonzero(chosen == expert)
-            gate, up = np.split(self.linear(x[rows], experts.gate_up[expert]), 2, axis=-1)
+            gate, up = self.linear(x[rows], experts.gate[expert]), self.linear(x[rows], experts.up[expert])
             y = self.linear(self.swiglu(gate, up), experts.down[expert])
             out[rows] += weights[rows, rank, None] * y
         return out

@@ -14,9 +14,10 @@ from ..actors.model import SHIPPED, Defaults
 from ..actors.vocabularies import gguf_metadata
 from ..core.errors import InvalidRequest, ModelFileError
 from ..kernels.backend import F32
-from ..kernels.formats.gguf import BY_NAME, GgufFile, write
+from ..kernels.formats.gguf import GgufFile, write
+from ..kernels.formats.stored import BY_NAME
 from ..kernels.model.config import ModelConfig, load_config, read_json
-from ..kernels.model.gguf_names import ARCHITECTURES, gguf_config, is_shifted_norm, names_of, reorder
+from ..kernels.model.gguf_names import ARCHITECTURES, gguf_config, is_shifted_norm, names_of, tiled
 from ..kernels.model.sizes import MIB, memory_sizes
 from ..kernels.model.weights import FolderCheckpoint, expected_tensors
 
@@ -63,7 +64,7 @@ def _values(checkpoint: FolderCheckpoint, config: ModelConfig, name: str, part: 
         x = x[:, 0]
     if name.endswith("shared_expert_gate.weight"):
         x = x[0]
-    x = reorder(name, config)(x, True)
+    x = tiled(name, config, x)
     return np.split(x, num_parts, axis=1)[part] if num_parts > 1 else x
 
 

@@ -6,8 +6,7 @@
     padding to the alignment, then the data; offsets count from here
 
 Ours, because a file is not trusted: every count and length is compared with the bytes that are left before anything is
-allocated. The data is memory-mapped, and a tensor is read when it is asked for. The formulas of the quantised types are
-those of ggml (`ggml-quants.c`, `dequantize_row_*`).
+allocated. The data is memory-mapped, and a tensor is read when it is asked for.
 """
 
 from __future__ import annotations
@@ -19,12 +18,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
-import numpy.typing as npt
 
 from ...core.errors import ModelFileError
 from ..backend import F32
+from .stored import BY_NAME, TYPES, U8, Stored, quantise
 
-U8 = npt.NDArray[np.uint8]
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT, MAX_ALIGNMENT = 32, 65_536
@@ -42,84 +40,6 @@ class GgufTensor(NamedTuple):
     shape: tuple[int, ...]
     begin: int
     end: int
-
-
-# Quantised types. Blocks [blocks, bytes] to values [blocks, values].
-
-
-def _half(raw: U8) -> F32:
-    return np.ascontiguousarray(raw).view("<f2").astype(np.float32)
-
-
-def _f32(blocks: U8) -> F32:
-    return np.ascontiguousarray(blocks).view("<f4").astype(np.float32)
-
-
-def _bf16(blocks: U8) -> F32:
-    return (np.ascontiguousarray(blocks).view("<u2").astype(np.uint32) << 16).view(np.float32)
-
-
-def _q8_0(blocks: U8) -> F32:
-    return cast("F32", _half(blocks[:, :2]) * np.ascontiguousarray(blocks[:, 2:]).view(np.int8).astype(np.float32))
-
-
-def _q4_0(blocks: U8) -> F32:
-    quants = np.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], axis=1).astype(np.float32)
-    return cast("F32", _half(blocks[:, :2]) * (quants - np.float32(8)))
-
-
-def _scales_k4(raw: U8) -> tuple[F32, F32]:
-    """The eight 6-bit scales and minima that Q4_K and Q5_K pack into 12 bytes: [blocks, 8] each."""
-    low, middle, high = raw[:, :4], raw[:, 4:8], raw[:, 8:]
-    scales = np.concatenate([low & 63, (high & 15) | (low >> 6 << 4)], axis=1)
-    minima = np.concatenate([middle & 63, (high >> 4) | (middle >> 6 << 4)], axis=1)
-    return scales.astype(np.float32), minima.astype(np.float32)
-
-
-def _q4_k(blocks: U8) -> F32:
-    scales, minima = _scales_k4(blocks[:, 4:16])
-    packed = blocks[:, 16:].reshape(-1, 4, 1, 32)
-    quants = np.concatenate([packed & 15, packed >> 4], axis=2).reshape(-1, 8, 32)
-    return _with_minima(blocks, scales, minima, quants.astype(np.float32))
-
-
-def _q5_k(blocks: U8) -> F32:
-    scales, minima = _scales_k4(blocks[:, 4:16])
-    packed = blocks[:, 48:].reshape(-1, 4, 1, 32)
-    low = np.concatenate([packed & 15, packed >> 4], axis=2).reshape(-1, 8, 32)
-    high = blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1
-    return _with_minima(blocks, scales, minima, (low | high << 4).astype(np.float32))
-
-
-def _with_minima(blocks: U8, scales: F32, minima: F32, quants: F32) -> F32:
-    d, dmin = _half(blocks[:, :2]), _half(blocks[:, 2:4])
-    return cast("F32", ((d * scales)[:, :, None] * quants - (dmin * minima)[:, :, None]).reshape(len(blocks), -1))
-
-
-def _q6_k(blocks: U8) -> F32:
-    low = blocks[:, :128].reshape(-1, 2, 1, 64)
-    high = blocks[:, 128:192].reshape(-1, 2, 1, 32)
-    quants = np.concatenate([low & 15, low >> 4], axis=2).reshape(-1, 2, 4, 32)
-    quants |= (high >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3) << 4
-    scales = np.ascontiguousarray(blocks[:, 192:208]).view(np.int8).astype(np.float32)
-    d = _half(blocks[:, 208:])
-    values = (quants.astype(np.float32) - np.float32(32)).reshape(-1, 16, 16)
-    return cast("F32", ((d * scales)[:, :, None] * values).reshape(len(blocks), -1))
-
-
-class _Type(NamedTuple):
-    name: str
-    block: int  # values
-    size: int  # bytes
-    read: Callable[[U8], F32]
-
-
-TYPES = {
-    0: _Type("F32", 1, 4, _f32), 1: _Type("F16", 1, 2, _half), 30: _Type("BF16", 1, 2, _bf16), 2: _Type("Q4_0", 32, 18, _q4_0),
-    8: _Type("Q8_0", 32, 34, _q8_0), 12: _Type("Q4_K", 256, 144, _q4_k), 13: _Type("Q5_K", 256, 176, _q5_k),
-    14: _Type("Q6_K", 256, 210, _q6_k),
-}  # fmt: skip
-BY_NAME = {each.name: each for each in TYPES.values()}
 
 
 class _Cursor:
@@ -240,11 +160,14 @@ class GgufFile:
         tensor = self.tensors[name]
         return self._raw[self._start + tensor.begin : self._start + tensor.end]
 
+    def stored(self, name: str) -> Stored:
+        """A tensor as it is in the file."""
+        tensor = self.tensors[name]
+        return Stored(tensor.type, tensor.shape[-1], self.raw(name).reshape(*tensor.shape[:-1], -1))
+
     def read(self, name: str) -> F32:
         """A tensor as float32."""
-        tensor = self.tensors[name]
-        kind = BY_NAME[tensor.type]
-        return kind.read(self.raw(name).reshape(-1, kind.size)).reshape(tensor.shape)
+        return self.stored(name).values()
 
     def get(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
         """A value of the metadata. ModelFileError unless it is of a type, or missing where there is a default."""
@@ -256,26 +179,6 @@ class GgufFile:
 
 
 # Writing
-
-
-def quantise(values: F32, kind: str) -> U8:
-    """Rows [..., inner] as F32, F16, BF16 or Q8_0, in bytes. Rounds to nearest, as ggml does."""
-    flat = np.ascontiguousarray(values, "<f4").reshape(-1)
-    if kind == "F32":
-        return flat.view(np.uint8)
-    if kind == "F16":
-        return flat.astype("<f2").view(np.uint8)
-    if kind == "BF16":
-        bits = flat.view("<u4")
-        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2").view(np.uint8)
-    if kind != "Q8_0":
-        raise ValueError(f"{kind} is not written")
-    blocks = flat.reshape(-1, 32)
-    d = np.abs(blocks).max(1, keepdims=True) / np.float32(127)
-    inverse = np.divide(np.float32(1), d, out=np.zeros_like(d), where=d > 0)
-    scaled = blocks * inverse
-    quants = (np.sign(scaled) * np.floor(np.abs(scaled) + np.float32(0.5))).astype(np.int8)  # halves away from zero, as roundf
-    return np.concatenate([d.astype("<f2").view(np.uint8), quants.view(np.uint8)], axis=1).reshape(-1)
 
 
 def _text(value: str) -> bytes:

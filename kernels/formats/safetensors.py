@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from ...core.errors import ModelFileError
 from ..backend import F32
+from .stored import Stored
 
 #: safetensors' own limit (100 MB), far above any real header
 MAX_HEADER_BYTES = 100_000_000
@@ -111,13 +112,14 @@ class SafetensorsFile:
         self.tensors = header.tensors
         self._data = np.memmap(path, np.uint8, "r", len(header.raw)) if has_data else np.zeros(0, np.uint8)
 
+    def stored(self, name: str) -> Stored:
+        """A tensor as it is in the file; it has at least one dimension."""
+        info = self.tensors[name]
+        return Stored(info.dtype, info.shape[-1], self.raw(name).reshape(*info.shape[:-1], -1))
+
     def read(self, name: str) -> F32:
         """Tensor `name` as float32, exactly: f16 and bf16 are subsets of it."""
-        info = self.tensors[name]
-        raw = self._data[info.begin : info.end].view(DTYPES[info.dtype]).reshape(info.shape)
-        if info.dtype == "BF16":
-            return (raw.astype(np.uint32) << 16).view(np.float32)
-        return raw.astype(np.float32)
+        return self.stored(name).values()
 
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
         """A tensor's bytes, in the file."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from ...core.errors import ModelFileError
+from ..backend import DeltaHeads
 
 #: model_type -> family. Multimodal wrappers hold their text model under `text_config`.
 MODEL_TYPES: dict[str, Literal["qwen3_5", "qwen3_5_moe", "qwen3_next"]] = {
@@ -52,6 +53,11 @@ class ModelConfig:
     is_tied: bool
     num_mtp_layers: int | None  # None: the file does not say, its tensors do
     moe: MoeConfig | None
+    is_tiled: bool = False  # the order of value heads: see DeltaHeads
+
+    @property
+    def delta_heads(self) -> DeltaHeads:
+        return DeltaHeads(self.key_heads, self.value_heads, self.key_dim, self.value_dim, self.is_tiled)
 
     @property
     def channels(self) -> int:

@@ -1,13 +1,14 @@
 """GGUF files as checkpoints: metadata to a config, tensors under the names and in the layouts of Hugging Face, and back.
 
-What conversion changes (llama.cpp, `conversion/qwen.py`), undone here: every norm but the gated delta net's has the one
-added; `ssm_a` is -exp(A_log); the convolution has lost its middle dimension; and where there are more value heads than key
-heads, value heads stand tiled: head h reads key head h mod Hk, where Hugging Face has it read key head h // (Hv / Hk).
+What conversion changes (llama.cpp, `conversion/qwen.py`): every norm but the gated delta net's has the one added; `ssm_a` is
+-exp(A_log); the convolution has lost its middle dimension; and where there are more value heads than key heads, value heads
+stand tiled: head h reads key head h mod Hk, where Hugging Face has it read key head h // (Hv / Hk). That order stays: columns
+of a quantised matrix cannot be moved within its blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from ...core.errors import ModelFileError
 from ..backend import F32
 from ..formats.gguf import GgufFile
+from ..formats.stored import Stored
 from .config import ModelConfig, MoeConfig
 from .weights import fingerprint
 
@@ -57,31 +59,21 @@ def names_of(name: str, num_layers: int) -> tuple[str, ...]:
     return tuple(at + each for each in found)
 
 
-def reorder(name: str, c: ModelConfig) -> Callable[[F32, bool], F32]:
-    """What turns the value heads of a tensor from tiled to grouped, or with True from grouped to tiled."""
+def tiled(name: str, c: ModelConfig, x: F32) -> F32:
+    """A tensor of Hugging Face's order of value heads in GGUF's."""
     ratio = c.value_heads // c.key_heads
     part = name.rpartition("linear_attn.")[2].removesuffix(".weight")
     keys = 2 * c.key_heads * c.key_dim
 
-    def heads(x: F32, to_tiled: bool) -> F32:
-        """[value heads, ...] along the first dimension."""
-        sizes = (c.key_heads, ratio) if to_tiled else (ratio, c.key_heads)
-        return np.ascontiguousarray(x.reshape(*sizes, *x.shape[1:]).swapaxes(0, 1)).reshape(x.shape)
-
-    def rows(x: F32, to_tiled: bool) -> F32:
-        return heads(x.reshape(c.value_heads, -1), to_tiled).reshape(x.shape)
-
-    def values_of_qkv(x: F32, to_tiled: bool) -> F32:
-        return np.concatenate([x[:keys], rows(x[keys:], to_tiled)])
-
-    def columns(x: F32, to_tiled: bool) -> F32:
-        return np.ascontiguousarray(rows(np.ascontiguousarray(x.T), to_tiled).T)
+    def rows(x: F32) -> F32:
+        heads = x.reshape(c.key_heads, ratio, -1).swapaxes(0, 1)
+        return np.ascontiguousarray(heads).reshape(x.shape)
 
     if ratio > 1 and part in ("in_proj_qkv", "conv1d"):
-        return values_of_qkv
+        return np.concatenate([x[:keys], rows(x[keys:])])
     if ratio > 1 and part in ("in_proj_z", "in_proj_b", "in_proj_a", "A_log", "dt_bias"):
-        return rows
-    return columns if ratio > 1 and part == "out_proj" else lambda x, _: x
+        return rows(x)
+    return np.ascontiguousarray(rows(np.ascontiguousarray(x.T)).T) if ratio > 1 and part == "out_proj" else x
 
 
 def is_shifted_norm(name: str) -> bool:
@@ -143,6 +135,7 @@ def gguf_config(file: GgufFile) -> ModelConfig:
         is_tied="output.weight" not in file.tensors,
         num_mtp_layers=num_mtp,
         moe=moe,
+        is_tiled=value_heads > key_heads,
     )
 
 
@@ -189,12 +182,17 @@ class GgufCheckpoint:
         return (shape[0], shape[1] // num_parts, *shape[2:]) if num_parts > 1 else shape
 
     def read(self, name: str) -> F32:
-        parts = [self._file.read(part) for part in names_of(name, self._num_layers)]
-        x = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
-        x = reorder(name, self._config)(x, False)
-        if name.endswith("conv1d.weight"):
-            return x[:, None]
-        return x[None] if name.endswith("shared_expert_gate.weight") else x
+        x = self.stored(name).values()
+        return x[:, None] if name.endswith("conv1d.weight") else x
+
+    def stored(self, name: str) -> Stored:
+        (part,) = names_of(name, self._num_layers)
+        stored = self._file.stored(part)
+        return stored.reshape(1) if name.endswith("shared_expert_gate.weight") else stored
+
+    def gate_up(self, name: str) -> tuple[Stored, Stored]:
+        gate, up = names_of(name, self._num_layers)
+        return self._file.stored(gate), self._file.stored(up)
 
     def norm(self, name: str) -> F32:
         return self.read(name)

@@ -159,4 +159,4 @@ class Trunk(LayerGraph):
         """What the recurrence of gated delta net `layer` consumes; see recurrent.Inputs."""
         c, w = self.config, self._deltas[layer]
         convolved = self.backend.causal_conv(columns, w.conv)
-        return self.backend.delta_inputs(convolved, b, a, w.log_decay, w.dt_bias, (c.key_heads, c.value_heads, c.key_dim, c.value_dim))
+        return self.backend.delta_inputs(convolved, b, a, w.log_decay, w.dt_bias, c.delta_heads)

@@ -13,17 +13,20 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from ...core.errors import ModelFileError
-from ..backend import F32, Backend, Experts, Matrix
+from ..backend import F32, Experts, Matrix, MatrixMaker
 from ..formats.safetensors import SafetensorsFile
+from ..formats.stored import Stored
 from .config import ModelConfig, MoeConfig, read_json
 
+T = TypeVar("T")
 logger = logging.getLogger("forerun")
 
 #: Pieces of a tensor that tell two models apart: fine-tuning changes a tensor everywhere.
@@ -123,6 +126,14 @@ class Checkpoint(Protocol):
 
     def read(self, name: str) -> F32: ...
 
+    def stored(self, name: str) -> Stored:
+        """A matrix as the file has it."""
+        ...
+
+    def gate_up(self, name: str) -> tuple[Stored, Stored]:
+        """The two halves of fused experts [E, 2 I, hidden]: [E, I, hidden] each."""
+        ...
+
     def norm(self, name: str) -> F32:
         """What a norm multiplies by."""
         ...
@@ -200,8 +211,16 @@ class FolderCheckpoint:
                 raise ModelFileError(f"{file.path}: tensor {full} has shape {list(file.tensors[full].shape)}, expected {list(shape)}")
 
     def read(self, name: str) -> F32:
+        return self.stored(name).values()
+
+    def stored(self, name: str) -> Stored:
         file, full = self._files[name]
-        return file.read(full)
+        return file.stored(full)
+
+    def gate_up(self, name: str) -> tuple[Stored, Stored]:
+        both = self.stored(name)
+        half = both.shape[1] // 2
+        return both[:, :half], both[:, half:]
 
     def norm(self, name: str) -> F32:
         return 1 + self.read(name)
@@ -289,7 +308,7 @@ def _dense_shapes(prefix: str, hidden: int, intermediate: int) -> Iterator[tuple
 
 class _Loader:
     def __init__(
-        self, checkpoint: Checkpoint, config: ModelConfig, backend: Backend, fused: bool, total: int, progress: Progress | None
+        self, checkpoint: Checkpoint, config: ModelConfig, backend: MatrixMaker, fused: bool, total: int, progress: Progress | None
     ) -> None:
         self._checkpoint, self._c, self._backend, self._fused = checkpoint, config, backend, fused
         self._total, self._progress, self._done = total, progress, 0
@@ -297,14 +316,17 @@ class _Loader:
     def raw(self, name: str) -> F32:
         return self._count(self._checkpoint.read(name))
 
-    def _count(self, array: F32) -> F32:
+    def stored(self, name: str) -> Stored:
+        return self._count(self._checkpoint.stored(name))
+
+    def _count(self, tensor: T) -> T:
         self._done += 1
         if self._progress is not None:
             self._progress(self._done, self._total)
-        return array
+        return tensor
 
     def matrix(self, name: str) -> Matrix:
-        return self._backend.matrix(self.raw(name + ".weight"))
+        return self._backend.matrix(self.stored(name + ".weight"))
 
     def norm(self, name: str) -> F32:
         return self._count(self._checkpoint.norm(name + ".weight"))
@@ -322,12 +344,12 @@ class _Loader:
         c, matrix = self._c, self._backend.matrix
         if c.family == "qwen3_next":
             ratio = c.value_heads // c.key_heads
-            packed = self.raw(prefix + "in_proj_qkvz.weight").reshape(c.key_heads, -1, c.hidden)
-            sizes = np.cumsum([c.key_dim, c.key_dim, ratio * c.value_dim])
-            parts = [part.reshape(-1, c.hidden) for part in np.split(packed, sizes, axis=1)]
-            qkv, z = matrix(np.concatenate(parts[:3])), matrix(parts[3])
-            packed = self.raw(prefix + "in_proj_ba.weight").reshape(c.key_heads, 2, ratio, c.hidden)
-            b, a = (matrix(packed[:, i].reshape(-1, c.hidden)) for i in range(2))
+            packed = self.stored(prefix + "in_proj_qkvz.weight").reshape(c.key_heads, -1)
+            ends = [0, c.key_dim, 2 * c.key_dim, 2 * c.key_dim + ratio * c.value_dim, packed.shape[1]]
+            parts = [packed[:, start:stop].raw.reshape(-1, packed.raw.shape[-1]) for start, stop in pairwise(ends)]
+            qkv, z = (matrix(Stored(packed.type, c.hidden, raw)) for raw in (np.concatenate(parts[:3]), parts[3]))
+            packed = self.stored(prefix + "in_proj_ba.weight").reshape(c.key_heads, 2 * ratio)
+            b, a = (matrix(packed[:, part].reshape(-1)) for part in (slice(ratio), slice(ratio, None)))
         else:
             qkv, z, b, a = (self.matrix(f"{prefix}in_proj_{x}") for x in ("qkv", "z", "b", "a"))
         return DeltaWeights(
@@ -344,22 +366,22 @@ class _Loader:
 
     def moe(self, prefix: str, moe: MoeConfig) -> MoeWeights:
         matrix = self._backend.matrix
+        gate, up, down = list[Matrix](), list[Matrix](), list[Matrix]()
         if self._fused:
-            gate_up = [matrix(expert) for expert in self.raw(prefix + "experts.gate_up_proj")]
-            down = [matrix(expert) for expert in self.raw(prefix + "experts.down_proj")]
+            halves = self._count(self._checkpoint.gate_up(prefix + "experts.gate_up_proj"))
+            for matrices, all_of in zip((gate, up, down), (*halves, self.stored(prefix + "experts.down_proj")), strict=True):
+                matrices += [matrix(all_of[i]) for i in range(moe.num_experts)]
         else:
-            gate_up, down = list[Matrix](), list[Matrix]()
             for i in range(moe.num_experts):
-                both = [self.raw(f"{prefix}experts.{i}.{x}_proj.weight") for x in ("gate", "up")]
-                gate_up.append(matrix(np.concatenate(both)))
-                down.append(self.matrix(f"{prefix}experts.{i}.down_proj"))
-        experts = Experts(gate_up, down, moe.num_used)
+                for matrices, name in ((gate, "gate"), (up, "up"), (down, "down")):
+                    matrices.append(self.matrix(f"{prefix}experts.{i}.{name}_proj"))
+        experts = Experts(gate, up, down, moe.num_used)
         return MoeWeights(
             self.matrix(prefix + "gate"), experts, self.dense(prefix + "shared_expert."), self.matrix(prefix + "shared_expert_gate")
         )
 
 
-def load_weights(checkpoint: Checkpoint, config: ModelConfig, backend: Backend, progress: Progress | None = None) -> ModelWeights:
+def load_weights(checkpoint: Checkpoint, config: ModelConfig, backend: MatrixMaker, progress: Progress | None = None) -> ModelWeights:
     """Loads a model. ModelFileError names the tensor and what was expected of it."""
     fused = checkpoint.has_fused_experts
     has_mtp = checkpoint.has_mtp if config.num_mtp_layers is None else config.num_mtp_layers > 0

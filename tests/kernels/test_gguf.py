@@ -13,7 +13,8 @@ import pytest
 from forerun.actors.model import SHIPPED
 from forerun.actors.vocabularies import folder_vocabulary, gguf_vocabulary
 from forerun.core.errors import ModelFileError
-from forerun.kernels.formats.gguf import BY_NAME, GgufFile, quantise, write
+from forerun.kernels.formats.gguf import GgufFile, write
+from forerun.kernels.formats.stored import BY_NAME, quantise
 from forerun.kernels.model.gguf_names import GgufCheckpoint, gguf_config
 from forerun.kernels.model.memory import SequenceMemory
 from forerun.kernels.model.mtp import MtpHead, MtpRows
@@ -101,10 +102,12 @@ def load(path: Path) -> ModelWeights:
 
 
 @pytest.mark.parametrize("layout", ["dense", "moe"])
-def test_a_converted_model_computes_the_same_bits(checkpoints: dict[str, Path], layout: str, weights: ModelWeights, tmp_path: Path) -> None:
+def test_a_converted_model_computes_the_same(checkpoints: dict[str, Path], layout: str, weights: ModelWeights, tmp_path: Path) -> None:
     convert(checkpoints[layout], tmp_path / "m.gguf", "f32")
     converted = load(tmp_path / "m.gguf")
-    assert replace(converted.config, rms_eps=weights.config.rms_eps) == weights.config  # which GGUF has in float32
+    is_tiled = weights.config.value_heads > weights.config.key_heads
+    # GGUF has the epsilon in float32.
+    assert converted.config == replace(weights.config, rms_eps=converted.config.rms_eps, is_tiled=is_tiled)
     logits: list[Any] = []
     for each in (weights, converted):
         trunk, head = Trunk(each, ReferenceBackend()), MtpHead(each, ReferenceBackend())
@@ -114,7 +117,10 @@ def test_a_converted_model_computes_the_same_bits(checkpoints: dict[str, Path], 
         logits.append(trunk.verify([Rows(memory, 40, (1, 2, 3))])[0])
         logits.append(head.logits(head.forward([MtpRows(memory, 1, tokens[1:], memory.hidden.read(0, 39))])))
     for one, other in zip(logits[:3], logits[3:], strict=True):
-        np.testing.assert_array_equal(one, other)
+        if is_tiled:  # value heads are summed up in another order
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+        else:
+            np.testing.assert_array_equal(one, other)
 
 
 def test_the_converted_demo_model_says_the_same(tmp_path: Path) -> None:
