@@ -23,12 +23,14 @@ from .core.errors import (
 from .core.speculation import DRAFTERS, DrafterStatistics, Speculation, SpeculationOptions, SpeculationParams
 from .core.trace import Counter, Flow, Notice, Span, Subscription
 from .core.vocabulary import Delta, FinishReason, Message, Prompt, Result, SamplingParams, Timings, TokenLogprob, Usage
+from .kernels.backends import BACKENDS
 from .kernels.model.prefix import PrefixStatistics
 from .kernels.model.recurrent import StoreName
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BACKENDS",
     "DEFAULT_MAX_TOKENS",
     "DRAFTERS",
     "ActorStatistics",

@@ -461,6 +461,8 @@ async def open_engine(
     recurrent_store: StoreName = "log",
     preempt_after_seconds: float | None = PREEMPT_AFTER_SECONDS,
     overlap: bool = True,
+    backend: str | None = None,
+    num_threads: int | None = None,
     load_progress: Progress | None = None,
     **speculation: Unpack[SpeculationOptions],
 ) -> AsyncGenerator[Engine]:
@@ -474,7 +476,8 @@ async def open_engine(
     `folder_bytes` of files in `prefix_folder`, if there is one, and so does everything at the end. `recurrent_store` is `log`, or
     `snapshots`: the same tokens, more memory for a draft. For a request that has waited `preempt_after_seconds` (None: however long) the
     newest that have run as long are pre-empted, once each, and go on later with the same tokens. `overlap=False` does one thing at a
-    time, in the event loop: the same tokens, for comparison. Leaving the block ends what still runs with EngineClosed.
+    time, in the event loop: the same tokens, for comparison. A model loaded here computes on `backend` with `num_threads`: see load_model.
+    Leaving the block ends what still runs with EngineClosed.
     Raises ModelFileError, InvalidRequest, SavedSequenceError if `prefix_folder` cannot be used; at the end, EngineDead if an actor
     failed beyond repair and the block did not raise."""
     sizes: dict[str, object] = {
@@ -492,7 +495,7 @@ async def open_engine(
     params = SpeculationParams(**speculation)  # pyright: ignore[reportArgumentType] - checked there
     if isinstance(model, str | Path):
         name = str(model)
-        model = await anyio.to_thread.run_sync(lambda: load_model(name, load_progress))
+        model = await anyio.to_thread.run_sync(lambda: load_model(name, load_progress, backend=backend, num_threads=num_threads))
     if types is None:
         types = parse_spec_type("draft-mtp,ngram-suffix" if model.has_mtp else "ngram-suffix")
     if "draft-mtp" in types and not model.has_mtp:

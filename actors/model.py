@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from ..core.checks import check_ranges
-from ..core.errors import ModelFileError
+from ..core.errors import InvalidRequest, ModelFileError
+from ..kernels.backends import AnyBackend, make_backend, make_head, make_trunk
 from ..kernels.formats.gguf import GgufFile
 from ..kernels.model.config import load_config, read_json
 from ..kernels.model.gguf_names import GgufCheckpoint, gguf_config
 from ..kernels.model.memory import MemoryMaker, ModelMemory
-from ..kernels.model.mtp import MtpHead
-from ..kernels.model.trunk import Trunk
 from ..kernels.model.weights import FolderCheckpoint, ModelWeights, Progress, load_weights
-from ..kernels.reference import ReferenceBackend
 from .mtp_drafter import DraftHead
 from .target_decoder import Target
 from .tokenizer import Vocabulary
@@ -83,6 +81,7 @@ class LoadedModel:
 
     name: str
     weights: ModelWeights
+    backend: AnyBackend
     vocabulary: Vocabulary | None
     defaults: Defaults
 
@@ -105,28 +104,31 @@ class LoadedModel:
     def memory(self) -> ModelMemory:
         return ModelMemory(self.weights.config)
 
-    def target(self) -> Trunk:
-        return Trunk(self.weights, ReferenceBackend())
+    def target(self) -> Target:
+        return make_trunk(self.weights, self.backend)
 
-    def draft_head(self) -> MtpHead:
-        return MtpHead(self.weights, ReferenceBackend())
+    def draft_head(self) -> DraftHead:
+        return make_head(self.weights, self.backend)
 
 
-def load_model(name: str, progress: Progress | None = None) -> LoadedModel:
-    """Loads a model: the name of a shipped one, a Hugging Face folder, or a GGUF file. ModelFileError names the file and what was
-    expected."""
+def load_model(name: str, progress: Progress | None = None, *, backend: str | None = None, num_threads: int | None = None) -> LoadedModel:
+    """Loads a model: the name of a shipped one, a Hugging Face folder, or a GGUF file. `backend` is `cpu` (C kernels, by default) or
+    `reference` (NumPy); `num_threads` by default as many as there are physical cores. ModelFileError names the file and what was
+    expected; InvalidRequest when there is no such backend."""
     path = SHIPPED.get(name) or Path(name)
-    backend = ReferenceBackend()
+    if violations := check_ranges({"num_threads": num_threads}):
+        raise InvalidRequest(violations)
+    on = make_backend(backend, num_threads)
     if path.is_file():
         file = GgufFile(path)
         config = gguf_config(file)
-        weights = load_weights(GgufCheckpoint(file, config), config, backend, progress)
+        weights = load_weights(GgufCheckpoint(file, config), config, on, progress)
         vocabulary = gguf_vocabulary(file)
         if vocabulary is not None and vocabulary.size > config.vocabulary:
             raise ModelFileError(f"{path}: {vocabulary.size} tokens, but embeddings for {config.vocabulary}")
-        return LoadedModel(name, weights, vocabulary, Defaults(gguf_stop_ids(file), {"temperature": 0.0}))
+        return LoadedModel(name, weights, on, vocabulary, Defaults(gguf_stop_ids(file), {"temperature": 0.0}))
     if not path.is_dir():
         raise ModelFileError(f"{name}: no such model; expected {', '.join(SHIPPED)}, a Hugging Face folder or a GGUF file")
-    weights = load_weights(FolderCheckpoint(path), load_config(path), backend, progress)
+    weights = load_weights(FolderCheckpoint(path), load_config(path), on, progress)
     vocabulary = folder_vocabulary(path) if (path / "tokenizer.json").exists() else None
-    return LoadedModel(name, weights, vocabulary, Defaults.load(path))
+    return LoadedModel(name, weights, on, vocabulary, Defaults.load(path))

@@ -18,6 +18,6 @@ def synthetic(verdict: Verdict, drafts: tuple[int, ...], rates: tuple[float, ...
         if draws[i] < rates[min(i, len(rates) - 1)]:
             choices[i] = draft
         else:
-            choices[i] = choices[i] if choices[i] != draft else max(0, draft - 1) or 1
+            choices[i] = choices[i] if choices[i] != draft else draft - 1 if draft else 1
             break
     return replace(verdict, choices=tuple(choices))

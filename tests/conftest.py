@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
+from forerun.kernels.backends import AnyBackend, make_backend
+from forerun.kernels.cpu.matrices import CpuBackend
 from forerun.kernels.model.config import load_config
 from forerun.kernels.model.weights import FolderCheckpoint, ModelWeights, load_weights
-from forerun.kernels.reference import ReferenceBackend
 
 from tests.checkpoints import LAYOUTS, make
 
@@ -25,10 +27,26 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @cache
-def _load(folder: Path) -> ModelWeights:
-    return load_weights(FolderCheckpoint(folder), load_config(folder), ReferenceBackend())
+def _load(folder: Path, name: str) -> ModelWeights:
+    return load_weights(FolderCheckpoint(folder), load_config(folder), make_backend(name, None))
+
+
+#: For `indirect` parameters of `backend`: NumPy, the C kernels as this processor runs them best, and in plain C.
+ALL_BACKENDS = ("reference", "cpu", "portable")
 
 
 @pytest.fixture
-def weights(layout: str, checkpoints: dict[str, Path]) -> ModelWeights:
-    return _load(checkpoints[layout])
+def backend(request: pytest.FixtureRequest) -> Iterator[AnyBackend]:
+    """NumPy, or what a module asks for."""
+    name = getattr(request, "param", "reference")
+    found = make_backend("reference" if name == "reference" else "cpu", 2)
+    if isinstance(found, CpuBackend):
+        found.library.use("portable" if name == "portable" else "")
+    yield found
+    if isinstance(found, CpuBackend):
+        found.library.use("")
+
+
+@pytest.fixture
+def weights(layout: str, checkpoints: dict[str, Path], backend: AnyBackend) -> ModelWeights:
+    return _load(checkpoints[layout], backend.name)

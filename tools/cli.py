@@ -15,7 +15,7 @@ from typing import Any
 
 import anyio
 
-from .. import DEFAULT_MAX_TOKENS, DRAFTERS, ForerunError, InvalidRequest, Prompt, Result, SpeculationParams, open_engine
+from .. import BACKENDS, DEFAULT_MAX_TOKENS, DRAFTERS, ForerunError, InvalidRequest, Prompt, Result, SpeculationParams, open_engine
 from .convert import OUT_TYPES, convert, info
 
 #: wrong or old flag -> what to use
@@ -134,6 +134,8 @@ def _parser() -> argparse.ArgumentParser:
         flag = _flag(name)
         _option(generate, flag, type=read, default=default, help=f"{text} (default: {default or 'none'})")
     generate.add_argument("--spec-ngram-suffix-shared", action="store_true", help="ngram-suffix learns from finished requests too")
+    _option(generate, "-t", "--threads", type=int, help="threads that compute (default: the physical cores)")
+    _option(generate, "--backend", help=f"{' or '.join(BACKENDS)} (default: cpu, or reference where C kernels could not be compiled)")
     generate.add_argument("--no-overlap", action="store_true", help="one thing at a time: the same tokens, for comparison")
     shown = commands.add_parser("info", help="say what a model file is", allow_abbrev=False)
     shown.add_argument("path", type=Path, help="a GGUF file, a Hugging Face folder, or demo")
@@ -187,6 +189,8 @@ async def _generate(args: argparse.Namespace, write: Callable[[str], Any]) -> No
         **{name: getattr(args, _flag(name).lstrip("-").replace("-", "_")) for name in SPECULATION_FLAGS},
         ngram_suffix_shared=args.spec_ngram_suffix_shared,
         overlap=not args.no_overlap,
+        backend=args.backend,
+        num_threads=args.threads,
         load_progress=Bar("loading"),
     )
     async with engine as opened:

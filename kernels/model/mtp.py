@@ -6,13 +6,14 @@ token p + 1. A chained row takes the head's own output of the row before in plac
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ...core.errors import InternalBug
-from ..backend import F32, Backend
+from ..backend import F32, Backend, MatrixMaker
 from .memory import SequenceMemory
 from .trunk import LayerGraph
 from .weights import AttentionWeights, ModelWeights, MtpWeights
@@ -35,37 +36,54 @@ class MtpRows:
     hidden: F32
 
 
-class MtpHead(LayerGraph):
-    def __init__(self, weights: ModelWeights, backend: Backend) -> None:
-        super().__init__(weights, backend)
-        if weights.mtp is None or not isinstance(weights.mtp.layer.mixer, AttentionWeights):
-            raise InternalBug("this checkpoint has no MTP head")
-        self._mtp: MtpWeights = weights.mtp
-        self._attention: AttentionWeights = weights.mtp.layer.mixer
-        self.hidden = self.config.hidden
-        self._num_drafted = min(DRAFT_VOCABULARY, self.config.vocabulary)
-        self._head = weights.head
-        if self._num_drafted < self.config.vocabulary:
-            self._head = backend.first_outputs(weights.head, self._num_drafted)
+class HeadBase(ABC):
+    """What the MTP heads of all backends have in common."""
 
+    def __init__(self, weights: ModelWeights, backend: MatrixMaker) -> None:
+        if weights.mtp is None:
+            raise InternalBug("this checkpoint has no MTP head")
+        self.mtp: MtpWeights = weights.mtp
+        self.hidden = weights.config.hidden
+        num_drafted, self.head = min(DRAFT_VOCABULARY, weights.config.vocabulary), weights.head
+        if num_drafted < weights.config.vocabulary:
+            self.head = backend.first_outputs(weights.head, num_drafted)
+        # One layer and the vocabulary's head.
+        operations = weights.num_parameters / (len(weights.layers) + 1) + self.hidden * num_drafted
+        self._seconds_a_row = operations / backend.operations_per_second
+
+    @abstractmethod
     def forward(self, batch: Sequence[MtpRows]) -> F32:
         """Writes the rows into each cache; returns the head's post-norm outputs [R, hidden], in batch order. Nothing that is said depends
-        on their last bits, so many rows are computed as a chunk."""
-        backend, eps = self.backend, self.config.rms_eps
-        embedded = backend.embed(self.weights.embedding, [token for rows in batch for token in rows.tokens])
-        hidden = np.concatenate([rows.hidden for rows in batch])
-        both = [backend.rms_norm(embedded, self._mtp.embedding_norm, eps), backend.rms_norm(hidden, self._mtp.hidden_norm, eps)]
-        spans = [(rows.memory.mtp, rows.position, len(rows.tokens)) for rows in batch]
-        is_chunk = len(hidden) >= CHUNK_ROWS
-        x = self.linear(is_chunk)(np.concatenate(both, axis=-1), self._mtp.fc)
-        x = self.layer(x, self._mtp.layer, lambda u: self.attention(u, self._attention, spans, 0, is_chunk), is_chunk)
-        return backend.rms_norm(x, self._mtp.norm, eps)
+        on their last bits, so many rows may be computed as a chunk."""
 
+    @abstractmethod
     def logits(self, outputs: F32) -> F32:
         """[R, V], or of the first DRAFT_VOCABULARY tokens."""
-        return self.backend.linear(outputs, self._head)
 
     def seconds(self, num_rows: int) -> float:
-        """About how long drafting so many rows takes: one layer and the vocabulary's head."""
-        w, c = self.weights, self.config
-        return num_rows * (w.num_parameters / (len(w.layers) + 1) + c.hidden * self._num_drafted) / self.backend.operations_per_second
+        """About how long drafting so many rows takes."""
+        return num_rows * self._seconds_a_row
+
+
+class MtpHead(HeadBase):
+    """The graph, one op of the table after another."""
+
+    def __init__(self, weights: ModelWeights, backend: Backend) -> None:
+        super().__init__(weights, backend)
+        if not isinstance(self.mtp.layer.mixer, AttentionWeights):
+            raise InternalBug("an MTP head has an attention layer")
+        self._graph, self._attention = LayerGraph(weights, backend), self.mtp.layer.mixer
+
+    def forward(self, batch: Sequence[MtpRows]) -> F32:
+        graph, backend, eps, w = self._graph, self._graph.backend, self._graph.config.rms_eps, self.mtp
+        embedded = backend.embed(graph.weights.embedding, [token for rows in batch for token in rows.tokens])
+        hidden = np.concatenate([rows.hidden for rows in batch])
+        both = [backend.rms_norm(embedded, w.embedding_norm, eps), backend.rms_norm(hidden, w.hidden_norm, eps)]
+        spans = [(rows.memory.mtp, rows.position, len(rows.tokens)) for rows in batch]
+        is_chunk = len(hidden) >= CHUNK_ROWS
+        x = graph.linear(is_chunk)(np.concatenate(both, axis=-1), w.fc)
+        x = graph.layer(x, w.layer, lambda u: graph.attention(u, self._attention, spans, 0, is_chunk), is_chunk)
+        return backend.rms_norm(x, w.norm, eps)
+
+    def logits(self, outputs: F32) -> F32:
+        return self._graph.backend.linear(outputs, self.head)

@@ -108,30 +108,30 @@ class KeyValues:
     """One sequence's keys and values, in the pages of `table`. Rows at and after the position written from are void."""
 
     def __init__(self, arrays: F32, table: list[int]) -> None:
-        self._arrays, self._table = arrays, table
+        self.arrays, self.table = arrays, table
 
     def write(self, layer: int, position: int, keys: F32, values: F32) -> tuple[F32, F32]:
         """Rows [R, KV, D] from `position`; returns the layer's keys and values [KV, at least position + R, D], in order of position."""
         end = position + len(keys)
-        pages = self._arrays[:, layer]
+        pages = self.arrays[:, layer]
         start = position
         while start < end:
             stop = min(end, (start // PAGE + 1) * PAGE)
-            page, rows, at = self._table[start // PAGE], slice(start - position, stop - position), start % PAGE
+            page, rows, at = self.table[start // PAGE], slice(start - position, stop - position), start % PAGE
             pages[0, page, :, at : at + stop - start] = keys[rows].swapaxes(0, 1)
             pages[1, page, :, at : at + stop - start] = values[rows].swapaxes(0, 1)
             start = stop
-        seen = pages[:, self._table[: -(-end // PAGE)]].swapaxes(1, 2)  # [2, KV, pages, PAGE, D]
+        seen = pages[:, self.table[: -(-end // PAGE)]].swapaxes(1, 2)  # [2, KV, pages, PAGE, D]
         both = seen.reshape(2, seen.shape[1], -1, seen.shape[-1])
         return both[0], both[1]
 
     def read(self, num_positions: int) -> F32:
         """The first rows of all layers: [2, layers, KV, num_positions, D], a copy."""
-        pages = self._arrays[:, :, self._table[: -(-num_positions // PAGE)]].swapaxes(2, 3)
+        pages = self.arrays[:, :, self.table[: -(-num_positions // PAGE)]].swapaxes(2, 3)
         return np.ascontiguousarray(pages.reshape(*pages.shape[:3], -1, pages.shape[-1])[..., :num_positions, :])
 
     def restore(self, rows: F32) -> None:
         """What `read` gave, into this sequence's own pages."""
         for start in range(0, rows.shape[3], PAGE):
             part = rows[:, :, :, start : start + PAGE]
-            self._arrays[:, :, self._table[start // PAGE], :, : part.shape[3]] = part
+            self.arrays[:, :, self.table[start // PAGE], :, : part.shape[3]] = part

@@ -26,21 +26,23 @@ from ..backend import F32, Backend, DeltaInputs
 from .config import ModelConfig
 
 StoreName = Literal["log", "snapshots"]
-#: (layer, columns with the window first [width - 1 + R, channels], b and a [R, Hv]) -> what the recurrence consumes of the R rows
-Inputs = Callable[[int, F32, F32, F32], DeltaInputs]
+#: Moves the states of a log over its first rows, in all layers.
+Replay = Callable[["RecurrentLog", int], None]
 
 
 class RecurrentStore(ABC):
     """States [layers, Hv, dk, dv] and windows [layers, width - 1, channels]: at `base_position`, and after each of the
-    `num_rows` rows computed since, of which there are at most `max_rows`."""
+    `num_rows` rows computed since, of which there are at most `max_rows`. A backend that computes all layers in one call works on
+    the arrays themselves, between `begin` and `moved_to`, `extend` or `advance`."""
 
     def __init__(self, config: ModelConfig, max_rows: int) -> None:
         self.config, self.max_rows = config, max_rows
         self.base_position, self.num_rows = 0, 0
+        self.states: F32
         self._is_whole = True  # False while a state is being moved: what fails then has lost it
-        self._width = config.conv_width - 1
+        self.window = config.conv_width - 1
         # Pre-convolution columns: the window at the base, then one column a row. A window at base + n starts at column n.
-        self._columns = np.zeros((config.num_delta, self._width + max_rows, config.channels), np.float32)
+        self.all_columns = np.zeros((config.num_delta, self.window + max_rows, config.channels), np.float32)
 
     def check(self, position: int) -> None:
         """PositionLost unless the store can go to `position` exactly. Changes nothing."""
@@ -50,21 +52,32 @@ class RecurrentStore(ABC):
             held = f"{self.base_position} to {self.base_position + self.num_rows}"
             raise PositionLost(f"recurrent state at position {position} is gone; held: {held}")
 
-    def seek(self, position: int, inputs: Inputs, backend: Backend) -> None:
+    def begin(self) -> None:
+        """Its arrays are about to change: until `moved_to`, nothing is held."""
+        self._is_whole = False
+
+    def stayed(self) -> None:
+        """They did not change after all."""
+        self._is_whole = True
+
+    def moved_to(self, position: int) -> None:
+        """The states and windows at `position` are in place; no rows after it are."""
+        self.base_position, self.num_rows, self._is_whole = position, 0, True
+
+    def seek(self, position: int, replay: Replay) -> None:
         """Makes `position` the base, with no rows after it. PositionLost when it is not held exactly."""
         self.check(position)
         num_kept = position - self.base_position
-        self._is_whole = False
+        self.begin()
         if num_kept:
-            self._go(num_kept, inputs, backend)
-            self._columns[:, : self._width] = self._columns[:, num_kept : num_kept + self._width].copy()
-        self.base_position, self.num_rows = position, 0
-        self._is_whole = True
+            self._go(num_kept, replay)
+            self.all_columns[:, : self.window] = self.all_columns[:, num_kept : num_kept + self.window].copy()
+        self.moved_to(position)
 
     def columns(self, layer: int, new: F32) -> F32:
         """The window at the base with the pre-convolution columns `new` [R, channels] after it: [width - 1 + R, channels]."""
-        self._columns[layer, self._width : self._width + len(new)] = new
-        return self._columns[layer, : self._width + len(new)]
+        self.all_columns[layer, self.window : self.window + len(new)] = new
+        return self.all_columns[layer, : self.window + len(new)]
 
     def extend(self, num_rows: int) -> None:
         """Every layer has computed its `num_rows` rows."""
@@ -73,12 +86,12 @@ class RecurrentStore(ABC):
     def chunk(self, layer: int, x: DeltaInputs, backend: Backend) -> F32:
         """Moves one layer's base over a whole prefill chunk. Nothing can go back into a chunk. Outputs [C, Hv, dv]."""
         self._is_whole = False
-        return backend.delta_chunk(self._base(layer), x)
+        return backend.delta_chunk(self.base[layer], x)
 
     def chunk_columns(self, layer: int, new: F32) -> F32:
         self._is_whole = False
-        columns = np.concatenate([self._columns[layer, : self._width], new])
-        self._columns[layer, : self._width] = columns[-self._width :]
+        columns = np.concatenate([self.all_columns[layer, : self.window], new])
+        self.all_columns[layer, : self.window] = columns[-self.window :]
         return columns
 
     def advance(self, num_rows: int) -> None:
@@ -88,15 +101,13 @@ class RecurrentStore(ABC):
 
     def read(self) -> tuple[F32, F32]:
         """Copies of the states [layers, Hv, dk, dv] and windows [layers, width - 1, channels] at the base."""
-        layers = range(self.config.num_delta)
-        return np.array([self._base(layer) for layer in layers]), self._columns[:, : self._width].copy()
+        return self.base.copy(), self.all_columns[:, : self.window].copy()
 
     def restore(self, position: int, state: F32, columns: F32) -> None:
         """Makes what `read` gave the base at `position`, whatever was here before."""
-        self.base_position, self.num_rows, self._is_whole = position, 0, True
-        self._columns[:, : self._width] = columns
-        for layer in range(self.config.num_delta):
-            self._base(layer)[...] = state[layer]
+        self.moved_to(position)
+        self.all_columns[:, : self.window] = columns
+        self.base[...] = state
 
     @abstractmethod
     def steps(self, layer: int, x: DeltaInputs, b: F32, a: F32, backend: Backend) -> F32:
@@ -104,34 +115,32 @@ class RecurrentStore(ABC):
         [R, Hv, dv]."""
 
     @abstractmethod
-    def _go(self, num_rows: int, inputs: Inputs, backend: Backend) -> None:
+    def _go(self, num_rows: int, replay: Replay) -> None:
         """Moves the base over `num_rows` rows, in all layers."""
 
+    @property
     @abstractmethod
-    def _base(self, layer: int) -> F32:
-        """One layer's state at the base, to be changed in place."""
+    def base(self) -> F32:
+        """States of all layers at the base [layers, Hv, dk, dv], to be changed in place."""
 
 
 class RecurrentLog(RecurrentStore):
     def __init__(self, config: ModelConfig, max_rows: int) -> None:
         super().__init__(config, max_rows)
         c = config
-        self._states = np.zeros((c.num_delta, c.value_heads, c.key_dim, c.value_dim), np.float32)
-        self._b, self._a = (np.zeros((c.num_delta, max_rows, c.value_heads), np.float32) for _ in range(2))
+        self.states = np.zeros((c.num_delta, c.value_heads, c.key_dim, c.value_dim), np.float32)
+        self.b, self.a = (np.zeros((c.num_delta, max_rows, c.value_heads), np.float32) for _ in range(2))
 
     def steps(self, layer: int, x: DeltaInputs, b: F32, a: F32, backend: Backend) -> F32:
-        self._b[layer, : len(b)], self._a[layer, : len(a)] = b, a
-        return backend.delta_steps(self._states[layer].copy(), x)
+        self.b[layer, : len(b)], self.a[layer, : len(a)] = b, a
+        return backend.delta_steps(self.states[layer].copy(), x)
 
-    def _go(self, num_rows: int, inputs: Inputs, backend: Backend) -> None:
-        columns, b, a = self._columns[:, : self._width + num_rows], self._b[:, :num_rows], self._a[:, :num_rows]
-        for layer, state in enumerate(self._states):
-            x = inputs(layer, columns[layer], b[layer], a[layer])
-            for row in range(num_rows):
-                backend.delta_replay(state, x.k[row], x.v[row], x.decay[row], x.beta[row])
+    def _go(self, num_rows: int, replay: Replay) -> None:
+        replay(self, num_rows)
 
-    def _base(self, layer: int) -> F32:
-        return self._states[layer]
+    @property
+    def base(self) -> F32:
+        return self.states
 
 
 class SnapshotRing(RecurrentStore):
@@ -140,7 +149,7 @@ class SnapshotRing(RecurrentStore):
     def __init__(self, config: ModelConfig, max_rows: int) -> None:
         super().__init__(config, max_rows)
         c = config
-        self._states = np.zeros((max_rows + 1, c.num_delta, c.value_heads, c.key_dim, c.value_dim), np.float32)
+        self.states = np.zeros((max_rows + 1, c.num_delta, c.value_heads, c.key_dim, c.value_dim), np.float32)
 
     def steps(self, layer: int, x: DeltaInputs, b: F32, a: F32, backend: Backend) -> F32:
         out = np.empty_like(x.v)
@@ -153,18 +162,19 @@ class SnapshotRing(RecurrentStore):
         return out
 
     def _at(self, position: int) -> F32:
-        return self._states[position % len(self._states)]
+        return self.states[position % len(self.states)]
 
-    def _go(self, num_rows: int, inputs: Inputs, backend: Backend) -> None:
+    def _go(self, num_rows: int, replay: Replay) -> None:
         pass  # the state is there; only the base's position moves
 
-    def _base(self, layer: int) -> F32:
-        return self._at(self.base_position)[layer]
+    @property
+    def base(self) -> F32:
+        return self._at(self.base_position)
 
     def advance(self, num_rows: int) -> None:
-        before = self._at(self.base_position)
+        before = self.base
         super().advance(num_rows)
-        np.copyto(self._at(self.base_position), before)
+        np.copyto(self.base, before)
 
 
 STORES: dict[StoreName, type[RecurrentStore]] = {"log": RecurrentLog, "snapshots": SnapshotRing}

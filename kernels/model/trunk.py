@@ -5,6 +5,7 @@ Shapes as in backend.py. Formulas: `modeling_qwen3_5.py` and `modeling_qwen3_nex
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import numpy as np
 from ..backend import F32, Backend, DeltaInputs, Matrix
 from .memory import SequenceMemory
 from .pages import KeyValues
+from .recurrent import RecurrentLog
 from .weights import AttentionWeights, DeltaWeights, DenseWeights, LayerWeights, ModelWeights, MoeWeights
 
 
@@ -86,10 +88,11 @@ class LayerGraph:
         return linear(gated, w.out)
 
 
-class Trunk(LayerGraph):
-    def __init__(self, weights: ModelWeights, backend: Backend) -> None:
-        super().__init__(weights, backend)
-        self._deltas = [layer.mixer for layer in weights.layers if isinstance(layer.mixer, DeltaWeights)]
+class TrunkBase(ABC):
+    """What the trunks of all backends have in common."""
+
+    weights: ModelWeights
+    operations_per_second: float
 
     def verify(self, batch: Sequence[Rows]) -> tuple[F32, F32]:
         """Computes every sequence's rows from its position, rolling back to it first. Each row's results have the same
@@ -97,32 +100,64 @@ class Trunk(LayerGraph):
         PositionLost, before anything is written, when a memory cannot go to the position asked for."""
         for rows in batch:
             rows.memory.check(rows.position, len(rows.tokens), is_chunk=False)
-        for rows in batch:
-            rows.memory.recurrent.seek(rows.position, self._inputs, self.backend)
         hidden = self._forward(batch, is_chunk=False)
         for rows in batch:
             rows.memory.recurrent.extend(len(rows.tokens))
-        return self.backend.linear(hidden, self.weights.head), hidden
+        self._keep(batch, hidden)
+        return self.logits(hidden), hidden
 
     def prefill(self, rows: Rows, is_last: bool) -> F32 | None:
         """Computes one chunk of a prompt. Returns the logits [1, V] after its last row when it is the prompt's last."""
         rows.memory.check(rows.position, len(rows.tokens), is_chunk=True)
-        rows.memory.recurrent.seek(rows.position, self._inputs, self.backend)
         hidden = self._forward([rows], is_chunk=True)
         rows.memory.recurrent.advance(len(rows.tokens))
-        return self.backend.linear(hidden[-1:], self.weights.head) if is_last else None
+        self._keep([rows], hidden)
+        return self.logits(hidden[-1:]) if is_last else None
 
     def freeze(self, memory: SequenceMemory, position: int) -> None:
         """Copies all of a sequence as it is at `position`, where it goes on from then. PositionLost as in `verify`."""
         memory.check(position, 0, is_chunk=False)
-        memory.recurrent.seek(position, self._inputs, self.backend)
+        memory.recurrent.seek(position, self.replay)
         memory.frozen = memory.snapshot()
 
     def seconds(self, num_rows: int) -> float:
         """About how long so many rows take."""
-        return num_rows * self.weights.num_parameters / self.backend.operations_per_second
+        return num_rows * self.weights.num_parameters / self.operations_per_second
+
+    @abstractmethod
+    def logits(self, hidden: F32) -> F32:
+        """[R, V] of post-norm hidden rows."""
+
+    @abstractmethod
+    def _forward(self, batch: Sequence[Rows], is_chunk: bool) -> F32:
+        """Goes to every sequence's position and computes its rows. Returns post-norm hidden rows [R, hidden]."""
+
+    @abstractmethod
+    def replay(self, log: RecurrentLog, num_rows: int) -> None:
+        """See recurrent.Replay."""
+
+    @staticmethod
+    def _keep(batch: Sequence[Rows], hidden: F32) -> None:
+        start = 0
+        for rows in batch:
+            rows.memory.hidden.write(rows.position, hidden[start : start + len(rows.tokens)])
+            start += len(rows.tokens)
+
+
+class Trunk(LayerGraph, TrunkBase):
+    """The graph, one op of the table after another."""
+
+    def __init__(self, weights: ModelWeights, backend: Backend) -> None:
+        super().__init__(weights, backend)
+        self.operations_per_second = backend.operations_per_second
+        self._deltas = [layer.mixer for layer in weights.layers if isinstance(layer.mixer, DeltaWeights)]
+
+    def logits(self, hidden: F32) -> F32:
+        return self.backend.linear(hidden, self.weights.head)
 
     def _forward(self, batch: Sequence[Rows], is_chunk: bool) -> F32:
+        for rows in batch:
+            rows.memory.recurrent.seek(rows.position, self.replay)
         x = self.backend.embed(self.weights.embedding, [token for rows in batch for token in rows.tokens])
         spans = [(rows.memory.trunk, rows.position, len(rows.tokens)) for rows in batch]
         num_delta = num_attention = 0
@@ -135,12 +170,14 @@ class Trunk(LayerGraph):
                 full, at = mixer, num_attention
                 x = self.layer(x, w, lambda u, w=full, i=at: self.attention(u, w, spans, i, is_chunk), is_chunk)
                 num_attention += 1
-        hidden = self.backend.rms_norm(x, self.weights.norm, self.config.rms_eps)
-        start = 0
-        for rows in batch:
-            rows.memory.hidden.write(rows.position, hidden[start : start + len(rows.tokens)])
-            start += len(rows.tokens)
-        return hidden
+        return self.backend.rms_norm(x, self.weights.norm, self.config.rms_eps)
+
+    def replay(self, log: RecurrentLog, num_rows: int) -> None:
+        columns, b, a = log.all_columns[:, : log.window + num_rows], log.b[:, :num_rows], log.a[:, :num_rows]
+        for layer, state in enumerate(log.states):
+            x = self._inputs(layer, columns[layer], b[layer], a[layer])
+            for row in range(num_rows):
+                self.backend.delta_replay(state, x.k[row], x.v[row], x.decay[row], x.beta[row])
 
     def _delta(self, u: F32, w: DeltaWeights, batch: Sequence[Rows], layer: int, is_chunk: bool) -> F32:
         c, linear, backend = self.config, self.linear(is_chunk), self.backend
@@ -156,7 +193,8 @@ class Trunk(LayerGraph):
         return linear(backend.gated_rms_norm(out, z, w.norm, c.rms_eps).reshape(len(u), -1), w.out)
 
     def _inputs(self, layer: int, columns: F32, b: F32, a: F32) -> DeltaInputs:
-        """What the recurrence of gated delta net `layer` consumes; see recurrent.Inputs."""
+        """What the recurrence of gated delta net `layer` consumes, from columns with the window first [width - 1 + R, channels], b and
+        a [R, Hv]."""
         c, w = self.config, self._deltas[layer]
         convolved = self.backend.causal_conv(columns, w.conv)
         return self.backend.delta_inputs(convolved, b, a, w.log_decay, w.dt_bias, c.delta_heads)

@@ -8,15 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 from forerun.core.protocol import CHUNK
+from forerun.kernels.backends import AnyBackend, make_head, make_trunk
 from forerun.kernels.model.memory import SequenceMemory
-from forerun.kernels.model.mtp import MtpHead, MtpRows
-from forerun.kernels.model.trunk import Rows, Trunk
+from forerun.kernels.model.mtp import MtpRows
+from forerun.kernels.model.trunk import Rows, TrunkBase
 from forerun.kernels.model.weights import ModelWeights
-from forerun.kernels.reference import ReferenceBackend
 
 from tests.checkpoints import DRAFT_FROM, LAYOUTS, LENGTHS, NUM_DRAFTS, STEPS, prompt
+from tests.conftest import ALL_BACKENDS
 
 DATA = Path(__file__).parents[1] / "data"
+
+pytestmark = pytest.mark.parametrize("backend", ALL_BACKENDS, indirect=True)
 
 
 def assert_close(ours: Any, recorded: Any) -> None:
@@ -37,20 +40,20 @@ def recorded(layout: str) -> Any:
         return dict(archive)
 
 
-def prefill_all(trunk: Trunk, memory: SequenceMemory, ids: list[int]) -> Any:
+def prefill_all(trunk: TrunkBase, memory: SequenceMemory, ids: list[int]) -> Any:
     """Prefills in chunks and returns the logits of every row, [len(ids), V]."""
     logits: list[Any] = []
     for start in range(0, len(ids), CHUNK):
         chunk = tuple(ids[start : start + CHUNK])
         trunk.prefill(Rows(memory, start, chunk), is_last=True)
-        logits.append(trunk.backend.linear(memory.hidden.read(start, len(chunk)), trunk.weights.head))
+        logits.append(trunk.logits(memory.hidden.read(start, len(chunk))))
     return np.concatenate(logits)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("rows_a_verify", [1, 4])
-def test_trunk(weights: ModelWeights, recorded: Any, length: int, rows_a_verify: int) -> None:
-    trunk = Trunk(weights, ReferenceBackend())
+def test_trunk(weights: ModelWeights, backend: AnyBackend, recorded: Any, length: int, rows_a_verify: int) -> None:
+    trunk = make_trunk(weights, backend)
     memory = SequenceMemory.alone(weights.config, length + STEPS, 8)
     logits = [prefill_all(trunk, memory, prompt(length))]
     tokens = recorded[f"tokens_{length}"].tolist()
@@ -60,15 +63,15 @@ def test_trunk(weights: ModelWeights, recorded: Any, length: int, rows_a_verify:
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_the_step_form_alone_computes_a_prompt(weights: ModelWeights, recorded: Any, length: int) -> None:
-    trunk = Trunk(weights, ReferenceBackend())
+def test_the_step_form_alone_computes_a_prompt(weights: ModelWeights, backend: AnyBackend, recorded: Any, length: int) -> None:
+    trunk = make_trunk(weights, backend)
     memory = SequenceMemory.alone(weights.config, length, 8)
     logits = [trunk.verify([Rows(memory, i, (token,))])[0] for i, token in enumerate(prompt(length))]
     assert_close(np.concatenate(logits), recorded[f"logits_{length}"][:length])
 
 
-def test_mtp_warm_up_over_a_prompt(weights: ModelWeights, recorded: Any) -> None:
-    trunk, head = Trunk(weights, ReferenceBackend()), MtpHead(weights, ReferenceBackend())
+def test_mtp_warm_up_over_a_prompt(weights: ModelWeights, backend: AnyBackend, recorded: Any) -> None:
+    trunk, head = make_trunk(weights, backend), make_head(weights, backend)
     ids = prompt(65) + recorded["tokens_65"].tolist()
     memory = SequenceMemory.alone(weights.config, len(ids), 20)
     logits: list[Any] = []
@@ -82,8 +85,8 @@ def test_mtp_warm_up_over_a_prompt(weights: ModelWeights, recorded: Any) -> None
 
 
 @pytest.mark.parametrize("chain", range(len(DRAFT_FROM)))
-def test_mtp_chained_drafts(weights: ModelWeights, recorded: Any, chain: int) -> None:
-    trunk, head = Trunk(weights, ReferenceBackend()), MtpHead(weights, ReferenceBackend())
+def test_mtp_chained_drafts(weights: ModelWeights, backend: AnyBackend, recorded: Any, chain: int) -> None:
+    trunk, head = make_trunk(weights, backend), make_head(weights, backend)
     ids = (prompt(65) + recorded["tokens_65"].tolist())[: DRAFT_FROM[chain] + 2]
     memory = SequenceMemory.alone(weights.config, len(ids), 70)
     trunk.verify([Rows(memory, 0, tuple(ids))])
@@ -98,9 +101,11 @@ def test_mtp_chained_drafts(weights: ModelWeights, recorded: Any, chain: int) ->
     assert_close(np.concatenate(logits), recorded["mtp_chains"][chain])
 
 
-def test_a_large_vocabulary_is_drafted_from_its_beginning(weights: ModelWeights, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = MtpHead(weights, ReferenceBackend())
+def test_a_large_vocabulary_is_drafted_from_its_beginning(
+    weights: ModelWeights, backend: AnyBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make_head(weights, backend)
     monkeypatch.setattr("forerun.kernels.model.mtp.DRAFT_VOCABULARY", 100)
-    short = MtpHead(weights, ReferenceBackend())
+    short = make_head(weights, backend)
     outputs = np.random.default_rng(0).random((3, weights.config.hidden), np.float32)
     np.testing.assert_allclose(short.logits(outputs), whole.logits(outputs)[:, :100], rtol=1e-5, atol=1e-6)

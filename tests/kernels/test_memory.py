@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from forerun.core.errors import InternalBug, LeaseLost
+from forerun.core.errors import InternalBug, LeaseLost, PositionLost
 from forerun.core.protocol import chunk_ends
 from forerun.core.vocabulary import Lease
-from forerun.kernels.model.memory import MemoryParams, ModelMemory, SequenceMemory, SequencePool
+from forerun.kernels.model.memory import HiddenRows, MemoryParams, ModelMemory, SequenceMemory, SequencePool
 from forerun.kernels.model.pages import PAGE, Arena, KeyValues
 from forerun.kernels.model.prefix import Snapshot
 from forerun.kernels.model.recurrent import STORES, StoreName
@@ -224,3 +224,13 @@ def test_a_log_of_64_rows_of_the_27b_stays_small() -> None:
 
 def test_the_readmes_sizes_are_these() -> None:
     assert table() in (Path(__file__).parents[2] / "README.md").read_text(), "run: python -m forerun.kernels.model.sizes"
+
+
+def test_hidden_rows_are_read_by_position_or_refused() -> None:
+    hidden = HiddenRows(2, 8)
+    hidden.write(0, np.arange(20, dtype=np.float32).reshape(10, 2)[:8])
+    hidden.write(8, np.full((3, 2), 9, np.float32))
+    np.testing.assert_array_equal(hidden.read(3, 6)[:, 0], [6, 8, 10, 12, 14, 9])
+    for position, count in ((0, 1), (2, 2), (10, 2), (20, 1)):
+        with pytest.raises(PositionLost):
+            hidden.read(position, count)

@@ -9,18 +9,23 @@ import numpy as np
 import pytest
 from forerun.core.errors import PositionLost
 from forerun.core.protocol import CHUNK
-from forerun.kernels.model.memory import HiddenRows, SequenceMemory
+from forerun.kernels.backends import AnyBackend, make_trunk
+from forerun.kernels.cpu.program import Program
+from forerun.kernels.model.memory import SequenceMemory
 from forerun.kernels.model.recurrent import STORES, StoreName
-from forerun.kernels.model.trunk import Rows, Trunk
+from forerun.kernels.model.trunk import Rows
 from forerun.kernels.model.weights import ModelWeights
 from forerun.kernels.reference import ReferenceBackend
 
 from tests.checkpoints import LAYOUTS, prompt
+from tests.conftest import ALL_BACKENDS
 
 PROMPT = prompt(70)
 TEXT = prompt(40)
 WRONG = [(token + 1) % 250 for token in TEXT]
 MAX_ROWS = 9
+
+pytestmark = pytest.mark.parametrize("backend", ALL_BACKENDS, indirect=True)
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -36,8 +41,8 @@ def store(request: pytest.FixtureRequest) -> StoreName:
 class Run:
     """One sequence after its prompt, verified step by step."""
 
-    def __init__(self, weights: ModelWeights, store: StoreName) -> None:
-        self.trunk = Trunk(weights, ReferenceBackend())
+    def __init__(self, weights: ModelWeights, store: StoreName, backend: AnyBackend) -> None:
+        self.trunk = make_trunk(weights, backend)
         self.memory = SequenceMemory.alone(weights.config, len(PROMPT) + len(TEXT) + MAX_ROWS, MAX_ROWS, store)
         for start in range(0, len(PROMPT), CHUNK):
             self.trunk.prefill(Rows(self.memory, start, tuple(PROMPT[start : start + CHUNK])), is_last=False)
@@ -48,16 +53,18 @@ class Run:
 
 
 @pytest.fixture
-def plain(weights: ModelWeights) -> Any:
+def plain(weights: ModelWeights, backend: AnyBackend) -> Any:
     """Logits of every row of TEXT, computed one row at a time: the truth."""
-    run = Run(weights, "log")
+    run = Run(weights, "log", backend)
     return np.concatenate([run.verify(i, TEXT[i : i + 1]) for i in range(len(TEXT))])
 
 
 @pytest.mark.parametrize("length", range(1, MAX_ROWS + 1))
-def test_every_length_and_every_number_accepted(weights: ModelWeights, store: StoreName, plain: Any, length: int) -> None:
+def test_every_length_and_every_number_accepted(
+    weights: ModelWeights, backend: AnyBackend, store: StoreName, plain: Any, length: int
+) -> None:
     for accepted in range(length + 1):
-        run = Run(weights, store)
+        run = Run(weights, store, backend)
         run.verify(0, TEXT[:3])
         rows = TEXT[3 : 3 + accepted] + WRONG[3 + accepted : 3 + length]
         logits = run.verify(3, rows)
@@ -66,16 +73,16 @@ def test_every_length_and_every_number_accepted(weights: ModelWeights, store: St
         np.testing.assert_array_equal(after, plain[3 + accepted : 6 + accepted])
 
 
-def test_the_whole_batch_twice_and_after_a_short_one(weights: ModelWeights, store: StoreName, plain: Any) -> None:
-    run = Run(weights, store)
+def test_the_whole_batch_twice_and_after_a_short_one(weights: ModelWeights, backend: AnyBackend, store: StoreName, plain: Any) -> None:
+    run = Run(weights, store, backend)
     run.verify(0, TEXT[:5])
     for rows in (WRONG[5:9], WRONG[5:14], WRONG[5:6]):  # each rolled back whole; the last one is short
         run.verify(5, rows)
     np.testing.assert_array_equal(run.verify(5, TEXT[5:8]), plain[5:8])
 
 
-def test_200_random_operations(weights: ModelWeights, store: StoreName, plain: Any) -> None:
-    rng, run, at = np.random.default_rng(7), Run(weights, store), 0
+def test_200_random_operations(weights: ModelWeights, backend: AnyBackend, store: StoreName, plain: Any) -> None:
+    rng, run, at = np.random.default_rng(7), Run(weights, store, backend), 0
     for _ in range(200):
         length = int(rng.integers(1, MAX_ROWS + 1))
         right = int(rng.integers(0, length + 1))
@@ -85,25 +92,27 @@ def test_200_random_operations(weights: ModelWeights, store: StoreName, plain: A
         np.testing.assert_array_equal(logits[:right], plain[at : at + right])
         at += int(rng.integers(0, right + 1))  # any held position, not only the furthest
         if at > len(TEXT) - MAX_ROWS:
-            run, at = Run(weights, store), 0
+            run, at = Run(weights, store, backend), 0
 
 
-def test_a_decode_that_fails_leaves_its_start(weights: ModelWeights, store: StoreName, plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(weights, store)
+def fail(*_: Any) -> Any:
+    raise MemoryError
+
+
+def test_a_decode_that_fails_leaves_its_start(
+    weights: ModelWeights, backend: AnyBackend, store: StoreName, plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(weights, store, backend)
     run.verify(0, TEXT[:4])
     with monkeypatch.context() as patch:
-
-        def fail(*_: Any) -> Any:
-            raise FloatingPointError
-
-        patch.setattr(run.trunk.backend, "swiglu", fail)
-        with pytest.raises(FloatingPointError):
+        patch.setattr(*((backend, "swiglu") if isinstance(backend, ReferenceBackend) else (Program, "run")), fail)
+        with pytest.raises(MemoryError):
             run.verify(2, WRONG[2:6])
     np.testing.assert_array_equal(run.verify(2, TEXT[2:6]), plain[2:6])
 
 
-def test_a_position_that_is_gone_is_refused(weights: ModelWeights, store: StoreName) -> None:
-    run = Run(weights, store)
+def test_a_position_that_is_gone_is_refused(weights: ModelWeights, backend: AnyBackend, store: StoreName) -> None:
+    run = Run(weights, store, backend)
     run.verify(0, TEXT[:4])
     run.verify(3, TEXT[3:5])
     first = len(PROMPT) + 3
@@ -114,8 +123,8 @@ def test_a_position_that_is_gone_is_refused(weights: ModelWeights, store: StoreN
         run.verify(5, TEXT * 2)
 
 
-def test_rows_have_the_same_bits_in_any_company(weights: ModelWeights, store: StoreName, plain: Any) -> None:
-    runs = [Run(weights, store) for _ in range(5)]
+def test_rows_have_the_same_bits_in_any_company(weights: ModelWeights, backend: AnyBackend, store: StoreName, plain: Any) -> None:
+    runs = [Run(weights, store, backend) for _ in range(5)]
     rows = [Rows(run.memory, len(PROMPT), tuple(TEXT[: i + 1] + WRONG[i + 1 : i + 3])) for i, run in enumerate(runs)]
     logits = runs[0].trunk.verify(rows)[0]
     start = 0
@@ -124,39 +133,27 @@ def test_rows_have_the_same_bits_in_any_company(weights: ModelWeights, store: St
         start += len(each.tokens)
 
 
-def test_a_rollback_that_fails_half_way_says_so_ever_after(weights: ModelWeights, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(weights, "log")
+def test_a_rollback_that_fails_half_way_says_so_ever_after(
+    weights: ModelWeights, backend: AnyBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(weights, "log", backend)
     run.verify(0, TEXT[:4])
     with monkeypatch.context() as patch:
-
-        def fail(*_: Any) -> Any:
-            raise FloatingPointError
-
-        patch.setattr(run.trunk.backend, "delta_replay", fail)
-        with pytest.raises(FloatingPointError):
-            run.verify(2, WRONG[2:6])
+        patch.setattr(run.trunk, "replay", fail)
+        with pytest.raises(MemoryError):
+            run.trunk.freeze(run.memory, len(PROMPT) + 2)
     with pytest.raises(PositionLost, match="failed half way"):
         run.verify(2, TEXT[2:6])
 
 
-def test_a_checkpoint_goes_on_in_any_memory_used_or_not(weights: ModelWeights, store: StoreName, plain: Any) -> None:
-    run, other = Run(weights, store), Run(weights, store)
+def test_a_checkpoint_goes_on_in_any_memory_used_or_not(weights: ModelWeights, backend: AnyBackend, store: StoreName, plain: Any) -> None:
+    run, other = Run(weights, store, backend), Run(weights, store, backend)
     other.verify(0, WRONG[:7])
     run.verify(0, TEXT[:4])
     run.verify(2, TEXT[2:3])
-    run.memory.recurrent.seek(len(PROMPT) + 3, run.trunk._inputs, run.trunk.backend)  # pyright: ignore[reportPrivateUsage]
+    run.memory.recurrent.seek(len(PROMPT) + 3, run.trunk.replay)
     state, columns = run.memory.recurrent.read()
     other.memory.recurrent.restore(len(PROMPT) + 3, state, columns)
     other.memory.trunk.restore(run.memory.trunk.read(len(PROMPT) + 3))
     np.testing.assert_array_equal(other.verify(3, TEXT[3:8]), plain[3:8])
     np.testing.assert_array_equal(other.verify(5, TEXT[5:8]), plain[5:8])
-
-
-def test_hidden_rows_are_read_by_position_or_refused() -> None:
-    hidden = HiddenRows(2, 8)
-    hidden.write(0, np.arange(20, dtype=np.float32).reshape(10, 2)[:8])
-    hidden.write(8, np.full((3, 2), 9, np.float32))
-    np.testing.assert_array_equal(hidden.read(3, 6)[:, 0], [6, 8, 10, 12, 14, 9])
-    for position, count in ((0, 1), (2, 2), (10, 2), (20, 1)):
-        with pytest.raises(PositionLost):
-            hidden.read(position, count)

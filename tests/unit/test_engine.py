@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from forerun.core.errors import InternalBug
 from forerun.core.outbox import CAPACITY, MERGED_TOKENS
-from forerun.kernels.model.trunk import Trunk
+from forerun.kernels.model.trunk import TrunkBase
 
 from tests.checkpoints import prompt
 
@@ -202,13 +202,13 @@ async def test_more_requests_than_slots_wait_their_turn_and_beyond_the_queue_are
 
 async def test_requests_at_once_share_batches(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    verify = Trunk.verify
+    verify = TrunkBase.verify
 
-    def counted(self: Trunk, batch: Any) -> Any:
+    def counted(self: TrunkBase, batch: Any) -> Any:
         sizes.append(len(batch))
         return verify(self, batch)
 
-    monkeypatch.setattr(Trunk, "verify", counted)
+    monkeypatch.setattr(TrunkBase, "verify", counted)
     async with forerun.open_engine(model, spec_type="draft-mtp") as engine, anyio.create_task_group() as group:
         for length in range(3, 11):
             group.start_soon(lambda n=length: engine.complete(prompt(n), max_tokens=60, ignore_eos=True))
@@ -235,7 +235,7 @@ async def test_a_bug_of_ours_ends_everybody_with_engine_dead(model: str, method:
         async with forerun.open_engine(model) as engine:
             stream = engine.generate(prompt(10), max_tokens=900, ignore_eos=True)
             await anext(stream)
-            monkeypatch.setattr(Trunk, method, fail)
+            monkeypatch.setattr(TrunkBase, method, fail)
             with anyio.fail_after(5), pytest.raises(forerun.EngineDead):
                 await engine.complete(prompt(10), max_tokens=900, ignore_eos=True)
             with anyio.fail_after(5), pytest.raises(forerun.EngineDead):
@@ -250,23 +250,23 @@ class Poison:
     """A target that fails whenever it verifies a row of token 99, which is what a prompt that begins with 98 continues with."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        verify, prefill = Trunk.verify, Trunk.prefill
+        verify, prefill = TrunkBase.verify, TrunkBase.prefill
 
-        def poisoned(trunk: Trunk, batch: Any) -> Any:
+        def poisoned(trunk: TrunkBase, batch: Any) -> Any:
             if any(99 in rows.tokens for rows in batch):
                 raise ZeroDivisionError
             logits, hidden = verify(trunk, batch)
             logits[:, 99] = -1e9
             return logits, hidden
 
-        def first_is_99(trunk: Trunk, rows: Any, is_last: bool) -> Any:
+        def first_is_99(trunk: TrunkBase, rows: Any, is_last: bool) -> Any:
             logits = prefill(trunk, rows, is_last)
             if logits is not None:
                 logits[0, 99] = 1e9 if rows.tokens[0] == 98 else -1e9
             return logits
 
-        patch.setattr(Trunk, "verify", poisoned)
-        patch.setattr(Trunk, "prefill", first_is_99)
+        patch.setattr(TrunkBase, "verify", poisoned)
+        patch.setattr(TrunkBase, "prefill", first_is_99)
 
 
 async def test_a_request_that_kills_the_target_is_found_out_and_its_neighbours_go_on(model: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,153 @@
+"""Trunk and MTP head on the C kernels: the formulas of model/trunk.py and model/mtp.py as programs. Here a prefill's rows have the bits
+of a verify's: both are the same steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from ..backend import F32
+from ..model.memory import SequenceMemory
+from ..model.mtp import HeadBase, MtpRows
+from ..model.pages import KeyValues
+from ..model.recurrent import RecurrentLog, RecurrentStore, SnapshotRing
+from ..model.trunk import Rotary, Rows, TrunkBase
+from ..model.weights import DeltaWeights, ModelWeights
+from .library import CHUNK, LOG, RING, SpanStruct
+from .matrices import CpuBackend, CpuMatrix
+from .program import EMBED, NORM, Program
+
+
+class _Spans:
+    """What C is told of sequences: where their memory is. That does not change while a lease lasts."""
+
+    def __init__(self) -> None:
+        self._known: WeakKeyDictionary[SequenceMemory, tuple[SpanStruct, SpanStruct, object]] = WeakKeyDictionary()
+
+    def trunk(self, memory: SequenceMemory, position: int, num_rows: int, *, is_chunk: bool) -> SpanStruct:
+        """Rows that move on from the store's base by as many rows as it takes to `position`."""
+        store = memory.recurrent
+        span = self._of(memory)[0]
+        span.position, span.num_rows, span.num_kept = position, num_rows, position - store.base_position
+        span.store, span.states = (LOG if isinstance(store, RecurrentLog) else RING), store.states.ctypes.data
+        if is_chunk:
+            span.store, span.states = CHUNK, store.base.ctypes.data
+        return span
+
+    def mtp(self, memory: SequenceMemory, position: int, num_rows: int) -> SpanStruct:
+        span = self._of(memory)[1]
+        span.position, span.num_rows = position, num_rows
+        return span
+
+    def _of(self, memory: SequenceMemory) -> tuple[SpanStruct, SpanStruct, object]:
+        if memory not in self._known:
+            table = np.array(memory.table, np.int32)
+            trunk, mtp = _pages(memory.trunk, table), _pages(memory.mtp, table)
+            _states(memory.recurrent, trunk)
+            self._known[memory] = trunk, mtp, table
+        return self._known[memory]
+
+
+def _pages(key_values: KeyValues, table: np.ndarray[tuple[int], np.dtype[np.int32]]) -> SpanStruct:
+    keys, values = key_values.arrays
+    return SpanStruct(keys=keys.ctypes.data, values=values.ctypes.data, layer_stride=keys.strides[0] // 4, table=table.ctypes.data)
+
+
+def _states(store: RecurrentStore, span: SpanStruct) -> None:
+    span.columns, span.columns_stride = store.all_columns.ctypes.data, store.all_columns.strides[0] // 4
+    if isinstance(store, RecurrentLog):
+        span.b, span.a, span.gates_stride = store.b.ctypes.data, store.a.ctypes.data, store.b.strides[0] // 4
+    if isinstance(store, SnapshotRing):
+        span.num_slots = len(store.states)
+
+
+class CpuTrunk(TrunkBase):
+    def __init__(self, weights: ModelWeights, backend: CpuBackend) -> None:
+        self.weights, c = weights, weights.config
+        self.operations_per_second = backend.operations_per_second
+        self._rotary, self._spans = Rotary(c.rotary_dim, c.rope_theta), _Spans()
+        self._program, self._replays = Program(c, backend), Program(c, backend)
+        x, self._hidden = self._program.buffer("x", c.hidden), self._program.buffer("hidden", c.hidden)
+        self._program.op(EMBED, [], [x], [weights.embedding])
+        counts = [0, 0]
+        for w in weights.layers:
+            is_delta = isinstance(w.mixer, DeltaWeights)
+            self._program.layer(x, w, counts[is_delta])
+            if isinstance(w.mixer, DeltaWeights):
+                self._replays.replay(w.mixer, counts[1])
+            counts[is_delta] += 1
+        self._program.op(NORM, [x], [self._hidden], weights=[weights.norm])
+        self._head = _Product(weights, weights.head, backend)
+
+    def logits(self, hidden: F32) -> F32:
+        return self._head(hidden)
+
+    def _forward(self, batch: Sequence[Rows], is_chunk: bool) -> F32:
+        if is_chunk:
+            for rows in batch:
+                rows.memory.recurrent.seek(rows.position, self.replay)
+        spans = [self._spans.trunk(rows.memory, rows.position, len(rows.tokens), is_chunk=is_chunk) for rows in batch]
+        tokens = [token for rows in batch for token in rows.tokens]
+        hidden = np.empty((len(tokens), self.weights.config.hidden), np.float32)
+        rotary = self._rotary([p for rows in batch for p in range(rows.position, rows.position + len(rows.tokens))])
+        for rows in batch:
+            rows.memory.recurrent.begin()
+        try:
+            self._program.run(len(tokens), {self._hidden: hidden}, tokens, rotary, spans)
+        except MemoryError:  # nothing has been touched
+            for rows in batch:
+                rows.memory.recurrent.stayed()
+            raise
+        for rows in batch:
+            rows.memory.recurrent.moved_to(rows.position)
+        return hidden
+
+    def replay(self, log: RecurrentLog, num_rows: int) -> None:
+        span = SpanStruct(num_kept=num_rows, store=LOG, states=log.states.ctypes.data)
+        _states(log, span)
+        self._replays.run(0, {}, spans=[span])
+
+
+class CpuHead(HeadBase):
+    def __init__(self, weights: ModelWeights, backend: CpuBackend) -> None:
+        super().__init__(weights, backend)
+        c, w = weights.config, self.mtp
+        self._rotary, self._spans = Rotary(c.rotary_dim, c.rope_theta), _Spans()
+        self._program = program = Program(c, backend)
+        embedded, both, x = program.buffer("embedded", c.hidden), program.buffer("both", 2 * c.hidden), program.buffer("x", c.hidden)
+        self._hidden, self._out = program.buffer("hidden", c.hidden), program.buffer("out", c.hidden)
+        program.op(EMBED, [], [embedded], [weights.embedding])
+        program.op(NORM, [embedded], [both], weights=[w.embedding_norm])
+        program.op(NORM, [self._hidden], [both], weights=[w.hidden_norm], offset=c.hidden)
+        program.linear(both, (w.fc, x))
+        program.layer(x, w.layer, 0)
+        program.op(NORM, [x], [self._out], weights=[w.norm])
+        self._logits = _Product(weights, self.head, backend)
+
+    def forward(self, batch: Sequence[MtpRows]) -> F32:
+        spans = [self._spans.mtp(rows.memory, rows.position, len(rows.tokens)) for rows in batch]
+        tokens = [token for rows in batch for token in rows.tokens]
+        hidden = np.concatenate([rows.hidden for rows in batch])
+        out = np.empty_like(hidden)
+        rotary = self._rotary([p for rows in batch for p in range(rows.position, rows.position + len(rows.tokens))])
+        self._program.run(len(tokens), {self._hidden: hidden, self._out: out}, tokens, rotary, spans)
+        return out
+
+    def logits(self, outputs: F32) -> F32:
+        return self._logits(outputs)
+
+
+class _Product:
+    """Rows times one matrix."""
+
+    def __init__(self, weights: ModelWeights, matrix: CpuMatrix, backend: CpuBackend) -> None:
+        self._outputs, self._program = matrix.outputs, Program(weights.config, backend)
+        self._x, self._y = self._program.buffer("x", matrix.inputs), self._program.buffer("y", matrix.outputs)
+        self._program.linear(self._x, (matrix, self._y))
+
+    def __call__(self, x: F32) -> F32:
+        y = np.empty((len(x), self._outputs), np.float32)
+        self._program.run(len(x), {self._x: np.ascontiguousarray(x), self._y: y})
+        return y

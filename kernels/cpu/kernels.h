@@ -1,0 +1,517 @@
+/* The arithmetic, compiled once for each instruction set over its simd_*.h.
+ *
+ * Row invariance: a row's result is made of the same operations in the same order whatever rows stand beside it. All
+ * reductions here run in one fixed order; several rows at once only share what is loaded.
+ * The integer parts are exact, and each instruction set rounds at the same places in quantised products: same bits on all. */
+
+#define ALWAYS static inline __attribute__((always_inline))
+#define AHEAD 2048 /* bytes that tiles are fetched before they are used: what comes meanwhile hides behind the arithmetic */
+#define ROWS 4 /* rows that share a load of weights */
+
+ALWAYS float vf_sum(VF v) {
+    float lanes[LANES];
+    vf_store(lanes, v);
+    for (int n = LANES / 2; n; n /= 2)
+        for (int i = 0; i < n; i++) lanes[i] += lanes[i + n];
+    return lanes[0];
+}
+
+static inline float bf16(const uint16_t *p) {
+    uint32_t bits = (uint32_t)*p << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+/* exp in the manner of Cephes (expf.c): 2^n times a polynomial; plain C that compilers make vectors of. Below -87: about 0. */
+ALWAYS float exponential(float x) {
+    x = x > 88.0f ? 88.0f : x;
+    x = x < -87.0f ? -87.0f : x;
+    float n = __builtin_rintf(x * 1.44269504088896341f);
+    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t bits = ((int32_t)n + 127) << 23;
+    float scale;
+    memcpy(&scale, &bits, 4);
+    return p * scale;
+}
+
+ALWAYS float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+static float dot(const float *x, const float *y, int n) {
+    VF sum = vf_set(0);
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) sum = vf_fma(vf_load(x + i), vf_load(y + i), sum);
+    float total = vf_sum(sum);
+    for (; i < n; i++) total += x[i] * y[i];
+    return total;
+}
+
+/* ---- products: row-major floats ---- */
+
+/* One step of LANES (F32, F16) or 2 * LANES (BF16) inputs. */
+ALWAYS int step_of(int format) { return format == BF16 ? 2 * LANES : LANES; }
+
+/* `outputs` x `rows` dots; inputs in whole steps. */
+ALWAYS void float_block(int format, const char *w, int64_t w_stride, int num_outputs, const float *x, int64_t x_stride, int rows, int inputs,
+                        float sums[4][6]) {
+    VF sum[4][6];
+    for (int o = 0; o < num_outputs; o++)
+        for (int r = 0; r < rows; r++) sum[o][r] = vf_set(0);
+    for (int i = 0; i < inputs; i += step_of(format))
+        for (int o = 0; o < num_outputs; o++) {
+            const char *at = w + o * w_stride + (int64_t)i * (format == F32 ? 4 : 2);
+            __builtin_prefetch(at + num_outputs * w_stride);
+            if (format == BF16) {
+                VF even, odd;
+                vf_bf16(at, &even, &odd);
+                for (int r = 0; r < rows; r++) {
+                    sum[o][r] = vf_fma(even, vf_load(x + r * x_stride + i), sum[o][r]);
+                    sum[o][r] = vf_fma(odd, vf_load(x + r * x_stride + i + LANES), sum[o][r]);
+                }
+            } else {
+                VF v = format == F32 ? vf_load((const float *)at) : vf_half(at);
+                for (int r = 0; r < rows; r++) sum[o][r] = vf_fma(v, vf_load(x + r * x_stride + i), sum[o][r]);
+            }
+        }
+    for (int o = 0; o < num_outputs; o++)
+        for (int r = 0; r < rows; r++) sums[o][r] = vf_sum(sum[o][r]);
+}
+
+ALWAYS float float_weight(int format, const char *at) {
+    if (format == F32) {
+        float x;
+        memcpy(&x, at, 4);
+        return x;
+    }
+    uint16_t bits;
+    memcpy(&bits, at, 2);
+    return format == F16 ? half(at) : bf16(&bits);
+}
+
+ALWAYS void float_some(int format, const Matrix *m, int first, int num_outputs, const Activations *a, int row, int rows, float *out,
+                       int64_t out_stride, int adds) {
+    int size = format == F32 ? 4 : 2, whole = m->inputs / step_of(format) * step_of(format);
+    int64_t w_stride = (int64_t)m->inputs * size, halves_stride = padded(m->inputs);
+    const char *w = (const char *)m->data + first * w_stride;
+    int64_t x_stride = format == BF16 ? halves_stride : a->stride;
+    const float *x = (format == BF16 ? a->halves : a->x) + row * x_stride;
+    float sums[4][6];
+    float_block(format, w, w_stride, num_outputs, x, x_stride, rows, whole, sums);
+    for (int o = 0; o < num_outputs; o++)
+        for (int r = 0; r < rows; r++) {
+            float sum = sums[o][r];
+            for (int i = whole; i < m->inputs; i++) sum += float_weight(format, w + o * w_stride + (int64_t)i * size) * a->x[(row + r) * a->stride + i];
+            float *to = out + (row + r) * out_stride + first + o;
+            *to = adds ? *to + sum : sum;
+        }
+}
+
+/* Four outputs for up to two rows, two outputs for up to six: what fits 16 registers. */
+ALWAYS void float_outputs(int format, const Matrix *m, int first, int last, const Activations *a, int rows, float *out, int64_t stride, int adds) {
+    for (int row = 0; row < rows;) {
+        int left = rows - row, now = left <= 2 ? left : left <= 6 ? left : left == 8 ? 4 : 6;
+        int o = first;
+#define SOME(O, R) float_some(format, m, o, O, a, row, R, out, stride, adds)
+        if (now <= 2)
+            for (; o + 4 <= last; o += 4) now == 1 ? SOME(4, 1) : SOME(4, 2);
+        else
+            for (; o + 2 <= last; o += 2) now == 3 ? SOME(2, 3) : now == 4 ? SOME(2, 4) : now == 5 ? SOME(2, 5) : SOME(2, 6);
+        for (; o < last; o++)
+            for (int r = 0; r < now; r++) float_some(format, m, o, 1, a, row + r, 1, out, stride, adds);
+#undef SOME
+        row += now;
+    }
+}
+
+/* ---- products: tiles of 16 outputs ---- */
+
+typedef struct {
+    const int8_t *quants[ROWS];
+    const float *scales[ROWS];
+    const int16_t *sums[ROWS], *sums_32[ROWS];
+} TileRows;
+
+#define EACH_ROW for (int r = 0; r < rows; r++)
+#define EACH_PART for (int part = 0; part < PARTS; part++)
+#define VECTOR (LANES * 4) /* bytes */
+
+/* Parts come one after another: sums of all rows and the weights they share then fit into the registers. */
+ALWAYS void q8_0_tile(const uint8_t *w, int inputs, const TileRows *a, int rows, VF acc[ROWS][PARTS]) {
+    for (int block = 0; block < inputs / 32; block++, w += Q8_0_BYTES) EACH_PART {
+        VI sum[ROWS];
+        EACH_ROW sum[r] = vi_start(a->sums_32[r][block]);
+        for (int group = 0; group < 8; group++) {
+            const uint8_t *at = w + 2 * TILE + group * 4 * TILE + part * VECTOR;
+            if (part == 0) __builtin_prefetch(at + AHEAD);
+            VI v = vi_weights(vi_load(at));
+            EACH_ROW sum[r] = vi_dot(sum[r], v, vi_four(a->quants[r] + block * 32 + group * 4));
+        }
+        VF scale = vf_half(w + part * LANES * 2);
+        EACH_ROW acc[r][part] = vf_add(acc[r][part], vf_mul(vi_float(sum[r]), vf_mul(scale, vf_set(a->scales[r][block]))));
+    }
+}
+
+/* 32 inputs with weights of 4 bits: group g and g + 1 in the halves of one byte. */
+ALWAYS void nibbles(const uint8_t *w, const TileRows *a, int at, int rows, int part, VS sum[ROWS]) {
+    EACH_ROW sum[r] = vs_zero();
+    for (int pair = 0; pair < 4; pair++) {
+        if (part == 0) __builtin_prefetch(w + AHEAD + pair * 4 * TILE);
+        VI both = vi_load(w + pair * 4 * TILE + part * VECTOR), low = vi_low(both), high = vi_high(both);
+        EACH_ROW {
+            sum[r] = vs_dot(sum[r], low, vi_four(a->quants[r] + at + pair * 8));
+            sum[r] = vs_dot(sum[r], high, vi_four(a->quants[r] + at + pair * 8 + 4));
+        }
+    }
+}
+
+ALWAYS void q4_0_tile(const uint8_t *w, int inputs, const TileRows *a, int rows, VF acc[ROWS][PARTS]) {
+    for (int block = 0; block < inputs / 32; block++, w += Q4_0_BYTES) EACH_PART {
+        VS sum[ROWS];
+        nibbles(w + 2 * TILE, a, block * 32, rows, part, sum);
+        VF scale = vf_half(w + part * LANES * 2);
+        EACH_ROW {
+            VI whole = vi_sub(vs_sum(sum[r]), vi_set(8 * a->sums_32[r][block]));
+            acc[r][part] = vf_add(acc[r][part], vf_mul(vi_float(whole), vf_mul(scale, vf_set(a->scales[r][block]))));
+        }
+    }
+}
+
+/* Adds d * scaled - dmin * minima, both of them exact integers, times the activations' scale. */
+ALWAYS void k_block(const uint8_t *w, const TileRows *a, int block, int rows, int part, int has_minima, const VI *scaled, const VI *minima,
+                    VF acc[ROWS][PARTS]) {
+    VF d = vf_half(w + part * LANES * 2), dmin = vf_set(0);
+    if (has_minima) dmin = vf_mul(vf_half(w + 2 * TILE + part * LANES * 2), vf_set(-1));
+    EACH_ROW {
+        VF value = vf_mul(d, vi_float(scaled[r]));
+        if (has_minima) value = vf_add(value, vf_mul(dmin, vi_float(minima[r])));
+        acc[r][part] = vf_add(acc[r][part], vf_mul(value, vf_set(a->scales[r][block])));
+    }
+}
+
+/* Sum of minima times the sums of 32 activations, two blocks a pair. */
+ALWAYS void minima_of(const uint8_t *pairs, const TileRows *a, int block, int rows, int part, VI *minima) {
+    EACH_ROW minima[r] = vi_set(0);
+    for (int pair = 0; pair < 4; pair++) {
+        VI m = vp_unsigned(pairs + pair * 2 * TILE + part * LANES * 2);
+        EACH_ROW minima[r] = vi_add(minima[r], vp_dot(m, a->sums_32[r] + block * 8 + 2 * pair));
+    }
+}
+
+/* A block: d, dmin (halves), scales and minima (pairs of bytes), weights. */
+ALWAYS void q4_k_tile(const uint8_t *w, int inputs, const TileRows *a, int rows, VF acc[ROWS][PARTS]) {
+    for (int block = 0; block < inputs / 256; block++, w += Q4_K_BYTES) EACH_PART {
+        const uint8_t *scales = w + 4 * TILE, *weights = scales + 16 * TILE;
+        VI scaled[ROWS], minima[ROWS];
+        EACH_ROW scaled[r] = vi_set(0);
+        for (int pair = 0; pair < 4; pair++) {
+            VI pairs = vp_unsigned(scales + pair * 2 * TILE + part * LANES * 2);
+            for (int sub = 0; sub < 2; sub++) {
+                VS sum[ROWS];
+                nibbles(weights + (pair * 2 + sub) * 16 * TILE, a, block * 256 + pair * 64 + sub * 32, rows, part, sum);
+                VI scale = sub ? vp_second(pairs) : vp_first(pairs);
+                EACH_ROW scaled[r] = vi_add(scaled[r], vs_scaled(sum[r], scale));
+            }
+        }
+        minima_of(scales + 8 * TILE, a, block, rows, part, minima);
+        k_block(w, a, block, rows, part, 1, scaled, minima, acc);
+    }
+}
+
+/* 256 weights of 6 bits, four at the low end of each byte's half in `low`, two in `high`; a scale for 16 each. `offset` gets the sum of
+ * scales times the sums of 16 activations. */
+ALWAYS void sixes(const uint8_t *scales, int is_signed, const uint8_t *low, const uint8_t *high, const TileRows *a, int block, int rows,
+                  int part, VI *scaled, VI *offset) {
+    EACH_ROW scaled[r] = offset[r] = vi_set(0);
+    for (int pair = 0; pair < 8; pair++) {
+        const uint8_t *at = scales + pair * 2 * TILE + part * LANES * 2;
+        VI pairs = is_signed ? vp_signed(at) : vp_unsigned(at);
+        if (is_signed) EACH_ROW offset[r] = vi_add(offset[r], vp_dot(pairs, a->sums[r] + block * 16 + 2 * pair));
+        for (int sub = 0; sub < 2; sub++) {
+            VI scale = sub ? vp_second(pairs) : vp_first(pairs);
+            int sixteen = pair * 2 + sub;
+            if (part == 0) __builtin_prefetch(high + AHEAD + sixteen * 4 * TILE);
+            VI upper = vi_load(high + sixteen * 4 * TILE + part * VECTOR);
+            VS sum[ROWS];
+            EACH_ROW sum[r] = vs_zero();
+            for (int two = 0; two < 2; two++) {
+                if (part == 0) __builtin_prefetch(low + AHEAD + (sixteen * 2 + two) * 4 * TILE);
+                VI both = vi_load(low + (sixteen * 2 + two) * 4 * TILE + part * VECTOR);
+                VI first = vi_or(vi_low(both), vi_two(upper, 2 * two)), second = vi_or(vi_high(both), vi_two(upper, 2 * two + 1));
+                EACH_ROW {
+                    const int8_t *q = a->quants[r] + block * 256 + sixteen * 16 + two * 8;
+                    sum[r] = vs_dot(vs_dot(sum[r], first, vi_four(q)), second, vi_four(q + 4));
+                    if (two == 1 || GROUPS_OF_SIX == 2) {
+                        scaled[r] = vi_add(scaled[r], vs_scaled(sum[r], scale));
+                        sum[r] = vs_zero();
+                    }
+                }
+            }
+        }
+    }
+}
+
+ALWAYS void q6_k_tile(const uint8_t *w, int inputs, const TileRows *a, int rows, VF acc[ROWS][PARTS]) {
+    for (int block = 0; block < inputs / 256; block++, w += Q6_K_BYTES) EACH_PART {
+        const uint8_t *scales = w + 2 * TILE, *low = scales + 16 * TILE;
+        VI scaled[ROWS], offset[ROWS];
+        sixes(scales, 1, low, low + 128 * TILE, a, block, rows, part, scaled, offset);
+        EACH_ROW scaled[r] = vi_sub(scaled[r], vi_times_32(offset[r])); /* weights have 32 added */
+        k_block(w, a, block, rows, part, 0, scaled, offset, acc);
+    }
+}
+
+ALWAYS void q5_k_tile(const uint8_t *w, int inputs, const TileRows *a, int rows, VF acc[ROWS][PARTS]) {
+    for (int block = 0; block < inputs / 256; block++, w += Q5_K_BYTES) EACH_PART {
+        const uint8_t *scales = w + 4 * TILE, *low = scales + 24 * TILE;
+        VI scaled[ROWS], minima[ROWS];
+        sixes(scales, 0, low, low + 128 * TILE, a, block, rows, part, scaled, minima);
+        minima_of(scales + 16 * TILE, a, block, rows, part, minima);
+        k_block(w, a, block, rows, part, 1, scaled, minima, acc);
+    }
+}
+
+ALWAYS void tile_rows(const Matrix *m, int tile, const Activations *a, int row, int rows, float *out, int64_t stride, int adds) {
+    int inputs = m->inputs, num_scales = m->format == Q8_0 || m->format == Q4_0 ? inputs / 32 : inputs / 256;
+    TileRows of;
+    EACH_ROW {
+        of.quants[r] = a->quants + (int64_t)(row + r) * inputs;
+        of.scales[r] = a->scales + (int64_t)(row + r) * num_scales;
+        of.sums[r] = a->sums + (int64_t)(row + r) * (inputs / 16);
+        of.sums_32[r] = a->sums_32 + (int64_t)(row + r) * (inputs / 32);
+    }
+    VF acc[ROWS][PARTS];
+    EACH_ROW EACH_PART acc[r][part] = vf_set(0);
+    const uint8_t *w = (const uint8_t *)m->data + tile * tile_bytes(m->format, inputs);
+    switch (m->format) {
+    case Q8_0: q8_0_tile(w, inputs, &of, rows, acc); break;
+    case Q4_0: q4_0_tile(w, inputs, &of, rows, acc); break;
+    case Q4_K: q4_k_tile(w, inputs, &of, rows, acc); break;
+    case Q5_K: q5_k_tile(w, inputs, &of, rows, acc); break;
+    default: q6_k_tile(w, inputs, &of, rows, acc);
+    }
+    int first = tile * TILE, count = m->outputs - first < TILE ? m->outputs - first : TILE;
+    EACH_ROW {
+        float values[TILE], *to = out + (row + r) * stride + first;
+        EACH_PART vf_store(values + part * LANES, acc[r][part]);
+        for (int i = 0; i < count; i++) to[i] = adds ? to[i] + values[i] : values[i];
+    }
+}
+
+static __attribute__((noinline)) void tile_1(const Matrix *m, int t, const Activations *a, int row, float *out, int64_t stride, int adds) {
+    tile_rows(m, t, a, row, 1, out, stride, adds);
+}
+static __attribute__((noinline)) void tile_2(const Matrix *m, int t, const Activations *a, int row, float *out, int64_t stride, int adds) {
+    tile_rows(m, t, a, row, 2, out, stride, adds);
+}
+static __attribute__((noinline)) void tile_3(const Matrix *m, int t, const Activations *a, int row, float *out, int64_t stride, int adds) {
+    tile_rows(m, t, a, row, 3, out, stride, adds);
+}
+static __attribute__((noinline)) void tile_4(const Matrix *m, int t, const Activations *a, int row, float *out, int64_t stride, int adds) {
+    tile_rows(m, t, a, row, 4, out, stride, adds);
+}
+
+/* Outputs [first, last) of every row; first is a multiple of TILE. */
+static void product(const Matrix *m, int first, int last, const Activations *a, int rows, float *out, int64_t stride, int adds) {
+    if (m->format == F32) float_outputs(F32, m, first, last, a, rows, out, stride, adds);
+    else if (m->format == F16) float_outputs(F16, m, first, last, a, rows, out, stride, adds);
+    else if (m->format == BF16) float_outputs(BF16, m, first, last, a, rows, out, stride, adds);
+    else
+        for (int tile = first / TILE; tile * TILE < last; tile++)
+            for (int row = 0; row < rows;) {
+                int left = rows - row;
+                switch (left < ROWS ? left : ROWS) {
+                case 1: tile_1(m, tile, a, row, out, stride, adds); break;
+                case 2: tile_2(m, tile, a, row, out, stride, adds); break;
+                case 3: tile_3(m, tile, a, row, out, stride, adds); break;
+                default: tile_4(m, tile, a, row, out, stride, adds);
+                }
+                row += left < ROWS ? left : ROWS;
+            }
+}
+
+/* ---- activations for products ---- */
+
+static void halve(const float *x, int n, float *out) {
+    int at = 0;
+    for (; at + 2 * LANES <= n; at += 2 * LANES)
+        for (int i = 0; i < LANES; i++) out[at + i] = x[at + 2 * i], out[at + LANES + i] = x[at + 2 * i + 1];
+}
+
+/* Bytes with one scale for `block` values (32 as Q8_0, 256 as Q8_K in ggml), and the sums of 16. */
+static void quantise(const float *x, int n, int block, int8_t *quants, float *scales, int16_t *sums, int16_t *sums_32) {
+    for (int at = 0; at < n; at += block) {
+        int32_t highest = 0;
+        for (int i = 0; i < block; i++) {
+            int32_t bits;
+            memcpy(&bits, x + at + i, 4);
+            bits &= 0x7fffffff;
+            highest = bits > highest ? bits : highest;
+        }
+        float most;
+        memcpy(&most, &highest, 4);
+        float inverse = most > 0 ? 127.0f / most : 0;
+        scales[at / block] = most / 127.0f;
+        for (int i = 0; i < block; i++) quants[at + i] = (int8_t)(int32_t)__builtin_rintf(x[at + i] * inverse);
+        for (int i = 0; i < block; i += 16) {
+            int sum = 0;
+            for (int j = 0; j < 16; j++) sum += quants[at + i + j];
+            sums[(at + i) / 16] = (int16_t)sum;
+        }
+        for (int i = at / 32; i < (at + block) / 32; i++) sums_32[i] = (int16_t)(sums[2 * i] + sums[2 * i + 1]);
+    }
+}
+
+/* ---- everything else ---- */
+
+static void norm(const float *x, const float *weight, float *out, int n, float eps) {
+    float scale = 1.0f / sqrtf(dot(x, x, n) / (float)n + eps);
+    for (int i = 0; i < n; i++) out[i] = x[i] * scale * weight[i];
+}
+
+static void swiglu(float *gate, const float *up, int n) {
+    for (int i = 0; i < n; i++) gate[i] = gate[i] * sigmoid(gate[i]) * up[i];
+}
+
+static void gate(const float *x, const float *by, float *out, int n) {
+    for (int i = 0; i < n; i++) out[i] = x[i] * sigmoid(by[i]);
+}
+
+static void rotate(float *x, const float *cos, const float *sin, int half_dim) {
+    for (int i = 0; i < half_dim; i++) {
+        float first = x[i], second = x[half_dim + i];
+        x[i] = first * cos[i] - second * sin[i];
+        x[half_dim + i] = second * cos[i] + first * sin[i];
+    }
+}
+
+/* Scores of up to 4 queries with one key. */
+ALWAYS void scores_of(const float *q, int queries, const float *key, int dim, float *scores, int64_t stride) {
+    VF sum[4];
+    for (int g = 0; g < queries; g++) sum[g] = vf_set(0);
+    int i = 0;
+    for (; i + LANES <= dim; i += LANES) {
+        VF k = vf_load(key + i);
+        for (int g = 0; g < queries; g++) sum[g] = vf_fma(k, vf_load(q + g * dim + i), sum[g]);
+    }
+    for (int g = 0; g < queries; g++) {
+        float total = vf_sum(sum[g]);
+        for (int j = i; j < dim; j++) total += key[j] * q[g * dim + j];
+        scores[g * stride] = total;
+    }
+}
+
+ALWAYS void values_of(const float *scores, int64_t stride, int queries, const Span *s, const float *values, int64_t page_size, int seen, int dim,
+                      int at, float *out) {
+    VF sum[4][16 / LANES];
+    for (int g = 0; g < queries; g++)
+        for (int i = 0; i < 16 / LANES; i++) sum[g][i] = vf_set(0);
+    for (int p = 0; p < seen; p++) {
+        const float *v = values + s->table[p / PAGE] * page_size + (int64_t)(p % PAGE) * dim + at;
+        for (int i = 0; i < 16 / LANES; i++) {
+            VF value = vf_load(v + i * LANES);
+            for (int g = 0; g < queries; g++) sum[g][i] = vf_fma(value, vf_set(scores[g * stride + p]), sum[g][i]);
+        }
+    }
+    for (int g = 0; g < queries; g++)
+        for (int i = 0; i < 16 / LANES; i++) vf_store(out + g * dim + at + i * LANES, sum[g][i]);
+}
+
+/* All query heads of one key-value head, one row: q [group, D] scaled, out [group, D]; scores holds group * seen floats. */
+static void attend(const float *q, int group, const Span *s, const float *keys, const float *values, int64_t page_size, int seen, int dim,
+                   float *scores, float *out) {
+    for (int g = 0; g < group; g += 4) {
+        int count = group - g < 4 ? group - g : 4;
+        for (int p = 0; p < seen; p++) {
+            const float *key = keys + s->table[p / PAGE] * page_size + (int64_t)(p % PAGE) * dim;
+            float *to = scores + (int64_t)g * seen + p;
+            switch (count) {
+            case 1: scores_of(q + g * dim, 1, key, dim, to, seen); break;
+            case 2: scores_of(q + g * dim, 2, key, dim, to, seen); break;
+            case 3: scores_of(q + g * dim, 3, key, dim, to, seen); break;
+            default: scores_of(q + g * dim, 4, key, dim, to, seen);
+            }
+        }
+    }
+    for (int g = 0; g < group; g++) {
+        float *row = scores + (int64_t)g * seen, most = row[0], lanes[16] = {0}, total = 0;
+        for (int p = 1; p < seen; p++) most = row[p] > most ? row[p] : most;
+        for (int p = 0; p < seen; p++) row[p] = exponential(row[p] - most);
+        int p = 0;
+        for (; p + 16 <= seen; p += 16)
+            for (int i = 0; i < 16; i++) lanes[i] += row[p + i];
+        for (; p < seen; p++) lanes[p % 16] += row[p];
+        for (int i = 0; i < 16; i++) total += lanes[i];
+        for (p = 0; p < seen; p++) row[p] /= total;
+    }
+    for (int g = 0; g < group; g += 4) {
+        int count = group - g < 4 ? group - g : 4, at = 0;
+        const float *from = scores + (int64_t)g * seen;
+        for (; at + 16 <= dim; at += 16) switch (count) {
+            case 1: values_of(from, seen, 1, s, values, page_size, seen, dim, at, out + g * dim); break;
+            case 2: values_of(from, seen, 2, s, values, page_size, seen, dim, at, out + g * dim); break;
+            case 3: values_of(from, seen, 3, s, values, page_size, seen, dim, at, out + g * dim); break;
+            default: values_of(from, seen, 4, s, values, page_size, seen, dim, at, out + g * dim);
+            }
+        for (; at < dim; at++)
+            for (int i = 0; i < count; i++) {
+                float sum = 0;
+                for (int p = 0; p < seen; p++)
+                    sum += values[s->table[p / PAGE] * page_size + (int64_t)(p % PAGE) * dim + at] * from[(int64_t)i * seen + p];
+                out[(g + i) * dim + at] = sum;
+            }
+    }
+}
+
+/* silu of a causal convolution of channels [first, first + n): one row of it. `columns` are the width rows it sees, oldest first. */
+static void convolve(const float *const *columns, const float *weight, int width, int channels, int first, int n, float *out) {
+    for (int i = 0; i < n; i++) out[i] = columns[0][first + i] * weight[first + i];
+    for (int tap = 1; tap < width; tap++)
+        for (int i = 0; i < n; i++) out[i] += columns[tap][first + i] * weight[(int64_t)tap * channels + first + i];
+    for (int i = 0; i < n; i++) out[i] = out[i] * sigmoid(out[i]);
+}
+
+static void normalise(float *x, int n, float scale) {
+    float by = 1.0f / sqrtf(dot(x, x, n) + 1e-6f);
+    for (int i = 0; i < n; i++) x[i] = x[i] * by * scale;
+}
+
+/* The gated delta rule (arXiv:2412.06464) over rows, on 16 columns of one head's state:
+ *     S = decay S;  S += k (x) beta (v - k S);  out = q S
+ * `panel` is [dk, 16]; q, k [rows, dk] and v [rows, v_stride]. After each row from `first_out` on, its output goes to `out` [rows, v_stride].
+ * One pass a row: while row t is written, what row t + 1 reads is summed up. */
+static void delta_read(const float *panel, const float *k, int dk, float *read) {
+    VF sum[16 / LANES];
+    for (int i = 0; i < 16 / LANES; i++) sum[i] = vf_set(0);
+    for (int j = 0; j < dk; j++)
+        for (int i = 0; i < 16 / LANES; i++) sum[i] = vf_fma(vf_load(panel + j * 16 + i * LANES), vf_set(k[j]), sum[i]);
+    for (int i = 0; i < 16 / LANES; i++) vf_store(read + i * LANES, sum[i]);
+}
+
+static void delta_row(float *panel, const DeltaRows *x, int t, const float *next_k, float *read, float *out) {
+    const float *k = x->k + (int64_t)t * x->dk, *q = x->q + (int64_t)t * x->dk, *v = x->v + t * x->v_stride;
+    VF decay = vf_set(x->decay[t]), write[16 / LANES], sum[16 / LANES], next[16 / LANES];
+    float w[16];
+    for (int i = 0; i < 16; i++) w[i] = x->beta[t] * (v[i] - x->decay[t] * read[i]);
+    for (int i = 0; i < 16 / LANES; i++) write[i] = vf_load(w + i * LANES), sum[i] = next[i] = vf_set(0);
+    for (int j = 0; j < x->dk; j++)
+        for (int i = 0; i < 16 / LANES; i++) {
+            float *at = panel + j * 16 + i * LANES;
+            VF s = vf_fma(vf_set(k[j]), write[i], vf_mul(decay, vf_load(at)));
+            vf_store(at, s);
+            sum[i] = vf_fma(s, vf_set(q[j]), sum[i]);
+            next[i] = vf_fma(s, vf_set(next_k[j]), next[i]);
+        }
+    for (int i = 0; i < 16 / LANES; i++) vf_store(out + i * LANES, sum[i]), vf_store(read + i * LANES, next[i]);
+}
+
+const Kernels SUFFIX = {
+    .product = product, .halve = halve, .quantise = quantise, .norm = norm, .swiglu = swiglu, .gate = gate, .rotate = rotate, .attend = attend,
+    .convolve = convolve, .normalise = normalise, .delta_read = delta_read, .delta_row = delta_row, .lanes = LANES, .pause = v_pause,
+};

@@ -1,0 +1,103 @@
+"""The compiled C kernels (kernels/cpu/*.c) through ctypes, which lets other Python threads run meanwhile. The structures mirror
+forerun.h."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+import os
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+from ...core.errors import InternalBug
+
+FORMATS = {name: number for number, name in enumerate(("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K"))}
+#: Instruction sets, best first. Which of them there are depends on the processor.
+INSTRUCTION_SETS = ("avx512", "avx2", "neon", "portable")
+LOG, RING, CHUNK = range(3)
+MAX_OUTPUTS = 4
+
+
+class MatrixStruct(Structure):
+    _fields_ = [("data", c_void_p), ("format", c_int32), ("outputs", c_int32), ("inputs", c_int32), ("reserved", c_int32)]
+
+
+class SpanStruct(Structure):
+    _fields_ = [
+        ("position", c_int64), ("num_rows", c_int32), ("num_kept", c_int32), ("store", c_int32), ("num_slots", c_int32),
+        ("states", c_void_p), ("columns", c_void_p), ("b", c_void_p), ("a", c_void_p), ("columns_stride", c_int64),
+        ("gates_stride", c_int64), ("keys", c_void_p), ("values", c_void_p), ("layer_stride", c_int64), ("table", c_void_p),
+    ]  # fmt: skip
+
+
+class SizesStruct(Structure):
+    _fields_ = [
+        *((name, c_int32) for name in ("hidden", "heads", "kv_heads", "head_dim", "rotary_dim", "key_heads", "value_heads", "key_dim",
+                                       "value_dim", "conv_width", "num_delta", "is_tiled")),
+        ("eps", c_float),
+    ]  # fmt: skip
+
+
+class OpStruct(Structure):
+    _fields_ = [
+        ("code", c_int32), ("layer", c_int32), ("inputs", c_int32 * MAX_OUTPUTS), ("outputs", c_int32 * MAX_OUTPUTS),
+        ("num_matrices", c_int32), ("adds", c_int32), ("offset", c_int32), ("num_used", c_int32), ("matrices", POINTER(MatrixStruct)),
+        ("weights", c_void_p * 4),
+    ]  # fmt: skip
+
+
+class CallStruct(Structure):
+    _fields_ = [
+        ("sizes", POINTER(SizesStruct)), ("ops", POINTER(OpStruct)), ("num_ops", c_int32), ("num_buffers", c_int32),
+        ("widths", c_void_p), ("tokens", c_void_p), ("cos", c_void_p), ("sin", c_void_p), ("spans", POINTER(SpanStruct)),
+        ("num_spans", c_int32), ("num_rows", c_int32), ("given", POINTER(c_void_p)),
+    ]  # fmt: skip
+
+
+class Library:
+    """What api.h offers. OSError where this installation has no compiled kernels."""
+
+    def __init__(self) -> None:
+        names = [f"_cpu{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+        paths = [path for name in names if (path := Path(__file__).with_name(name)).exists()]
+        if not paths:
+            raise OSError("kernels/cpu was not compiled when this package was installed")
+        library = ctypes.CDLL(str(paths[0]))
+        self._use = library.forerun_use
+        self._use.restype, self._use.argtypes = c_char_p, [c_char_p]
+        self.packed_bytes = library.forerun_packed_bytes
+        self.packed_bytes.restype, self.packed_bytes.argtypes = c_int64, [c_int, c_int64, c_int64]
+        self.pack = library.forerun_pack
+        self.pack.restype, self.pack.argtypes = None, [c_int, c_int, c_int, c_void_p, c_void_p, c_int]
+        self._run = library.forerun_run
+        self._run.restype, self._run.argtypes = c_int, [POINTER(CallStruct), c_int]
+        self.instruction_set = self.use("")
+
+    def use(self, name: str) -> str:
+        """Computes with an instruction set from now on ("": the best there is), in the whole process. Returns its name; InternalBug
+        when this processor does not have it."""
+        found = self._use(name.encode())
+        if found is None:
+            raise InternalBug(f"this processor has no {name}")
+        self.instruction_set = found.decode()
+        return self.instruction_set
+
+    def run(self, call: CallStruct, num_threads: int) -> None:
+        if self._run(ctypes.byref(call), num_threads):
+            raise MemoryError("no memory for the intermediate results of a forward pass")
+
+
+@cache
+def library() -> Library:
+    return Library()
+
+
+def physical_cores() -> int:
+    """Cores this process may run on; two hardware threads of one core count once."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    cores: set[str] = set()
+    for number in allowed:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
+        cores.add(siblings.read_text() if siblings.exists() else str(number))
+    return len(cores)

@@ -1,0 +1,164 @@
+/* From the blocks of GGUF files (ggml-quants.c has their formulas) to tiles: 16 outputs side by side, so that a vector holds one
+ * place of several outputs and nothing is summed across it. Quants are repacked, never rounded again. */
+#include "kernels_table.h"
+#include "api.h"
+
+#include <stdlib.h>
+
+static void get_scales_k4(const uint8_t *packed, int i, uint8_t *scale, uint8_t *minimum) {
+    if (i < 4) {
+        *scale = packed[i] & 63;
+        *minimum = packed[i + 4] & 63;
+    } else {
+        *scale = (uint8_t)((packed[i + 4] & 15) | packed[i - 4] >> 6 << 4);
+        *minimum = (uint8_t)(packed[i + 4] >> 4 | packed[i] >> 6 << 4);
+    }
+}
+
+/* The quants of one block of one output, unsigned where the tile's are: 32 of Q8_0 and Q4_0, 256 of the others. */
+static void quants_of(int format, const uint8_t *block, uint8_t *q) {
+    switch (format) {
+    case Q8_0: memcpy(q, block + 2, 32); break;
+    case Q4_0:
+        for (int i = 0; i < 16; i++) q[i] = block[2 + i] & 15, q[16 + i] = block[2 + i] >> 4;
+        break;
+    case Q4_K:
+    case Q5_K:
+        for (int i = 0; i < 256; i++) {
+            const uint8_t *low = block + (format == Q4_K ? 16 : 48) + i / 64 * 32 + i % 32;
+            q[i] = i % 64 < 32 ? *low & 15 : *low >> 4;
+            if (format == Q5_K) q[i] |= (uint8_t)((block[16 + i % 32] >> (i / 32) & 1) << 4);
+        }
+        break;
+    default:
+        for (int i = 0; i < 256; i++) {
+            int of = i % 128;
+            const uint8_t *low = block + i / 128 * 64 + of % 64, *high = block + 128 + i / 128 * 32 + of % 32;
+            q[i] = (uint8_t)((of < 64 ? *low & 15 : *low >> 4) | (*high >> (of / 32 * 2) & 3) << 4);
+        }
+    }
+}
+
+static int block_values(int format) { return format == Q8_0 || format == Q4_0 ? 32 : 256; }
+
+static int block_bytes(int format) {
+    switch (format) {
+    case Q8_0: return 34;
+    case Q4_0: return 18;
+    case Q4_K: return 144;
+    case Q5_K: return 176;
+    default: return 210;
+    }
+}
+
+/* Output `o` of one block of a tile, all of whose bytes are zero. */
+static void put(int format, const uint8_t *block, int o, uint8_t *tile) {
+    uint8_t q[256], *weights;
+    quants_of(format, block, q);
+    const uint8_t *d = format == Q6_K ? block + 208 : block;
+    memcpy(tile + 2 * o, d, 2);
+    if (format == Q8_0) {
+        for (int i = 0; i < 32; i++) tile[2 * TILE + i / 4 * 4 * TILE + 4 * o + i % 4] = q[i];
+        return;
+    }
+    if (format == Q4_0)
+        weights = tile + 2 * TILE;
+    else if (format == Q6_K) {
+        for (int i = 0; i < 16; i++) tile[2 * TILE + i / 2 * 2 * TILE + 2 * o + i % 2] = block[192 + i];
+        weights = tile + 18 * TILE;
+    } else {
+        uint8_t *scales = tile + 4 * TILE, *minima = scales + (format == Q4_K ? 8 : 16) * TILE;
+        memcpy(tile + 2 * TILE + 2 * o, block + 2, 2);
+        for (int i = 0; i < 8; i++) {
+            uint8_t scale, minimum;
+            get_scales_k4(block + 4, i, &scale, &minimum);
+            minima[i / 2 * 2 * TILE + 2 * o + i % 2] = minimum;
+            if (format == Q4_K) scales[i / 2 * 2 * TILE + 2 * o + i % 2] = scale;
+            else scales[i * 2 * TILE + 2 * o] = scales[i * 2 * TILE + 2 * o + 1] = scale; /* 16 weights each */
+        }
+        weights = minima + 8 * TILE;
+    }
+    for (int i = 0; i < block_values(format); i++) {
+        int group = i / 4;
+        weights[group / 2 * 4 * TILE + 4 * o + i % 4] |= (uint8_t)((q[i] & 15) << (group % 2 * 4));
+        if (format == Q5_K || format == Q6_K)
+            weights[128 * TILE + group / 4 * 4 * TILE + 4 * o + i % 4] |= (uint8_t)(q[i] >> 4 << (group % 4 * 2));
+    }
+}
+
+typedef struct {
+    int format, outputs, inputs;
+    const uint8_t *raw;
+    uint8_t *tiles;
+} Packing;
+
+static void pack_some(void *what, int thread, int num_threads) {
+    const Packing *p = what;
+    int blocks = p->inputs / block_values(p->format), bytes = block_bytes(p->format);
+    int64_t size = tile_bytes(p->format, p->inputs), step = size / blocks;
+    for (int tile = thread; tile * TILE < p->outputs; tile += num_threads) {
+        memset(p->tiles + tile * size, 0, (size_t)size);
+        for (int o = 0; o < TILE && tile * TILE + o < p->outputs; o++)
+            for (int b = 0; b < blocks; b++)
+                put(p->format, p->raw + ((int64_t)(tile * TILE + o) * blocks + b) * bytes, o, p->tiles + tile * size + b * step);
+    }
+}
+
+API int64_t forerun_packed_bytes(int format, int64_t outputs, int64_t inputs) {
+    return (outputs + TILE - 1) / TILE * tile_bytes(format, inputs);
+}
+
+API void forerun_pack(int format, int outputs, int inputs, const void *raw, void *tiles, int num_threads) {
+    Packing packing = {format, outputs, inputs, raw, tiles};
+    pool_enter();
+    pool_run(num_threads, pack_some, &packing);
+    pool_leave();
+}
+
+static int quant_at(const uint8_t *weights, int i, int o, int has_six) {
+    int group = i / 4, q = weights[group / 2 * 4 * TILE + 4 * o + i % 4] >> (group % 2 * 4) & 15;
+    if (has_six) q |= (weights[128 * TILE + group / 4 * 4 * TILE + 4 * o + i % 4] >> (group % 4 * 2) & 3) << 4;
+    return q;
+}
+
+void row_of(const Matrix *m, int output, float *out) {
+    if (m->format == F32) {
+        memcpy(out, (const char *)m->data + (int64_t)output * m->inputs * 4, (size_t)m->inputs * 4);
+        return;
+    }
+    if (m->format <= BF16) {
+        const char *at = (const char *)m->data + (int64_t)output * m->inputs * 2;
+        for (int i = 0; i < m->inputs; i++) {
+            uint16_t bits;
+            memcpy(&bits, at + 2 * i, 2);
+            uint32_t whole = (uint32_t)bits << 16;
+            if (m->format == F16) out[i] = half(at + 2 * i);
+            else memcpy(out + i, &whole, 4);
+        }
+        return;
+    }
+    int blocks = m->inputs / block_values(m->format), o = output % TILE;
+    int64_t size = tile_bytes(m->format, m->inputs), step = size / blocks;
+    const uint8_t *tile = (const uint8_t *)m->data + output / TILE * size;
+    for (int b = 0; b < blocks; b++, tile += step, out += block_values(m->format)) {
+        float d = half(tile + 2 * o);
+        if (m->format == Q8_0)
+            for (int i = 0; i < 32; i++) out[i] = d * (float)(int8_t)tile[2 * TILE + i / 4 * 4 * TILE + 4 * o + i % 4];
+        else if (m->format == Q4_0)
+            for (int i = 0; i < 32; i++) out[i] = d * (float)(quant_at(tile + 2 * TILE, i, o, 0) - 8);
+        else if (m->format == Q6_K)
+            for (int i = 0; i < 256; i++) {
+                int scale = (int8_t)tile[2 * TILE + i / 32 * 2 * TILE + 2 * o + i / 16 % 2];
+                out[i] = d * (float)scale * (float)(quant_at(tile + 18 * TILE, i, o, 1) - 32);
+            }
+        else {
+            const uint8_t *scales = tile + 4 * TILE, *minima = scales + (m->format == Q4_K ? 8 : 16) * TILE;
+            float dmin = half(tile + 2 * TILE + 2 * o);
+            for (int i = 0; i < 256; i++) {
+                int sub = i / 32, minimum = minima[sub / 2 * 2 * TILE + 2 * o + sub % 2];
+                int scale = m->format == Q4_K ? scales[sub / 2 * 2 * TILE + 2 * o + sub % 2] : scales[sub * 2 * TILE + 2 * o];
+                out[i] = d * (float)scale * (float)quant_at(minima + 8 * TILE, i, o, m->format == Q5_K) - dmin * (float)minimum;
+            }
+        }
+    }
+}

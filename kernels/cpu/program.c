@@ -1,0 +1,477 @@
+/* Runs a program: the steps of a model's forward pass, each spread over all threads, with a barrier after it.
+ * What a unit of work computes does not depend on who computes it, nor on how many threads there are. */
+#include "api.h"
+
+#include <stdatomic.h>
+#include <stdlib.h>
+
+extern const Kernels kernels_portable;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2, kernels_avx512;
+#elif defined(__aarch64__)
+extern const Kernels kernels_neon;
+#if defined(__linux__)
+#include <sys/auxv.h>
+#endif
+#endif
+
+static const Kernels *kernels = &kernels_portable;
+
+static int is_supported(const char *name) {
+    if (!strcmp(name, "portable")) return 1;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    int has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (!strcmp(name, "avx2")) return has_avx2;
+    if (!strcmp(name, "avx512"))
+        return has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+#elif defined(__aarch64__)
+#if defined(__linux__)
+    if (!strcmp(name, "neon")) return (getauxval(AT_HWCAP) >> 20 & 1) != 0; /* ASIMDDP */
+#else
+    if (!strcmp(name, "neon")) return 1;
+#endif
+#endif
+    return 0;
+}
+
+const char *forerun_use(const char *name) {
+    static const struct {
+        const char *name;
+        const Kernels *kernels;
+    } all[] = {
+#if defined(__x86_64__)
+        {"avx512", &kernels_avx512}, {"avx2", &kernels_avx2},
+#elif defined(__aarch64__)
+        {"neon", &kernels_neon},
+#endif
+        {"portable", &kernels_portable},
+    };
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        if ((!*name || !strcmp(name, all[i].name)) && is_supported(all[i].name)) {
+            kernels = all[i].kernels;
+            return all[i].name;
+        }
+    return NULL;
+}
+
+/* ---- memory: one arena for all calls, as they run one at a time ---- */
+
+typedef struct {
+    const Call *call;
+    float **buffers;
+    Activations quants_32, quants_256; /* of the rows of one LINEAR */
+    float *halves;
+    float *scratch; /* one part a thread */
+    int64_t scratch_size;
+    int *span_of, *first_row; /* of a row; of a span */
+    atomic_int *units;        /* taken, for each step */
+} Run;
+
+static void *arena;
+static size_t arena_size;
+
+static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+static int64_t scratch_floats(const Call *call) {
+    const Sizes *s = call->sizes;
+    int64_t rows = 0, seen = 0, group = s->heads / s->kv_heads;
+    for (int i = 0; i < call->num_spans; i++) {
+        rows = most(rows, call->spans[i].num_rows + call->spans[i].num_kept);
+        seen = most(seen, call->spans[i].position + call->spans[i].num_rows);
+    }
+    int64_t values = (s->value_dim + 15) / 16 * 16;
+    int64_t delta = rows * (2 * s->key_dim + values + 2) + 16 * (int64_t)s->key_dim + 64 + s->value_dim;
+    return most(delta, group * (seen + 2 * s->head_dim)) + 64;
+}
+
+/* Lays out everything a call needs, at `base` or, to learn how much that is, at NULL. Returns its bytes. */
+static size_t lay_out(Run *run, char *base, int num_threads) {
+    const Call *call = run->call;
+    size_t at = 0;
+#define TAKE(to, count)                                                  \
+    do {                                                                 \
+        if (base) (to) = (void *)(base + at);                            \
+        at = (at + (size_t)(count) * sizeof *(to) + 127) / 64 * 64;      \
+    } while (0)
+    int64_t rows = most(call->num_rows, 1), inputs = 1;
+    for (int i = 0; i < call->num_ops; i++) {
+        const Op *op = call->ops + i;
+        if (op->code == LINEAR || op->code == EXPERTS_UP) inputs = most(inputs, op->matrices->inputs);
+        if (op->code == EXPERTS_DOWN) inputs = most(inputs, (int64_t)op->matrices[2].inputs * op->num_used);
+    }
+    TAKE(run->buffers, call->num_buffers);
+    for (int i = 0; i < call->num_buffers; i++) {
+        float *buffer = NULL;
+        TAKE(buffer, call->given[i] ? 0 : rows * call->widths[i]);
+        if (base) run->buffers[i] = call->given[i] ? call->given[i] : buffer;
+    }
+    Activations *both[2] = {&run->quants_32, &run->quants_256};
+    for (int i = 0; i < 2; i++) {
+        TAKE(both[i]->quants, rows * inputs);
+        TAKE(both[i]->scales, rows * (inputs / 32 + 1));
+        TAKE(both[i]->sums, rows * (inputs / 16 + 1));
+        TAKE(both[i]->sums_32, rows * (inputs / 32 + 1));
+    }
+    TAKE(run->halves, rows * padded(inputs) + 32 * rows);
+    run->scratch_size = scratch_floats(call);
+    TAKE(run->scratch, run->scratch_size * num_threads);
+    TAKE(run->span_of, rows);
+    TAKE(run->first_row, call->num_spans + 1);
+    TAKE(run->units, call->num_ops);
+#undef TAKE
+    return at;
+}
+
+/* ---- products ---- */
+
+/* The next unit of a step that nobody has taken. */
+static int take(Run *run, int op) { return atomic_fetch_add_explicit(&run->units[op], 1, memory_order_relaxed); }
+
+enum { HALVES = 1, BLOCKS_OF_32 = 2, BLOCKS_OF_256 = 4 };
+static int needs(int format) {
+    return format == BF16 ? HALVES : format == Q8_0 || format == Q4_0 ? BLOCKS_OF_32 : format >= Q4_K ? BLOCKS_OF_256 : 0;
+}
+
+/* Quantised rows from `row` on. */
+static Activations part(const Activations *a, int64_t inputs, int block, int64_t row) {
+    Activations from = {.quants = a->quants + row * inputs, .scales = a->scales + row * (inputs / block)};
+    from.sums = a->sums + row * (inputs / 16), from.sums_32 = a->sums_32 + row * (inputs / 32);
+    return from;
+}
+
+static void prepare_row(Run *run, int what, const float *x, int64_t inputs, int64_t row) {
+    if (what & HALVES) kernels->halve(x, (int)inputs, run->halves + row * padded(inputs));
+    for (int is_32 = 0; is_32 < 2; is_32++) {
+        if (!(what & (is_32 ? BLOCKS_OF_32 : BLOCKS_OF_256))) continue;
+        int block = is_32 ? 32 : 256;
+        Activations a = part(is_32 ? &run->quants_32 : &run->quants_256, inputs, block, row);
+        kernels->quantise(x, (int)inputs, block, a.quants, a.scales, a.sums, a.sums_32);
+    }
+}
+
+/* Rows from `row` on, of x [rows, stride], in the form that a format asks for. */
+static Activations activations(const Run *run, int format, const float *x, int64_t stride, int64_t inputs, int64_t row) {
+    Activations a = {0};
+    if (needs(format) == BLOCKS_OF_32) a = part(&run->quants_32, inputs, 32, row);
+    else if (needs(format) == BLOCKS_OF_256) a = part(&run->quants_256, inputs, 256, row);
+    a.x = x + row * stride, a.stride = stride, a.halves = run->halves + row * padded(inputs);
+    return a;
+}
+
+static void linear(Run *run, const Op *op, int number, int thread, int num_threads) {
+    const Call *call = run->call;
+    int what = 0, inputs = op->matrices->inputs, unit = take(run, number), before = 0;
+    const float *x = run->buffers[op->in[0]];
+    int64_t stride = call->widths[op->in[0]];
+    for (int i = 0; i < op->num_matrices; i++) what |= needs(op->matrices[i].format);
+    if (what) {
+        for (int row = thread; row < call->num_rows; row += num_threads) prepare_row(run, what, x + row * stride, inputs, row);
+        pool_meet(num_threads);
+    }
+    for (int i = 0; i < op->num_matrices; i++) {
+        const Matrix *m = op->matrices + i;
+        int count = (m->outputs + UNIT - 1) / UNIT;
+        Activations a = activations(run, m->format, x, stride, inputs, 0);
+        for (; unit < before + count; unit = take(run, number)) {
+            int first = (unit - before) * UNIT, last = first + UNIT < m->outputs ? first + UNIT : m->outputs;
+            kernels->product(m, first, last, &a, call->num_rows, run->buffers[op->out[i]] + op->offset, call->widths[op->out[i]], op->adds);
+        }
+        before += count;
+    }
+}
+
+/* ---- routed experts ---- */
+
+/* out [rows, 2 * used]: for each row the experts it uses, in ascending order, then their shares, which sum to 1. */
+static void route(Run *run, const Op *op, int row) {
+    int experts = run->call->widths[op->in[0]], used = op->num_used;
+    const float *logits = run->buffers[op->in[0]] + (int64_t)row * experts;
+    float *ids = run->buffers[op->out[0]] + (int64_t)row * 2 * used, *shares = ids + used, highest = logits[0], total = 0;
+    for (int i = 1; i < experts; i++) highest = logits[i] > highest ? logits[i] : highest;
+    for (int rank = 0; rank < used; rank++) { /* ties go to the lowest */
+        int best = -1;
+        for (int i = 0; i < experts; i++) {
+            int is_taken = 0;
+            for (int j = 0; j < rank; j++) is_taken |= (int)ids[j] == i;
+            if (!is_taken && (best < 0 || logits[i] > logits[best])) best = i;
+        }
+        ids[rank] = (float)best;
+        shares[rank] = expf(logits[best] - highest);
+        total += shares[rank];
+    }
+    for (int i = 0; i < used; i++) shares[i] /= total;
+    for (int i = 1; i < used; i++)
+        for (int j = i; j > 0 && ids[j - 1] > ids[j]; j--) {
+            float id = ids[j], share = shares[j];
+            ids[j] = ids[j - 1], shares[j] = shares[j - 1], ids[j - 1] = id, shares[j - 1] = share;
+        }
+}
+
+/* Outputs [first, last) of an expert's gate and up, with the gate applied; or of its down, for all rows that use it. */
+static void experts(Run *run, const Op *op, int number, int thread, int num_threads) {
+    const Call *call = run->call;
+    int is_up = op->code == EXPERTS_UP, used = op->num_used;
+    const Matrix *of = op->matrices;
+    int inputs = is_up ? of[0].inputs : of[2].inputs, outputs = is_up ? of[0].outputs : of[2].outputs, parts = is_up ? 1 : used;
+    const float *x = run->buffers[op->in[0]], *routes = run->buffers[op->in[1]];
+    float *out = run->buffers[op->out[0]];
+    int what = 0, num_experts = op->num_matrices / 3, chunks = (outputs + UNIT - 1) / UNIT;
+    for (int i = 0; i < op->num_matrices; i++)
+        if (is_up ? i % 3 < 2 : i % 3 == 2) what |= needs(of[i].format);
+    int num_rows = call->num_rows * parts;
+    for (int row = thread; what && row < num_rows; row += num_threads) prepare_row(run, what, x + (int64_t)row * inputs, inputs, row);
+    pool_meet(num_threads);
+    for (int unit; (unit = take(run, number)) < num_experts * chunks;) {
+        int expert = unit / chunks, first = unit % chunks * UNIT, last = first + UNIT < outputs ? first + UNIT : outputs;
+        for (int row = 0; row < call->num_rows; row++)
+            for (int rank = 0; rank < used; rank++) {
+                if ((int)routes[(int64_t)row * 2 * used + rank] != expert) continue;
+                const Matrix *m = of + 3 * expert + (is_up ? 0 : 2);
+                float *to = out + ((int64_t)row * used + rank) * outputs;
+                Activations a = activations(run, m->format, x, inputs, inputs, is_up ? row : (int64_t)row * used + rank);
+                kernels->product(m, first, last, &a, 1, to, outputs, 0);
+                if (!is_up) continue;
+                float up[UNIT]; /* product() counts from the matrix' first output */
+                Activations b = activations(run, m[1].format, x, inputs, inputs, row);
+                kernels->product(m + 1, first, last, &b, 1, up - first, outputs, 0);
+                kernels->swiglu(to + first, up, last - first);
+            }
+    }
+}
+
+/* out += shares of the experts' outputs, in ascending order, + the shared expert's with its gate. */
+static void mix(Run *run, const Op *op, int row) {
+    int used = op->num_used, n = run->call->widths[op->out[0]];
+    const float *y = run->buffers[op->in[0]] + (int64_t)row * used * n, *shares = run->buffers[op->in[1]] + (int64_t)row * 2 * used + used;
+    const float *shared = run->buffers[op->in[2]] + (int64_t)row * n;
+    float gate = 1.0f / (1.0f + expf(-run->buffers[op->in[3]][row])), *out = run->buffers[op->out[0]] + (int64_t)row * n;
+    for (int i = 0; i < n; i++) {
+        float sum = 0;
+        for (int rank = 0; rank < used; rank++) sum += shares[rank] * y[(int64_t)rank * n + i];
+        out[i] += sum + shared[i] * gate;
+    }
+}
+
+/* ---- gated delta net ---- */
+
+/* Pre-convolution column `t` rows after the first that is replayed or computed; before it (t < 0) those of the window. */
+static const float *column(const Run *run, const Op *op, const Span *s, int first_row, int t) {
+    const Sizes *z = run->call->sizes;
+    int channels = 2 * z->key_heads * z->key_dim + z->value_heads * z->value_dim, replayed = s->store == LOG ? s->num_kept : 0;
+    int before = s->store == LOG ? 0 : s->num_kept;
+    if (t < replayed) return s->columns + op->layer * s->columns_stride + (int64_t)(z->conv_width - 1 + before + t) * channels;
+    return run->buffers[op->in[0]] + (int64_t)(first_row + t - replayed) * channels;
+}
+
+static void delta(Run *run, const Op *op, int span, int head, float *scratch) {
+    const Sizes *z = run->call->sizes;
+    const Span *s = run->call->spans + span;
+    int replayed = s->store == LOG ? s->num_kept : 0, rows = replayed + s->num_rows, first_row = run->first_row[span];
+    int dk = z->key_dim, dv = z->value_dim, padded_dv = (dv + 15) / 16 * 16, heads = z->value_heads, width = z->conv_width;
+    if (!rows) return;
+    int key_head = z->is_tiled ? head % z->key_heads : head / (heads / z->key_heads), keys = z->key_heads * dk;
+    int channels = 2 * keys + heads * dv;
+    float *q = scratch, *k = q + (int64_t)rows * dk, *v = k + (int64_t)rows * dk, *decay = v + (int64_t)rows * padded_dv, *beta = decay + rows;
+    float *panel = beta + rows, *read = panel + 16 * dk, *out = read + 16;
+    for (int t = 0; t < rows; t++) {
+        const float *columns[64];
+        for (int tap = 0; tap < width; tap++) columns[tap] = column(run, op, s, first_row, t - width + 1 + tap);
+        kernels->convolve(columns, op->weights[0], width, channels, key_head * dk, dk, q + (int64_t)t * dk);
+        kernels->convolve(columns, op->weights[0], width, channels, keys + key_head * dk, dk, k + (int64_t)t * dk);
+        kernels->convolve(columns, op->weights[0], width, channels, 2 * keys + head * dv, dv, v + (int64_t)t * padded_dv);
+        kernels->normalise(q + (int64_t)t * dk, dk, 1.0f / sqrtf((float)dk));
+        kernels->normalise(k + (int64_t)t * dk, dk, 1.0f);
+        for (int i = dv; i < padded_dv; i++) v[(int64_t)t * padded_dv + i] = 0;
+        float b, a;
+        if (t < replayed) {
+            b = s->b[op->layer * s->gates_stride + (int64_t)t * heads + head];
+            a = s->a[op->layer * s->gates_stride + (int64_t)t * heads + head];
+        } else {
+            b = run->buffers[op->in[1]][(int64_t)(first_row + t - replayed) * heads + head];
+            a = run->buffers[op->in[2]][(int64_t)(first_row + t - replayed) * heads + head];
+        }
+        float x = a + op->weights[2][head];
+        decay[t] = expf(op->weights[1][head] * ((x > 0 ? x : 0) + log1pf(expf(-fabsf(x)))));
+        beta[t] = 1.0f / (1.0f + expf(-b));
+    }
+    int64_t head_size = (int64_t)dk * dv, layer_size = heads * head_size, slot_size = z->num_delta * layer_size;
+    float *state = s->states + op->layer * layer_size + head * head_size;
+    float *base = s->store == RING ? state + s->position % s->num_slots * slot_size : state;
+    float *outputs = run->buffers[op->out[0]];
+    for (int at = 0; at < dv; at += 16) {
+        int count = dv - at < 16 ? dv - at : 16;
+        for (int j = 0; j < dk; j++) {
+            for (int i = 0; i < count; i++) panel[j * 16 + i] = base[(int64_t)j * dv + at + i];
+            for (int i = count; i < 16; i++) panel[j * 16 + i] = 0;
+        }
+        DeltaRows x = {q, k, v + at, decay, beta, dk, padded_dv};
+        kernels->delta_read(panel, k, dk, read);
+        for (int t = 0; t < rows; t++) {
+            kernels->delta_row(panel, &x, t, t + 1 < rows ? k + (int64_t)(t + 1) * dk : k, read, out);
+            float *to = NULL; /* where the state after this row is kept */
+            if (s->store == RING) to = state + (s->position + t + 1) % s->num_slots * slot_size;
+            else if (t == (s->store == LOG ? replayed : rows) - 1) to = base;
+            for (int j = 0; to && j < dk; j++)
+                for (int i = 0; i < count; i++) to[(int64_t)j * dv + at + i] = panel[j * 16 + i];
+            if (t >= replayed)
+                for (int i = 0; i < count; i++) outputs[((int64_t)(first_row + t - replayed) * heads + head) * dv + at + i] = out[i];
+        }
+    }
+    for (int row = first_row; row < first_row + s->num_rows; row++) {
+        float *o = outputs + ((int64_t)row * heads + head) * dv;
+        const float *gate = run->buffers[op->in[3]] + ((int64_t)row * heads + head) * dv;
+        float *one = panel; /* of the layout of an output norm: silu(gate) * norm(o) */
+        memcpy(one, gate, (size_t)dv * 4);
+        kernels->norm(o, op->weights[3], o, dv, z->eps);
+        kernels->swiglu(one, o, dv);
+        memcpy(o, one, (size_t)dv * 4);
+    }
+}
+
+/* The window moves over what was kept; new rows go into the log behind it. */
+static void keep_columns(Run *run, const Op *op, int span) {
+    const Sizes *z = run->call->sizes;
+    const Span *s = run->call->spans + span;
+    int channels = 2 * z->key_heads * z->key_dim + z->value_heads * z->value_dim, window = z->conv_width - 1, first_row = run->first_row[span];
+    float *columns = s->columns + op->layer * s->columns_stride;
+    const float *new = run->buffers[op->in[0]] + (int64_t)first_row * channels;
+    size_t size = sizeof(float) * (size_t)channels;
+    if (s->num_kept) memmove(columns, columns + (int64_t)s->num_kept * channels, window * size);
+    if (s->store == CHUNK) {
+        int left = window > s->num_rows ? window - s->num_rows : 0; /* of the old window */
+        memmove(columns, columns + (int64_t)(window - left) * channels, left * size);
+        memcpy(columns + (int64_t)left * channels, new + (int64_t)(s->num_rows - window + left) * channels, (window - left) * size);
+        return;
+    }
+    memcpy(columns + (int64_t)window * channels, new, s->num_rows * size);
+    if (s->store == RING) return;
+    for (int i = 0; i < 2; i++) {
+        float *to = (i ? s->a : s->b) + op->layer * s->gates_stride;
+        memcpy(to, run->buffers[op->in[1 + i]] + (int64_t)first_row * z->value_heads, sizeof(float) * (size_t)(s->num_rows * z->value_heads));
+    }
+}
+
+/* ---- attention ---- */
+
+static float *place(const Sizes *z, const Span *s, const Op *op, float *base, int64_t position, int kv) {
+    int64_t page_size = (int64_t)z->kv_heads * PAGE * z->head_dim;
+    return base + op->layer * s->layer_stride + s->table[position / PAGE] * page_size + ((int64_t)kv * PAGE + position % PAGE) * z->head_dim;
+}
+
+/* Normalises and rotates a row's queries [heads, query then gate] and keys, and writes its keys and values into its page. */
+static void keys(Run *run, const Op *op, int row) {
+    const Sizes *z = run->call->sizes;
+    const Span *s = run->call->spans + run->span_of[row];
+    int dim = z->head_dim, rotary = z->rotary_dim / 2;
+    int64_t position = s->position + row - run->first_row[run->span_of[row]];
+    const float *cos = run->call->cos + (int64_t)row * rotary, *sin = run->call->sin + (int64_t)row * rotary;
+    for (int head = 0; head < z->heads; head++) {
+        float *q = run->buffers[op->in[0]] + ((int64_t)row * z->heads + head) * 2 * dim;
+        kernels->norm(q, op->weights[0], q, dim, z->eps);
+        kernels->rotate(q, cos, sin, rotary);
+    }
+    for (int kv = 0; kv < z->kv_heads; kv++) {
+        float *k = run->buffers[op->in[1]] + ((int64_t)row * z->kv_heads + kv) * dim;
+        kernels->norm(k, op->weights[1], k, dim, z->eps);
+        kernels->rotate(k, cos, sin, rotary);
+        memcpy(place(z, s, op, s->keys, position, kv), k, (size_t)dim * 4);
+        memcpy(place(z, s, op, s->values, position, kv), run->buffers[op->in[2]] + ((int64_t)row * z->kv_heads + kv) * dim, (size_t)dim * 4);
+    }
+}
+
+static void attend(Run *run, const Op *op, int row, int kv, float *scratch) {
+    const Sizes *z = run->call->sizes;
+    const Span *s = run->call->spans + run->span_of[row];
+    int dim = z->head_dim, group = z->heads / z->kv_heads, seen = (int)(s->position + row - run->first_row[run->span_of[row]] + 1);
+    const float *queries = run->buffers[op->in[0]] + ((int64_t)row * z->heads + kv * group) * 2 * dim;
+    float *q = scratch, *o = q + group * dim, *scores = o + group * dim, scale = 1.0f / sqrtf((float)dim);
+    for (int g = 0; g < group; g++)
+        for (int i = 0; i < dim; i++) q[g * dim + i] = queries[g * 2 * dim + i] * scale;
+    int64_t at = op->layer * s->layer_stride + (int64_t)kv * PAGE * dim;
+    kernels->attend(q, group, s, s->keys + at, s->values + at, (int64_t)z->kv_heads * PAGE * dim, seen, dim, scores, o);
+    float *out = run->buffers[op->out[0]] + ((int64_t)row * z->heads + kv * group) * dim;
+    for (int g = 0; g < group; g++) kernels->gate(o + g * dim, queries + g * 2 * dim + dim, out + g * dim, dim);
+}
+
+/* ---- steps ---- */
+
+static void step(Run *run, int number, int thread, int num_threads) {
+    const Call *call = run->call;
+    const Op *op = call->ops + number;
+    const Sizes *z = call->sizes;
+    float *scratch = run->scratch + thread * run->scratch_size;
+    int rows = call->num_rows, unit;
+    switch (op->code) {
+    case EMBED:
+        while ((unit = take(run, number)) < rows)
+            row_of(op->matrices, call->tokens[unit], run->buffers[op->out[0]] + (int64_t)unit * call->widths[op->out[0]]);
+        break;
+    case NORM:
+        while ((unit = take(run, number)) < rows) {
+            int n = call->widths[op->in[0]];
+            float *to = run->buffers[op->out[0]] + (int64_t)unit * call->widths[op->out[0]] + op->offset;
+            kernels->norm(run->buffers[op->in[0]] + (int64_t)unit * n, op->weights[0], to, n, z->eps);
+        }
+        break;
+    case LINEAR: linear(run, op, number, thread, num_threads); break;
+    case SWIGLU: {
+        int64_t n = (int64_t)rows * call->widths[op->in[0]], chunk = 2048;
+        for (int64_t at; (at = take(run, number) * chunk) < n;)
+            kernels->swiglu(run->buffers[op->in[0]] + at, run->buffers[op->in[1]] + at, (int)(n - at < chunk ? n - at : chunk));
+        break;
+    }
+    case DELTA:
+        while ((unit = take(run, number)) < call->num_spans * z->value_heads) delta(run, op, unit / z->value_heads, unit % z->value_heads, scratch);
+        break;
+    case COLUMNS:
+        while ((unit = take(run, number)) < call->num_spans) keep_columns(run, op, unit);
+        break;
+    case KEYS:
+        while ((unit = take(run, number)) < rows) keys(run, op, unit);
+        break;
+    case ATTEND:
+        while ((unit = take(run, number)) < rows * z->kv_heads) attend(run, op, unit / z->kv_heads, unit % z->kv_heads, scratch);
+        break;
+    case ROUTE:
+        while ((unit = take(run, number)) < rows) route(run, op, unit);
+        break;
+    case EXPERTS_UP:
+    case EXPERTS_DOWN: experts(run, op, number, thread, num_threads); break;
+    case MIX:
+        while ((unit = take(run, number)) < rows) mix(run, op, unit);
+        break;
+    }
+}
+
+static void work(void *what, int thread, int num_threads) {
+    Run *run = what;
+    for (int i = 0; i < run->call->num_ops; i++) {
+        step(run, i, thread, num_threads);
+        pool_meet(num_threads);
+    }
+}
+
+int forerun_run(const Call *call, int num_threads) {
+    Run run = {.call = call};
+    if (num_threads > MAX_THREADS) num_threads = MAX_THREADS;
+    pool_enter();
+    size_t size = lay_out(&run, NULL, num_threads);
+    if (size > arena_size) {
+        free(arena);
+        arena = aligned_alloc(64, (size + size / 4 + 63) / 64 * 64);
+        arena_size = arena ? size + size / 4 : 0;
+    }
+    if (arena) {
+        lay_out(&run, arena, num_threads);
+        for (int span = 0, row = 0; span < call->num_spans; span++) {
+            run.first_row[span] = row;
+            for (int i = 0; i < call->spans[span].num_rows; i++) run.span_of[row++] = span;
+        }
+        for (int i = 0; i < call->num_ops; i++) atomic_init(&run.units[i], 0);
+        pool_run(num_threads, work, &run);
+    }
+    pool_leave();
+    return arena ? 0 : -1;
+}

@@ -1,0 +1,56 @@
+/* 128-bit vectors with dot products (Armv8.2): 4 floats, or a tile's 16 outputs in four parts. */
+#include <arm_neon.h>
+
+#define LANES 4
+#define PARTS 4
+typedef float32x4_t VF;
+typedef int32x4_t VI;
+typedef int32x4_t VS;
+
+static inline VF vf_load(const float *p) { return vld1q_f32(p); }
+static inline void vf_store(float *p, VF v) { vst1q_f32(p, v); }
+static inline VF vf_set(float x) { return vdupq_n_f32(x); }
+static inline VF vf_add(VF a, VF b) { return vaddq_f32(a, b); }
+static inline VF vf_mul(VF a, VF b) { return vmulq_f32(a, b); }
+static inline VF vf_fma(VF a, VF b, VF c) { return vfmaq_f32(c, a, b); }
+static inline VF vf_half(const void *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *)p))); }
+static inline void vf_bf16(const void *p, VF *even, VF *odd) {
+    uint32x4_t v = vreinterpretq_u32_u16(vld1q_u16((const uint16_t *)p));
+    *even = vreinterpretq_f32_u32(vshlq_n_u32(v, 16));
+    *odd = vreinterpretq_f32_u32(vandq_u32(v, vdupq_n_u32(0xffff0000)));
+}
+
+#define BYTES(v) vreinterpretq_u8_s32(v)
+#define WORDS(v) vreinterpretq_s32_u8(v)
+static inline VI vi_load(const void *p) { return WORDS(vld1q_u8((const uint8_t *)p)); }
+static inline VI vi_set(int x) { return vdupq_n_s32(x); }
+static inline VI vi_four(const int8_t *p) { int x; memcpy(&x, p, 4); return vdupq_n_s32(x); }
+static inline VI vi_add(VI a, VI b) { return vaddq_s32(a, b); }
+static inline VI vi_sub(VI a, VI b) { return vsubq_s32(a, b); }
+static inline VI vi_times_32(VI v) { return vshlq_n_s32(v, 5); }
+static inline VF vi_float(VI v) { return vcvtq_f32_s32(v); }
+static inline VI vi_low(VI v) { return WORDS(vandq_u8(BYTES(v), vdupq_n_u8(15))); }
+static inline VI vi_high(VI v) { return WORDS(vshrq_n_u8(BYTES(v), 4)); }
+static inline VI vi_two(VI v, int i) {
+    return WORDS(vandq_u8(vshlq_u8(BYTES(v), vdupq_n_s8((int8_t)(4 - 2 * i))), vdupq_n_u8(48)));
+}
+static inline VI vi_or(VI a, VI b) { return vorrq_s32(a, b); }
+
+static inline VI vi_start(int sum) { (void)sum; return vdupq_n_s32(0); }
+static inline VI vi_weights(VI w) { return w; }
+static inline VI vi_dot(VI sum, VI w, VI a) { return vdotq_s32(sum, vreinterpretq_s8_s32(w), vreinterpretq_s8_s32(a)); }
+
+#define GROUPS_OF_SIX 4
+static inline VS vs_zero(void) { return vdupq_n_s32(0); }
+static inline VS vs_dot(VS sum, VI w, VI a) { return vi_dot(sum, w, a); }
+static inline VI vs_sum(VS sum) { return sum; }
+
+static inline VI vp_unsigned(const void *p) { return vreinterpretq_s32_u16(vmovl_u8(vld1_u8((const uint8_t *)p))); }
+static inline VI vp_signed(const void *p) { return vreinterpretq_s32_s16(vmovl_s8(vld1_s8((const int8_t *)p))); }
+static inline VI vp_first(VI pairs) { return vshrq_n_s32(vshlq_n_s32(pairs, 16), 16); }
+static inline VI vp_second(VI pairs) { return vshrq_n_s32(pairs, 16); }
+static inline VI vp_dot(VI pairs, const int16_t *two) {
+    return vmlaq_n_s32(vmulq_n_s32(vp_first(pairs), two[0]), vp_second(pairs), two[1]);
+}
+static inline VI vs_scaled(VS sum, VI scale) { return vmulq_s32(sum, scale); }
+static inline void v_pause(void) { __asm__ volatile("yield"); }

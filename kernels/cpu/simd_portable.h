@@ -1,0 +1,65 @@
+/* Vectors of 8 in plain C (GCC and Clang vector types): what any machine can run. */
+#define LANES 8
+#define PARTS 2
+typedef float VF __attribute__((vector_size(32)));
+typedef int32_t VI __attribute__((vector_size(32)));
+typedef VI VS;
+
+static inline VF vf_load(const float *p) { VF v; memcpy(&v, p, sizeof v); return v; }
+static inline void vf_store(float *p, VF v) { memcpy(p, &v, sizeof v); }
+static inline VF vf_set(float x) { return (VF){x, x, x, x, x, x, x, x}; }
+static inline VF vf_add(VF a, VF b) { return a + b; }
+static inline VF vf_mul(VF a, VF b) { return a * b; }
+static inline VF vf_fma(VF a, VF b, VF c) { return a * b + c; }
+static inline VF vf_half(const void *p) {
+    VF v;
+    for (int i = 0; i < LANES; i++) v[i] = half((const uint8_t *)p + 2 * i);
+    return v;
+}
+static inline void vf_bf16(const void *p, VF *even, VF *odd) {
+    VI v;
+    memcpy(&v, p, sizeof v);
+    VI low = v << 16, high = v & (int32_t)0xffff0000;
+    memcpy(even, &low, sizeof low);
+    memcpy(odd, &high, sizeof high);
+}
+
+static inline VI vi_load(const void *p) { VI v; memcpy(&v, p, sizeof v); return v; }
+static inline VI vi_set(int x) { return (VI){x, x, x, x, x, x, x, x}; }
+static inline VI vi_four(const int8_t *p) { int x; memcpy(&x, p, 4); return vi_set(x); }
+static inline VI vi_add(VI a, VI b) { return a + b; }
+static inline VI vi_sub(VI a, VI b) { return a - b; }
+static inline VI vi_times_32(VI v) { return v * 32; }
+static inline VF vi_float(VI v) { return __builtin_convertvector(v, VF); }
+static inline VI vi_low(VI v) { return v & 0x0f0f0f0f; }
+static inline VI vi_high(VI v) { return v >> 4 & 0x0f0f0f0f; }
+static inline VI vi_two(VI v, int i) { return (i < 2 ? v << (4 - 2 * i) : v >> (2 * i - 4)) & 0x30303030; }
+static inline VI vi_or(VI a, VI b) { return a | b; }
+
+static inline VI vi_start(int sum) { (void)sum; return vi_set(0); }
+static inline VI vi_weights(VI w) { return w; }
+static inline VI vi_dot(VI sum, VI w, VI a) {
+    for (int place = 24; place >= 0; place -= 8) sum += (w << place >> 24) * (a << place >> 24);
+    return sum;
+}
+
+#define GROUPS_OF_SIX 4
+static inline VS vs_zero(void) { return vi_set(0); }
+static inline VS vs_dot(VS sum, VI w, VI a) { return vi_dot(sum, w, a); }
+static inline VI vs_sum(VS sum) { return sum; }
+
+static inline VI vp_unsigned(const void *p) {
+    VI v;
+    for (int i = 0; i < LANES; i++) v[i] = ((const uint8_t *)p)[2 * i] | ((const uint8_t *)p)[2 * i + 1] << 16;
+    return v;
+}
+static inline VI vp_signed(const void *p) {
+    VI v;
+    for (int i = 0; i < LANES; i++) v[i] = (((const int8_t *)p)[2 * i] & 0xffff) | ((const int8_t *)p)[2 * i + 1] * 65536;
+    return v;
+}
+static inline VI vp_first(VI pairs) { return pairs << 16 >> 16; }
+static inline VI vp_second(VI pairs) { return pairs >> 16; }
+static inline VI vp_dot(VI pairs, const int16_t *two) { return vp_first(pairs) * two[0] + vp_second(pairs) * two[1]; }
+static inline VI vs_scaled(VS sum, VI scale) { return sum * scale; }
+static inline void v_pause(void) {}

@@ -1,0 +1,186 @@
+"""The C kernels: every format against its definition, the same bits in any company, with any number of threads, and (where sums of
+quants are exact) on any instruction set."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from forerun.core.errors import InternalBug
+from forerun.kernels.backends import make_trunk
+from forerun.kernels.cpu.library import FORMATS, INSTRUCTION_SETS, library, physical_cores
+from forerun.kernels.cpu.matrices import CpuBackend, CpuMatrix
+from forerun.kernels.cpu.program import EMBED, Program
+from forerun.kernels.formats.stored import BY_NAME, Stored
+from forerun.kernels.model.config import ModelConfig, load_config
+from forerun.kernels.model.memory import SequenceMemory
+from forerun.kernels.model.trunk import Rows
+from forerun.kernels.model.weights import FolderCheckpoint, load_weights
+
+from tests.checkpoints import LAYOUTS, prompt
+
+#: Outputs beyond whole tiles, and beyond one unit of work.
+OUTPUTS = 83
+
+
+def supported() -> list[str]:
+    found: list[str] = []
+    for name in INSTRUCTION_SETS:
+        with suppress(InternalBug):
+            found.append(library().use(name))
+    library().use("")
+    return found
+
+
+@pytest.fixture(params=supported())
+def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
+    yield library().use(request.param)
+    library().use("")
+
+
+@pytest.fixture
+def config(checkpoints: dict[str, Path]) -> ModelConfig:
+    return load_config(checkpoints["dense"])
+
+
+def stored(kind: str, inputs: int) -> Stored:
+    """Random weights of all the values that a type can have."""
+    each, rng = BY_NAME[kind], np.random.default_rng(3)
+    blocks = rng.integers(0, 256, (OUTPUTS * inputs // each.block, each.size), np.uint8)
+    for at in {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q8_0": (0,), "Q4_0": (0,)}.get(kind, ()):
+        blocks[:, at : at + 2] = rng.normal(0, 1, (len(blocks), 1)).astype("<f2").view(np.uint8)
+    if kind in ("F32", "F16"):
+        blocks = rng.normal(0, 1, (len(blocks), 1)).astype("<f4" if kind == "F32" else "<f2").view(np.uint8)
+    if kind == "BF16":
+        blocks = (rng.normal(0, 1, (len(blocks), 1)).astype("<f4").view(np.uint32) >> 16).astype("<u2").view(np.uint8)
+    return Stored(kind, inputs, blocks.reshape(OUTPUTS, -1))
+
+
+def product(config: ModelConfig, matrix: CpuMatrix, x: Any, num_threads: int = 2, onto: Any = None) -> Any:
+    program = Program(config, CpuBackend(num_threads))
+    a, b = program.buffer("a", matrix.inputs), program.buffer("b", matrix.outputs)
+    program.linear(a, (matrix, b), adds=onto is not None)
+    y = np.empty((len(x), matrix.outputs), np.float32) if onto is None else onto.copy()
+    program.run(len(x), {a: x, b: y})
+    return y
+
+
+def rounded(kind: str, x: Any) -> Any:
+    """What a product sees of its rows: bytes with a scale for 32 values, for 256 (K types), or the values themselves."""
+    if kind in ("F32", "F16", "BF16"):
+        return x.astype(np.float64)
+    blocks = x.reshape(len(x), -1, 256 if kind.endswith("K") else 32).astype(np.float64)
+    scale = np.abs(blocks).max(-1, keepdims=True) / 127
+    return (np.rint(blocks / np.where(scale > 0, scale, 1)) * scale).reshape(x.shape)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("inputs", [512, 39])
+def test_products(instructions: str, config: ModelConfig, kind: str, inputs: int) -> None:
+    if inputs % BY_NAME[kind].block:
+        inputs = 768  # of whole blocks
+    weight = stored(kind, inputs)
+    matrix, values = CpuBackend(2).matrix(weight), weight.values().astype(np.float64)
+    x = np.random.default_rng(4).normal(0, 1, (18, inputs)).astype(np.float32)
+    x[1] = 0
+    x[2, : inputs // 2] *= 100
+    x[3] *= 1e-20
+    alone = np.concatenate([product(config, matrix, row[None]) for row in x])
+    expected = rounded(kind, x) @ values.T
+    size = np.abs(rounded(kind, x)) @ np.abs(values).T
+    assert np.abs(alone - expected).max(1).max() < np.inf
+    # A place where rounding to bytes goes the other way in float32 is one step of one input.
+    np.testing.assert_array_less(np.abs(alone - expected), 2e-3 * size + 1e-30)
+    assert np.median(np.abs(alone - expected) / np.maximum(size, 1e-30)) < 2e-6
+    for rows in (*range(1, 19), 18):
+        for num_threads in (1, 2, 5):
+            np.testing.assert_array_equal(product(config, matrix, x[:rows], num_threads), alone[:rows])
+    onto = np.random.default_rng(5).normal(0, 1, alone.shape).astype(np.float32)
+    np.testing.assert_array_equal(product(config, matrix, x, onto=onto), onto + alone)
+    short = CpuBackend(2).first_outputs(matrix, 33)
+    np.testing.assert_array_equal(product(config, short, x), alone[:, :33])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind.startswith("Q")])
+def test_quantised_products_have_the_same_bits_everywhere(config: ModelConfig, kind: str) -> None:
+    matrix = CpuBackend(2).matrix(stored(kind, 512))
+    x = np.random.default_rng(6).normal(0, 1, (7, 512)).astype(np.float32)
+    results: list[Any] = []
+    for name in supported():
+        library().use(name)
+        results.append(product(config, matrix, x))
+    library().use("")
+    for other in results[1:]:
+        np.testing.assert_array_equal(other, results[0])
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_embeddings_are_the_values_of_the_file(config: ModelConfig, kind: str) -> None:
+    weight = stored(kind, 512)
+    program = Program(config, CpuBackend(2))
+    x = program.buffer("x", 512)
+    program.op(EMBED, [], [x], [CpuBackend(2).matrix(weight)])
+    out, tokens = np.empty((4, 512), np.float32), [0, 82, 15, 16]
+    program.run(4, {x: out}, tokens)
+    np.testing.assert_allclose(out, weight.values()[tokens], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_model_has_the_same_bits_with_any_number_of_threads(checkpoints: dict[str, Path], layout: str) -> None:
+    results: list[Any] = []
+    for num_threads in (1, 2, 3, 7):
+        backend = CpuBackend(num_threads)
+        weights = load_weights(FolderCheckpoint(checkpoints[layout]), load_config(checkpoints[layout]), backend)
+        trunk, memory = make_trunk(weights, backend), SequenceMemory.alone(weights.config, 90, 5)
+        first: Any = trunk.prefill(Rows(memory, 0, tuple(prompt(64))), is_last=True)
+        results.append(np.concatenate([first, trunk.verify([Rows(memory, 64, (1, 2, 3, 4, 5))])[0]]))
+    for other in results[1:]:
+        np.testing.assert_array_equal(other, results[0])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_prefill_and_steps_have_the_same_bits(checkpoints: dict[str, Path], layout: str) -> None:
+    backend = CpuBackend(2)
+    weights = load_weights(FolderCheckpoint(checkpoints[layout]), load_config(checkpoints[layout]), backend)
+    trunk, tokens = make_trunk(weights, backend), tuple(prompt(64))
+    chunk, steps = SequenceMemory.alone(weights.config, 90, 5), SequenceMemory.alone(weights.config, 90, 5)
+    logits = trunk.prefill(Rows(chunk, 0, tokens), is_last=True)
+    rows = [trunk.verify([Rows(steps, i, tokens[i : i + 4])])[0] for i in range(0, 64, 4)]
+    np.testing.assert_array_equal(logits, rows[-1][-1:])
+    np.testing.assert_array_equal(chunk.hidden.read(0, 64), steps.hidden.read(0, 64))
+
+
+def test_calls_from_several_threads_wait_for_each_other(config: ModelConfig) -> None:
+    matrix = CpuBackend(2).matrix(stored("Q8_0", 512))
+    x = np.random.default_rng(7).normal(0, 1, (4, 512)).astype(np.float32)
+    expected = product(config, matrix, x)
+    with ThreadPoolExecutor(4) as pool:
+        for y in pool.map(partial(product, config, matrix, x), [1, 2, 3] * 100):
+            np.testing.assert_array_equal(y, expected)
+
+
+def test_a_child_process_starts_threads_of_its_own() -> None:
+    script = """
+import os, numpy as np
+from forerun.kernels.cpu.matrices import CpuBackend
+from forerun.kernels.formats.stored import Stored
+raw = Stored("Q8_0", 32, np.zeros((64, 34), np.uint8))
+CpuBackend(2).matrix(raw)
+child = os.fork()
+CpuBackend(2).matrix(raw)
+if child:
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_threads_default_to_the_physical_cores() -> None:
+    assert CpuBackend().num_threads == physical_cores() >= 1
