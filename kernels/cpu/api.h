@@ -9,7 +9,7 @@
 
 /* The instruction set to use: "" for the best this processor has, or avx512, avx2, neon, portable. Returns its name, NULL if it cannot be. */
 API const char *forerun_use(const char *name);
-/* Bytes of a matrix once repacked. Formats from Q8_0 on; inputs in whole blocks. */
+/* Bytes of a matrix once repacked; inputs are whole blocks of its format. */
 API int64_t forerun_packed_bytes(int format, int64_t outputs, int64_t inputs);
 /* Repacks the blocks of a file into tiles. */
 API void forerun_pack(int format, int outputs, int inputs, const void *raw, void *tiles, int num_threads);

@@ -7,7 +7,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* Formats of a matrix. The first three stay as files have them, [outputs, inputs]; the others are repacked (pack.c). */
+/* Formats of a matrix, all of them repacked into tiles (pack.c). */
 enum { F32, F16, BF16, Q8_0, Q4_0, Q4_K, Q5_K, Q6_K, NUM_FORMATS };
 
 /* Outputs of one tile of a repacked matrix, and of one unit of work. */
@@ -28,11 +28,10 @@ typedef struct {
     int32_t format, outputs, inputs, reserved;
 } Matrix;
 
-/* Rows of activations, in the forms that the formats of a product ask for. */
+/* Rows of activations, quantised where the format of a product asks for it. */
 typedef struct {
     const float *x; /* [rows, stride] */
     int64_t stride;
-    float *halves;  /* BF16: [rows, padded], each group of 2 * LANES with its even places first */
     int8_t *quants; /* [rows, inputs] */
     float *scales;  /* one for 32 or 256 inputs: [rows, inputs / 32] */
     int16_t *sums;  /* of 16 quants each: [rows, inputs / 16] */

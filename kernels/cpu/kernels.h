@@ -16,13 +16,6 @@ ALWAYS float vf_sum(VF v) {
     return lanes[0];
 }
 
-static inline float bf16(const uint16_t *p) {
-    uint32_t bits = (uint32_t)*p << 16;
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
-
 /* exp in the manner of Cephes (expf.c): 2^n times a polynomial; plain C that compilers make vectors of. Below -87: about 0. */
 ALWAYS float exponential(float x) {
     x = x > 88.0f ? 88.0f : x;
@@ -53,84 +46,78 @@ static float dot(const float *x, const float *y, int n) {
     return total;
 }
 
-/* ---- products: row-major floats ---- */
+/* ---- products: tiles of floats ---- */
 
-/* One step of LANES (F32, F16) or 2 * LANES (BF16) inputs. */
-ALWAYS int step_of(int format) { return format == BF16 ? 2 * LANES : LANES; }
+ALWAYS void put_tile(const VF *sums, const Matrix *m, int tile, float *out, int adds) {
+    int first = tile * TILE, count = m->outputs - first < TILE ? m->outputs - first : TILE;
+    if (count == TILE && !adds)
+        for (int part = 0; part < PARTS; part++) vf_store(out + first + part * LANES, sums[part]);
+    else if (count == TILE)
+        for (int part = 0; part < PARTS; part++) vf_store(out + first + part * LANES, vf_add(vf_load(out + first + part * LANES), sums[part]));
+    else {
+        float values[TILE];
+        for (int part = 0; part < PARTS; part++) vf_store(values + part * LANES, sums[part]);
+        for (int i = 0; i < count; i++) out[first + i] = adds ? out[first + i] + values[i] : values[i];
+    }
+}
 
-/* `outputs` x `rows` dots; inputs in whole steps. */
-ALWAYS void float_block(int format, const char *w, int64_t w_stride, int num_outputs, const float *x, int64_t x_stride, int rows, int inputs,
-                        float sums[4][6]) {
-    VF sum[4][6];
-    for (int o = 0; o < num_outputs; o++)
-        for (int r = 0; r < rows; r++) sum[o][r] = vf_set(0);
-    for (int i = 0; i < inputs; i += step_of(format))
-        for (int o = 0; o < num_outputs; o++) {
-            const char *at = w + o * w_stride + (int64_t)i * (format == F32 ? 4 : 2);
-            __builtin_prefetch(at + num_outputs * w_stride);
-            if (format == BF16) {
-                VF even, odd;
-                vf_bf16(at, &even, &odd);
-                for (int r = 0; r < rows; r++) {
-                    sum[o][r] = vf_fma(even, vf_load(x + r * x_stride + i), sum[o][r]);
-                    sum[o][r] = vf_fma(odd, vf_load(x + r * x_stride + i + LANES), sum[o][r]);
+/* 16 outputs of `tiles` tiles for `rows` rows, one input after another: each output is one chain of fused multiply-adds. */
+ALWAYS void float_tiles(int format, const Matrix *m, int tile, int tiles, const Activations *a, int row, int rows, float *out, int64_t stride,
+                        int adds) {
+    int64_t size = tile_bytes(format, m->inputs), step = format == F32 || format == BF16 ? 4 * TILE : 2 * TILE;
+    const char *w = (const char *)m->data + tile * size;
+    const float *x[6];
+    VF sum[2][6][PARTS];
+    for (int r = 0; r < rows; r++) x[r] = a->x + (row + r) * a->stride;
+    for (int t = 0; t < tiles; t++)
+        for (int r = 0; r < rows; r++)
+            for (int part = 0; part < PARTS; part++) sum[t][r][part] = vf_set(0);
+    int pairs = format == BF16 ? m->inputs / 2 : m->inputs;
+    for (int i = 0; i < pairs; i++)
+        for (int t = 0; t < tiles; t++) {
+            const char *at = w + t * size + i * step;
+            __builtin_prefetch(at + AHEAD);
+            VF v[2][PARTS];
+            for (int part = 0; part < PARTS; part++)
+                if (format == BF16) vf_bf16(at + part * 4 * LANES, &v[0][part], &v[1][part]);
+                else v[0][part] = format == F32 ? vf_load((const float *)at + part * LANES) : vf_half(at + part * 2 * LANES);
+            for (int r = 0; r < rows; r++)
+                for (int k = 0; k < (format == BF16 ? 2 : 1); k++) {
+                    VF by = vf_set(x[r][format == BF16 ? 2 * i + k : i]);
+                    for (int part = 0; part < PARTS; part++) sum[t][r][part] = vf_fma(v[k][part], by, sum[t][r][part]);
                 }
-            } else {
-                VF v = format == F32 ? vf_load((const float *)at) : vf_half(at);
-                for (int r = 0; r < rows; r++) sum[o][r] = vf_fma(v, vf_load(x + r * x_stride + i), sum[o][r]);
+        }
+    if (format == BF16 && m->inputs % 2)
+        for (int t = 0; t < tiles; t++)
+            for (int part = 0; part < PARTS; part++) {
+                VF even, odd;
+                vf_bf16(w + t * size + pairs * step + part * 4 * LANES, &even, &odd);
+                for (int r = 0; r < rows; r++) sum[t][r][part] = vf_fma(even, vf_set(x[r][2 * pairs]), sum[t][r][part]);
             }
+    for (int t = 0; t < tiles; t++)
+        for (int r = 0; r < rows; r++) put_tile(sum[t][r], m, tile + t, out + (row + r) * stride, adds);
+}
+
+/* As many rows at once as registers have room for. */
+ALWAYS void float_product(int format, const Matrix *m, int first, int last, const Activations *a, int rows, float *out, int64_t stride, int adds) {
+    int tile = first / TILE, end = (last + TILE - 1) / TILE, most = format == BF16 ? 5 : 6;
+#define TILES(T, R) float_tiles(format, m, tile, T, a, row, R, out, stride, adds)
+    for (; tile < end; tile += 2) {
+        int is_pair = tile + 2 <= end;
+        for (int row = 0, now; row < rows; row += now) {
+            int left = rows - row;
+            now = left <= most ? left : left == 8 ? 4 : most;
+            if (now == 1) is_pair ? TILES(2, 1) : TILES(1, 1);
+            else if (now == 2) is_pair ? TILES(2, 2) : TILES(1, 2);
+            else
+                for (int rest = is_pair; rest >= 0; rest--, tile++) now == 3 ? TILES(1, 3) : now == 4 ? TILES(1, 4) : now == 5 ? TILES(1, 5) : TILES(1, 6);
+            if (now > 2) tile -= is_pair + 1;
         }
-    for (int o = 0; o < num_outputs; o++)
-        for (int r = 0; r < rows; r++) sums[o][r] = vf_sum(sum[o][r]);
-}
-
-ALWAYS float float_weight(int format, const char *at) {
-    if (format == F32) {
-        float x;
-        memcpy(&x, at, 4);
-        return x;
     }
-    uint16_t bits;
-    memcpy(&bits, at, 2);
-    return format == F16 ? half(at) : bf16(&bits);
+#undef TILES
 }
 
-ALWAYS void float_some(int format, const Matrix *m, int first, int num_outputs, const Activations *a, int row, int rows, float *out,
-                       int64_t out_stride, int adds) {
-    int size = format == F32 ? 4 : 2, whole = m->inputs / step_of(format) * step_of(format);
-    int64_t w_stride = (int64_t)m->inputs * size, halves_stride = padded(m->inputs);
-    const char *w = (const char *)m->data + first * w_stride;
-    int64_t x_stride = format == BF16 ? halves_stride : a->stride;
-    const float *x = (format == BF16 ? a->halves : a->x) + row * x_stride;
-    float sums[4][6];
-    float_block(format, w, w_stride, num_outputs, x, x_stride, rows, whole, sums);
-    for (int o = 0; o < num_outputs; o++)
-        for (int r = 0; r < rows; r++) {
-            float sum = sums[o][r];
-            for (int i = whole; i < m->inputs; i++) sum += float_weight(format, w + o * w_stride + (int64_t)i * size) * a->x[(row + r) * a->stride + i];
-            float *to = out + (row + r) * out_stride + first + o;
-            *to = adds ? *to + sum : sum;
-        }
-}
-
-/* Four outputs for up to two rows, two outputs for up to six: what fits 16 registers. */
-ALWAYS void float_outputs(int format, const Matrix *m, int first, int last, const Activations *a, int rows, float *out, int64_t stride, int adds) {
-    for (int row = 0; row < rows;) {
-        int left = rows - row, now = left <= 2 ? left : left <= 6 ? left : left == 8 ? 4 : 6;
-        int o = first;
-#define SOME(O, R) float_some(format, m, o, O, a, row, R, out, stride, adds)
-        if (now <= 2)
-            for (; o + 4 <= last; o += 4) now == 1 ? SOME(4, 1) : SOME(4, 2);
-        else
-            for (; o + 2 <= last; o += 2) now == 3 ? SOME(2, 3) : now == 4 ? SOME(2, 4) : now == 5 ? SOME(2, 5) : SOME(2, 6);
-        for (; o < last; o++)
-            for (int r = 0; r < now; r++) float_some(format, m, o, 1, a, row + r, 1, out, stride, adds);
-#undef SOME
-        row += now;
-    }
-}
-
-/* ---- products: tiles of 16 outputs ---- */
+/* ---- products: tiles of quants ---- */
 
 typedef struct {
     const int8_t *quants[ROWS];
@@ -296,12 +283,7 @@ ALWAYS void tile_rows(const Matrix *m, int tile, const Activations *a, int row, 
     case Q5_K: q5_k_tile(w, inputs, &of, rows, acc); break;
     default: q6_k_tile(w, inputs, &of, rows, acc);
     }
-    int first = tile * TILE, count = m->outputs - first < TILE ? m->outputs - first : TILE;
-    EACH_ROW {
-        float values[TILE], *to = out + (row + r) * stride + first;
-        EACH_PART vf_store(values + part * LANES, acc[r][part]);
-        for (int i = 0; i < count; i++) to[i] = adds ? to[i] + values[i] : values[i];
-    }
+    EACH_ROW put_tile(acc[r], m, tile, out + (row + r) * stride, adds);
 }
 
 static __attribute__((noinline)) void tile_1(const Matrix *m, int t, const Activations *a, int row, float *out, int64_t stride, int adds) {
@@ -319,9 +301,9 @@ static __attribute__((noinline)) void tile_4(const Matrix *m, int t, const Activ
 
 /* Outputs [first, last) of every row; first is a multiple of TILE. */
 static void product(const Matrix *m, int first, int last, const Activations *a, int rows, float *out, int64_t stride, int adds) {
-    if (m->format == F32) float_outputs(F32, m, first, last, a, rows, out, stride, adds);
-    else if (m->format == F16) float_outputs(F16, m, first, last, a, rows, out, stride, adds);
-    else if (m->format == BF16) float_outputs(BF16, m, first, last, a, rows, out, stride, adds);
+    if (m->format == F32) float_product(F32, m, first, last, a, rows, out, stride, adds);
+    else if (m->format == F16) float_product(F16, m, first, last, a, rows, out, stride, adds);
+    else if (m->format == BF16) float_product(BF16, m, first, last, a, rows, out, stride, adds);
     else
         for (int tile = first / TILE; tile * TILE < last; tile++)
             for (int row = 0; row < rows;) {
@@ -337,12 +319,6 @@ static void product(const Matrix *m, int first, int last, const Activations *a, 
 }
 
 /* ---- activations for products ---- */
-
-static void halve(const float *x, int n, float *out) {
-    int at = 0;
-    for (; at + 2 * LANES <= n; at += 2 * LANES)
-        for (int i = 0; i < LANES; i++) out[at + i] = x[at + 2 * i], out[at + LANES + i] = x[at + 2 * i + 1];
-}
 
 /* Bytes with one scale for `block` values (32 as Q8_0, 256 as Q8_K in ggml), and the sums of 16. */
 static void quantise(const float *x, int n, int block, int8_t *quants, float *scales, int16_t *sums, int16_t *sums_32) {
@@ -391,20 +367,18 @@ static void rotate(float *x, const float *cos, const float *sin, int half_dim) {
     }
 }
 
-/* Scores of up to 4 queries with one key. */
-ALWAYS void scores_of(const float *q, int queries, const float *key, int dim, float *scores, int64_t stride) {
-    VF sum[4];
-    for (int g = 0; g < queries; g++) sum[g] = vf_set(0);
+/* Scores of a query with the 8 keys from `keys` on. */
+ALWAYS void scores_of(const float *q, const float *keys, int dim, float *scores) {
+    VF sum[8];
+    for (int p = 0; p < 8; p++) sum[p] = vf_set(0);
     int i = 0;
     for (; i + LANES <= dim; i += LANES) {
-        VF k = vf_load(key + i);
-        for (int g = 0; g < queries; g++) sum[g] = vf_fma(k, vf_load(q + g * dim + i), sum[g]);
+        VF x = vf_load(q + i);
+        for (int p = 0; p < 8; p++) sum[p] = vf_fma(x, vf_load(keys + p * dim + i), sum[p]);
     }
-    for (int g = 0; g < queries; g++) {
-        float total = vf_sum(sum[g]);
-        for (int j = i; j < dim; j++) total += key[j] * q[g * dim + j];
-        scores[g * stride] = total;
-    }
+    vf_sum_8(sum, scores);
+    for (; i < dim; i++)
+        for (int p = 0; p < 8; p++) scores[p] += q[i] * keys[p * dim + i];
 }
 
 ALWAYS void values_of(const float *scores, int64_t stride, int queries, const Span *s, const float *values, int64_t page_size, int seen, int dim,
@@ -423,24 +397,16 @@ ALWAYS void values_of(const float *scores, int64_t stride, int queries, const Sp
         for (int i = 0; i < 16 / LANES; i++) vf_store(out + g * dim + at + i * LANES, sum[g][i]);
 }
 
-/* All query heads of one key-value head, one row: q [group, D] scaled, out [group, D]; scores holds group * seen floats. */
+/* All query heads of one key-value head, one row: q [group, D] scaled, out [group, D]; scores holds `seen` floats, rounded up to 8, for each of them. */
 static void attend(const float *q, int group, const Span *s, const float *keys, const float *values, int64_t page_size, int seen, int dim,
                    float *scores, float *out) {
-    for (int g = 0; g < group; g += 4) {
-        int count = group - g < 4 ? group - g : 4;
-        for (int p = 0; p < seen; p++) {
-            const float *key = keys + s->table[p / PAGE] * page_size + (int64_t)(p % PAGE) * dim;
-            float *to = scores + (int64_t)g * seen + p;
-            switch (count) {
-            case 1: scores_of(q + g * dim, 1, key, dim, to, seen); break;
-            case 2: scores_of(q + g * dim, 2, key, dim, to, seen); break;
-            case 3: scores_of(q + g * dim, 3, key, dim, to, seen); break;
-            default: scores_of(q + g * dim, 4, key, dim, to, seen);
-            }
-        }
+    int64_t stride = (seen + 7) / 8 * 8;
+    for (int p = 0; p < seen; p += 8) { /* keys after the last one seen are in the same page, and their scores are not used */
+        const float *key = keys + s->table[p / PAGE] * page_size + (int64_t)(p % PAGE) * dim;
+        for (int g = 0; g < group; g++) scores_of(q + g * dim, key, dim, scores + g * stride + p);
     }
     for (int g = 0; g < group; g++) {
-        float *row = scores + (int64_t)g * seen, most = row[0], lanes[16] = {0}, total = 0;
+        float *row = scores + g * stride, most = row[0], lanes[16] = {0}, total = 0;
         for (int p = 1; p < seen; p++) most = row[p] > most ? row[p] : most;
         for (int p = 0; p < seen; p++) row[p] = exponential(row[p] - most);
         int p = 0;
@@ -452,18 +418,18 @@ static void attend(const float *q, int group, const Span *s, const float *keys, 
     }
     for (int g = 0; g < group; g += 4) {
         int count = group - g < 4 ? group - g : 4, at = 0;
-        const float *from = scores + (int64_t)g * seen;
+        const float *from = scores + g * stride;
         for (; at + 16 <= dim; at += 16) switch (count) {
-            case 1: values_of(from, seen, 1, s, values, page_size, seen, dim, at, out + g * dim); break;
-            case 2: values_of(from, seen, 2, s, values, page_size, seen, dim, at, out + g * dim); break;
-            case 3: values_of(from, seen, 3, s, values, page_size, seen, dim, at, out + g * dim); break;
-            default: values_of(from, seen, 4, s, values, page_size, seen, dim, at, out + g * dim);
+            case 1: values_of(from, stride, 1, s, values, page_size, seen, dim, at, out + g * dim); break;
+            case 2: values_of(from, stride, 2, s, values, page_size, seen, dim, at, out + g * dim); break;
+            case 3: values_of(from, stride, 3, s, values, page_size, seen, dim, at, out + g * dim); break;
+            default: values_of(from, stride, 4, s, values, page_size, seen, dim, at, out + g * dim);
             }
         for (; at < dim; at++)
             for (int i = 0; i < count; i++) {
                 float sum = 0;
                 for (int p = 0; p < seen; p++)
-                    sum += values[s->table[p / PAGE] * page_size + (int64_t)(p % PAGE) * dim + at] * from[(int64_t)i * seen + p];
+                    sum += values[s->table[p / PAGE] * page_size + (int64_t)(p % PAGE) * dim + at] * from[i * stride + p];
                 out[(g + i) * dim + at] = sum;
             }
     }
@@ -512,6 +478,6 @@ static void delta_row(float *panel, const DeltaRows *x, int t, const float *next
 }
 
 const Kernels SUFFIX = {
-    .product = product, .halve = halve, .quantise = quantise, .norm = norm, .swiglu = swiglu, .gate = gate, .rotate = rotate, .attend = attend,
-    .convolve = convolve, .normalise = normalise, .delta_read = delta_read, .delta_row = delta_row, .lanes = LANES, .pause = v_pause,
+    .product = product, .quantise = quantise, .norm = norm, .swiglu = swiglu, .gate = gate, .rotate = rotate, .attend = attend,
+    .convolve = convolve, .normalise = normalise, .delta_read = delta_read, .delta_row = delta_row, 
 };

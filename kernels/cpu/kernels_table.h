@@ -15,7 +15,6 @@ typedef struct {
 
 typedef struct {
     void (*product)(const Matrix *m, int first, int last, const Activations *a, int rows, float *out, int64_t stride, int adds);
-    void (*halve)(const float *x, int n, float *out);
     void (*quantise)(const float *x, int n, int block, int8_t *quants, float *scales, int16_t *sums, int16_t *sums_32);
     void (*norm)(const float *x, const float *weight, float *out, int n, float eps);
     void (*swiglu)(float *gate, const float *up, int n);
@@ -27,15 +26,13 @@ typedef struct {
     void (*normalise)(float *x, int n, float scale);
     void (*delta_read)(const float *panel, const float *k, int dk, float *read);
     void (*delta_row)(float *panel, const DeltaRows *x, int t, const float *next_k, float *read, float *out);
-    int lanes;
-    void (*pause)(void);
 } Kernels;
-
-/* Floats of a row of Activations.halves: whole groups of 2 * LANES, of any instruction set. */
-static inline int64_t padded(int64_t n) { return (n + 31) / 32 * 32; }
 
 static inline int64_t tile_bytes(int format, int64_t inputs) {
     switch (format) {
+    case F32: return inputs * TILE * 4;
+    case F16: return inputs * TILE * 2;
+    case BF16: return (inputs + 1) / 2 * TILE * 4;
     case Q8_0: return inputs / 32 * Q8_0_BYTES;
     case Q4_0: return inputs / 32 * Q4_0_BYTES;
     case Q4_K: return inputs / 256 * Q4_K_BYTES;

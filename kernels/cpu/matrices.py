@@ -15,7 +15,7 @@ from .library import FORMATS, library, physical_cores
 
 @dataclass(frozen=True, slots=True)
 class CpuMatrix:
-    """[outputs, inputs] in a format of the kernels: F32, F16 and BF16 are the file's own bytes, the others repacked once."""
+    """[outputs, inputs] in a format of the kernels, repacked into tiles of 16 outputs."""
 
     format: int
     outputs: int
@@ -36,8 +36,6 @@ class CpuBackend:
     def matrix(self, weight: Stored) -> CpuMatrix:
         (outputs, inputs), number = weight.shape, FORMATS[weight.type]
         raw = np.ascontiguousarray(weight.raw)
-        if weight.type in ("F32", "F16", "BF16"):
-            return CpuMatrix(number, outputs, inputs, raw)
         packed = _huge(self.library.packed_bytes(number, outputs, inputs))
         self.library.pack(number, outputs, inputs, raw.ctypes.data, packed.ctypes.data, self.num_threads)
         return CpuMatrix(number, outputs, inputs, packed)

@@ -1,5 +1,5 @@
-/* From the blocks of GGUF files (ggml-quants.c has their formulas) to tiles: 16 outputs side by side, so that a vector holds one
- * place of several outputs and nothing is summed across it. Quants are repacked, never rounded again. */
+/* From rows as files have them (ggml-quants.c has the formulas of quantised blocks) to tiles: 16 outputs side by side, so that a vector
+ * holds one place of several outputs, nothing is summed across it, and a product reads memory from end to end. Nothing is rounded again. */
 #include "kernels_table.h"
 #include "api.h"
 
@@ -39,10 +39,13 @@ static void quants_of(int format, const uint8_t *block, uint8_t *q) {
     }
 }
 
-static int block_values(int format) { return format == Q8_0 || format == Q4_0 ? 32 : 256; }
+static int block_values(int format) { return format == BF16 ? 2 : format <= F16 ? 1 : format == Q8_0 || format == Q4_0 ? 32 : 256; }
 
 static int block_bytes(int format) {
     switch (format) {
+    case F32:
+    case BF16: return 4;
+    case F16: return 2;
     case Q8_0: return 34;
     case Q4_0: return 18;
     case Q4_K: return 144;
@@ -54,6 +57,10 @@ static int block_bytes(int format) {
 /* Output `o` of one block of a tile, all of whose bytes are zero. */
 static void put(int format, const uint8_t *block, int o, uint8_t *tile) {
     uint8_t q[256], *weights;
+    if (format <= BF16) {
+        memcpy(tile + o * block_bytes(format), block, (size_t)block_bytes(format));
+        return;
+    }
     quants_of(format, block, q);
     const uint8_t *d = format == Q6_K ? block + 208 : block;
     memcpy(tile + 2 * o, d, 2);
@@ -94,13 +101,16 @@ typedef struct {
 
 static void pack_some(void *what, int thread, int num_threads) {
     const Packing *p = what;
-    int blocks = p->inputs / block_values(p->format), bytes = block_bytes(p->format);
-    int64_t size = tile_bytes(p->format, p->inputs), step = size / blocks;
+    int blocks = p->inputs / block_values(p->format), bytes = block_bytes(p->format), odd = p->format == BF16 && p->inputs % 2;
+    int64_t size = tile_bytes(p->format, p->inputs), step = size / (blocks + odd), row_bytes = (int64_t)blocks * bytes + 2 * odd;
     for (int tile = thread; tile * TILE < p->outputs; tile += num_threads) {
         memset(p->tiles + tile * size, 0, (size_t)size);
         for (int o = 0; o < TILE && tile * TILE + o < p->outputs; o++)
-            for (int b = 0; b < blocks; b++)
-                put(p->format, p->raw + ((int64_t)(tile * TILE + o) * blocks + b) * bytes, o, p->tiles + tile * size + b * step);
+        {
+            const uint8_t *row = p->raw + (tile * TILE + o) * row_bytes;
+            for (int b = 0; b < blocks; b++) put(p->format, row + (int64_t)b * bytes, o, p->tiles + tile * size + b * step);
+            if (odd) memcpy(p->tiles + tile * size + blocks * step + 4 * o, row + (int64_t)blocks * bytes, 2);
+        }
     }
 }
 
@@ -122,24 +132,21 @@ static int quant_at(const uint8_t *weights, int i, int o, int has_six) {
 }
 
 void row_of(const Matrix *m, int output, float *out) {
-    if (m->format == F32) {
-        memcpy(out, (const char *)m->data + (int64_t)output * m->inputs * 4, (size_t)m->inputs * 4);
-        return;
-    }
+    int o = output % TILE;
+    int64_t size = tile_bytes(m->format, m->inputs);
+    const uint8_t *tile = (const uint8_t *)m->data + output / TILE * size;
     if (m->format <= BF16) {
-        const char *at = (const char *)m->data + (int64_t)output * m->inputs * 2;
         for (int i = 0; i < m->inputs; i++) {
-            uint16_t bits;
-            memcpy(&bits, at + 2 * i, 2);
-            uint32_t whole = (uint32_t)bits << 16;
-            if (m->format == F16) out[i] = half(at + 2 * i);
-            else memcpy(out + i, &whole, 4);
+            uint32_t bits = 0;
+            if (m->format == F32) memcpy(&bits, tile + ((int64_t)i * TILE + o) * 4, 4);
+            else if (m->format == BF16) memcpy((char *)&bits + 2, tile + ((int64_t)i / 2 * TILE + o) * 4 + i % 2 * 2, 2);
+            memcpy(out + i, &bits, 4);
+            if (m->format == F16) out[i] = half(tile + ((int64_t)i * TILE + o) * 2);
         }
         return;
     }
-    int blocks = m->inputs / block_values(m->format), o = output % TILE;
-    int64_t size = tile_bytes(m->format, m->inputs), step = size / blocks;
-    const uint8_t *tile = (const uint8_t *)m->data + output / TILE * size;
+    int blocks = m->inputs / block_values(m->format);
+    int64_t step = size / blocks;
     for (int b = 0; b < blocks; b++, tile += step, out += block_values(m->format)) {
         float d = half(tile + 2 * o);
         if (m->format == Q8_0)

@@ -62,7 +62,6 @@ typedef struct {
     const Call *call;
     float **buffers;
     Activations quants_32, quants_256; /* of the rows of one LINEAR */
-    float *halves;
     float *scratch; /* one part a thread */
     int64_t scratch_size;
     int *span_of, *first_row; /* of a row; of a span */
@@ -83,7 +82,7 @@ static int64_t scratch_floats(const Call *call) {
     }
     int64_t values = (s->value_dim + 15) / 16 * 16;
     int64_t delta = rows * (2 * s->key_dim + values + 2) + 16 * (int64_t)s->key_dim + 64 + s->value_dim;
-    return most(delta, group * (seen + 2 * s->head_dim)) + 64;
+    return most(delta, group * (seen + 8 + 2 * s->head_dim)) + 64;
 }
 
 /* Lays out everything a call needs, at `base` or, to learn how much that is, at NULL. Returns its bytes. */
@@ -114,7 +113,6 @@ static size_t lay_out(Run *run, char *base, int num_threads) {
         TAKE(both[i]->sums, rows * (inputs / 16 + 1));
         TAKE(both[i]->sums_32, rows * (inputs / 32 + 1));
     }
-    TAKE(run->halves, rows * padded(inputs) + 32 * rows);
     run->scratch_size = scratch_floats(call);
     TAKE(run->scratch, run->scratch_size * num_threads);
     TAKE(run->span_of, rows);
@@ -129,9 +127,9 @@ static size_t lay_out(Run *run, char *base, int num_threads) {
 /* The next unit of a step that nobody has taken. */
 static int take(Run *run, int op) { return atomic_fetch_add_explicit(&run->units[op], 1, memory_order_relaxed); }
 
-enum { HALVES = 1, BLOCKS_OF_32 = 2, BLOCKS_OF_256 = 4 };
+enum { BLOCKS_OF_32 = 1, BLOCKS_OF_256 = 2 };
 static int needs(int format) {
-    return format == BF16 ? HALVES : format == Q8_0 || format == Q4_0 ? BLOCKS_OF_32 : format >= Q4_K ? BLOCKS_OF_256 : 0;
+    return format == Q8_0 || format == Q4_0 ? BLOCKS_OF_32 : format >= Q4_K ? BLOCKS_OF_256 : 0;
 }
 
 /* Quantised rows from `row` on. */
@@ -142,7 +140,6 @@ static Activations part(const Activations *a, int64_t inputs, int block, int64_t
 }
 
 static void prepare_row(Run *run, int what, const float *x, int64_t inputs, int64_t row) {
-    if (what & HALVES) kernels->halve(x, (int)inputs, run->halves + row * padded(inputs));
     for (int is_32 = 0; is_32 < 2; is_32++) {
         if (!(what & (is_32 ? BLOCKS_OF_32 : BLOCKS_OF_256))) continue;
         int block = is_32 ? 32 : 256;
@@ -156,7 +153,7 @@ static Activations activations(const Run *run, int format, const float *x, int64
     Activations a = {0};
     if (needs(format) == BLOCKS_OF_32) a = part(&run->quants_32, inputs, 32, row);
     else if (needs(format) == BLOCKS_OF_256) a = part(&run->quants_256, inputs, 256, row);
-    a.x = x + row * stride, a.stride = stride, a.halves = run->halves + row * padded(inputs);
+    a.x = x + row * stride, a.stride = stride;
     return a;
 }
 

@@ -13,6 +13,12 @@ static inline VF vf_set(float x) { return _mm256_set1_ps(x); }
 static inline VF vf_add(VF a, VF b) { return _mm256_add_ps(a, b); }
 static inline VF vf_mul(VF a, VF b) { return _mm256_mul_ps(a, b); }
 static inline VF vf_fma(VF a, VF b, VF c) { return _mm256_fmadd_ps(a, b, c); }
+/* The sums of 8 vectors. */
+static inline void vf_sum_8(const VF *v, float *sums) {
+    __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+    __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
+    _mm256_storeu_ps(sums, _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31)));
+}
 static inline VF vf_half(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 /* 2 * LANES bfloat16: those at even places, and those at odd ones. */
 static inline void vf_bf16(const void *p, VF *even, VF *odd) {
@@ -64,4 +70,3 @@ static inline VI vp_second(VI pairs) {
                                                        2, 3, 2, 3, 6, 7, 6, 7, 10, 11, 10, 11, 14, 15, 14, 15));
 }
 static inline VI vs_scaled(VS sum, VI scale) { return _mm256_madd_epi16(sum, scale); }
-static inline void v_pause(void) { _mm_pause(); }

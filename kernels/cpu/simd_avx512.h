@@ -13,6 +13,13 @@ static inline VF vf_set(float x) { return _mm512_set1_ps(x); }
 static inline VF vf_add(VF a, VF b) { return _mm512_add_ps(a, b); }
 static inline VF vf_mul(VF a, VF b) { return _mm512_mul_ps(a, b); }
 static inline VF vf_fma(VF a, VF b, VF c) { return _mm512_fmadd_ps(a, b, c); }
+static inline void vf_sum_8(const VF *v, float *sums) {
+    __m256 h[8];
+    for (int i = 0; i < 8; i++) h[i] = _mm256_add_ps(_mm512_castps512_ps256(v[i]), _mm512_extractf32x8_ps(v[i], 1));
+    __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(h[0], h[1]), _mm256_hadd_ps(h[2], h[3]));
+    __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(h[4], h[5]), _mm256_hadd_ps(h[6], h[7]));
+    _mm256_storeu_ps(sums, _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31)));
+}
 static inline VF vf_half(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 static inline void vf_bf16(const void *p, VF *even, VF *odd) {
     __m512i v = _mm512_loadu_si512(p);
@@ -50,4 +57,3 @@ static inline VI vp_dot(VI pairs, const int16_t *two) { int x; memcpy(&x, two, 4
 static inline VI vp_first(VI pairs) { return _mm512_srai_epi32(_mm512_slli_epi32(pairs, 16), 16); }
 static inline VI vp_second(VI pairs) { return _mm512_srai_epi32(pairs, 16); }
 static inline VI vs_scaled(VS sum, VI scale) { return _mm512_mullo_epi32(sum, scale); }
-static inline void v_pause(void) { _mm_pause(); }

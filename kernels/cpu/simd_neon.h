@@ -13,6 +13,10 @@ static inline VF vf_set(float x) { return vdupq_n_f32(x); }
 static inline VF vf_add(VF a, VF b) { return vaddq_f32(a, b); }
 static inline VF vf_mul(VF a, VF b) { return vmulq_f32(a, b); }
 static inline VF vf_fma(VF a, VF b, VF c) { return vfmaq_f32(c, a, b); }
+static inline void vf_sum_8(const VF *v, float *sums) {
+    for (int i = 0; i < 8; i += 4)
+        vst1q_f32(sums + i, vpaddq_f32(vpaddq_f32(v[i], v[i + 1]), vpaddq_f32(v[i + 2], v[i + 3])));
+}
 static inline VF vf_half(const void *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *)p))); }
 static inline void vf_bf16(const void *p, VF *even, VF *odd) {
     uint32x4_t v = vreinterpretq_u32_u16(vld1q_u16((const uint16_t *)p));
@@ -53,4 +57,3 @@ static inline VI vp_dot(VI pairs, const int16_t *two) {
     return vmlaq_n_s32(vmulq_n_s32(vp_first(pairs), two[0]), vp_second(pairs), two[1]);
 }
 static inline VI vs_scaled(VS sum, VI scale) { return vmulq_s32(sum, scale); }
-static inline void v_pause(void) { __asm__ volatile("yield"); }

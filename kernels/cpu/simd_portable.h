@@ -11,6 +11,10 @@ static inline VF vf_set(float x) { return (VF){x, x, x, x, x, x, x, x}; }
 static inline VF vf_add(VF a, VF b) { return a + b; }
 static inline VF vf_mul(VF a, VF b) { return a * b; }
 static inline VF vf_fma(VF a, VF b, VF c) { return a * b + c; }
+static inline void vf_sum_8(const VF *v, float *sums) {
+    for (int i = 0; i < 8; i++)
+        sums[i] = ((v[i][0] + v[i][1]) + (v[i][2] + v[i][3])) + ((v[i][4] + v[i][5]) + (v[i][6] + v[i][7]));
+}
 static inline VF vf_half(const void *p) {
     VF v;
     for (int i = 0; i < LANES; i++) v[i] = half((const uint8_t *)p + 2 * i);
@@ -62,4 +66,3 @@ static inline VI vp_first(VI pairs) { return pairs << 16 >> 16; }
 static inline VI vp_second(VI pairs) { return pairs >> 16; }
 static inline VI vp_dot(VI pairs, const int16_t *two) { return vp_first(pairs) * two[0] + vp_second(pairs) * two[1]; }
 static inline VI vs_scaled(VS sum, VI scale) { return sum * scale; }
-static inline void v_pause(void) {}
