@@ -60,6 +60,9 @@ class Costs:
         if self._clock % FORGOTTEN_AFTER == 0:
             self._means = {size: each for size, each in self._means.items() if self._clock - each[2] < FORGOTTEN_AFTER}
         self._table.clear()
+
+    def _draw(self) -> None:
+        """Makes the curve of what was measured."""
         sizes = sorted(self._means)
         # Where more seemed to cost less, neighbours are averaged (pool adjacent violators).
         pools: list[tuple[float, int, int]] = []  # mean, measurements, sizes
@@ -74,10 +77,12 @@ class Costs:
     @property
     def reach(self) -> int:
         """The largest size that may be tried: twice the largest that was, so that the curve is measured from its beginning."""
-        return 2 * self._curve[0][-1] if self._curve[0] else 1
+        return 2 * max(self._means, default=0) or 1
 
     def __call__(self, size: int) -> float:
         """0 before anything was measured."""
+        if not self._table:
+            self._draw()
         while len(self._table) <= size:
             self._table.append(self._estimate(len(self._table)))
         return self._table[size]
@@ -146,6 +151,7 @@ class Chooser:
         self._first_guesses = [_Belief() for _ in range(64)]  # of the head, by position, however sure it was
         self._num_other_rows = 0.0
         self._pause, self._num_unasked, self._is_probing = FIRST_PAUSE, 0, False
+        self._is_resting = False  # the head was not worth it, and nothing has been heard of it since
         self._num_misses = 0
 
     # What is expected
@@ -216,6 +222,9 @@ class Chooser:
     def head_limit(self, plan: Plan, limit: int) -> tuple[int, float]:
         """How many tokens the head should be asked for, when without it `plan` is the best, and the likelihood below which another is not
         worth it. One token, now and then, to see whether it has become worth it."""
+        self._num_unasked += 1
+        if self._is_resting and not plan.parts and self._num_unasked < self._pause:
+            return 0, 0.0
         best, wanted, expected, reach, floor = HEAD_MARGIN * plan.rate, 0, 1.0, 1.0, 0.0
         for i in range(limit):
             reach *= self._first_guesses[i].share(self._experience.first_guesses[i].share(0.6))
@@ -223,7 +232,7 @@ class Chooser:
             rate = self._rate(expected, self._seconds(i + 1, i + 1))
             if rate > best:
                 best, wanted = rate, i + 1
-        self._num_unasked += 1
+        self._is_resting = not wanted and not plan.parts
         self._is_probing = not wanted and limit > 0 and self._num_unasked >= self._pause
         if wanted:
             floor = best * (self._seconds(wanted, wanted) - self._seconds(wanted - 1, wanted - 1))

@@ -5,17 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..core.channel import Mailbox, Reply
 from ..core.errors import ForerunError
 from ..core.messages import Commit, Forget, Observe, Propose, Resume
+from ..core.protocol import CHUNK
 from ..core.speculation import Draft, DrafterName, DrafterStatistics, SpeculationParams
 from ..core.trace import Flow, Trace
 from ..core.vocabulary import Choosing, Verdict
 from .chooser import Chooser, Experience, Plan
 
 HEAD: DrafterName = "draft-mtp"
+#: Tokens after which the head is told what stands though it is not asked: while their hidden rows last.
+HEAD_TOLD_AFTER = CHUNK // 2
 
 
 @dataclass(slots=True)
@@ -56,6 +59,7 @@ class Drafting:
         self._computed = computed
         self._chooser = Chooser(experience)
         self._observed: list[Reply[None]] = []  # of the last chunk, where drafters still read it
+        self._untold: Commit | None = None  # what the head has not been told yet: while it is not asked, it need not listen every round
         self._drafts: list[Draft] = []  # of this round
         self._plan = Plan((), 0.0)
         self._round_began = 0
@@ -72,7 +76,8 @@ class Drafting:
         self._drafts, self._plan = [], Plan((), 0.0)
         is_first_best = self._params.choose == "first"
         look_ups: list[DrafterName] = [name for name in self._drafters if name != HEAD]
-        self._drafts += await self._ask(look_ups, question, (question.last_token,), question.room, 0.0)
+        if look_ups:
+            self._drafts += await self._ask(look_ups, question, (question.last_token,), question.room, 0.0)
         if is_first_best:
             if not self._drafts and HEAD in self._drafters:
                 self._drafts += await self._ask([HEAD], question, (question.last_token,), question.room, 0.0)
@@ -120,6 +125,8 @@ class Drafting:
                     continue
                 message = Propose(question.flow, question.lease, question.position, ahead, limit, floor, question.choosing)
                 with suppress(ForerunError):
+                    if name == HEAD:
+                        await self._tell_head()
                     await self._resume(drafter, question.flow, question.lease)
                     replies.append(await drafter.mailbox.post(message))
                 if not self._overlap:
@@ -169,11 +176,25 @@ class Drafting:
         self._observed.clear()
 
     async def commit(self, message: Commit) -> None:
-        for drafter in self._drafters.values():
-            reply = await self._inform(drafter, message)
-            if reply is not None and not self._overlap:
-                with suppress(ForerunError):
-                    await reply.wait()
+        for name, drafter in self._drafters.items():
+            if name == HEAD:
+                before = self._untold
+                self._untold = message if before is None else replace(before, flow=message.flow, tokens=before.tokens + message.tokens)
+                if len(self._untold.tokens) >= HEAD_TOLD_AFTER:
+                    await self._tell_head()
+                continue
+            await self._settled(await self._inform(drafter, message))
+
+    async def _tell_head(self) -> None:
+        message, self._untold = self._untold, None
+        if message is not None:
+            await self._settled(await self._inform(self._drafters[HEAD], message))
+
+    async def _settled(self, reply: Reply[None] | None) -> None:
+        """Waits for an answer where one thing is done at a time."""
+        if reply is not None and not self._overlap:
+            with suppress(ForerunError):
+                await reply.wait()
 
     async def resume(self, flow: Flow, lease: int) -> None:
         """The lease holds something already."""
@@ -186,6 +207,7 @@ class Drafting:
         for reply in self._observed:
             reply.abandon()
         self._observed.clear()
+        self._untold = None
         for drafter in self._drafters.values():
             with suppress(ForerunError):
                 await drafter.mailbox.ask(Forget(flow, lease))

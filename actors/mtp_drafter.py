@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
@@ -36,7 +35,7 @@ class DraftHead(Protocol):
 
     hidden: int
 
-    def forward(self, batch: Sequence[MtpRows]) -> F32: ...
+    def last(self, batch: Sequence[MtpRows]) -> F32: ...
 
     def logits(self, outputs: F32) -> F32: ...
 
@@ -125,7 +124,7 @@ class MtpDrafter(Actor):
         if isinstance(message, Observe) or len(sequence.behind) >= CHUNK:
             rows = self._catch_up(message.lease, sequence.num_known, ())
             if rows is not None:
-                await self.compute(lambda: self._head.forward([rows]), self._head.seconds(len(rows.tokens)))
+                await self.compute(lambda: self._head.last([rows]), self._head.seconds(len(rows.tokens)))
 
     def _catch_up(self, lease: int, position: int, next_token: tuple[int, ...]) -> MtpRows | None:
         """The rows that make the cache exact up to `position`, all that the target has computed, then `next_token`, whose row has exact
@@ -159,10 +158,9 @@ class MtpDrafter(Actor):
         shares: list[list[float]] = [[] for _ in wanted]
         active, p = list(range(len(wanted))), self._params
         while active:
-            outputs = self._head.forward([rows[i] for i in active])
-            ends = [end - 1 for end in accumulate(len(rows[i].tokens) for i in active)]
+            outputs = self._head.last([rows[i] for i in active])
             still: list[int] = []
-            for i, end, logits in zip(active, ends, self._head.logits(outputs[ends]), strict=True):
+            for i, output, logits in zip(active, outputs, self._head.logits(outputs), strict=True):
                 message, position = wanted[i][0], rows[i].position + len(rows[i].tokens)
                 token = self._choose(logits, message.choosing, position, tuple(tokens[i]))
                 probability = share(logits, token)
@@ -170,7 +168,7 @@ class MtpDrafter(Actor):
                     continue
                 tokens[i].append(token)
                 shares[i].append(probability)
-                rows[i] = MtpRows(rows[i].memory, position, (token,), outputs[end : end + 1])
+                rows[i] = MtpRows(rows[i].memory, position, (token,), output[None])
                 if len(tokens[i]) < message.limit and math.prod(shares[i]) >= message.floor:
                     still.append(i)
             active = still

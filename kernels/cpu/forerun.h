@@ -61,7 +61,7 @@ typedef struct {
 } Sizes;
 
 /* A step of a program. Buffers are numbered; each holds [rows, its width]. */
-enum { EMBED, NORM, LINEAR, SWIGLU, DELTA, COLUMNS, KEYS, ATTEND, ROUTE, EXPERTS_UP, EXPERTS_DOWN, MIX };
+enum { EMBED, NORM, LINEAR, SWIGLU, DELTA, COLUMNS, KEYS, ATTEND, ROUTE, EXPERTS_UP, EXPERTS_DOWN, MIX, LAST };
 #define MAX_OUTPUTS 4
 typedef struct {
     int32_t code, layer;
@@ -69,6 +69,7 @@ typedef struct {
     int32_t out[MAX_OUTPUTS];        /* buffers; of a LINEAR one a matrix */
     int32_t num_matrices, adds;      /* adds: to what `out` holds */
     int32_t offset, num_used;        /* first column of `out`; experts a row uses */
+    int32_t is_last, reserved;       /* from LAST on: a buffer holds one row a span */
     const Matrix *matrices;          /* of experts: gate, up, down after one another, for each */
     const float *weights[4];
 } Op;

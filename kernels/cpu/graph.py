@@ -16,7 +16,7 @@ from ..model.recurrent import RecurrentLog, RecurrentStore, SnapshotRing
 from ..model.trunk import Rotary, Rows, TrunkBase
 from ..model.weights import DeltaWeights, ModelWeights
 from .library import CHUNK, LOG, RING, SpanStruct
-from .matrices import CpuBackend, CpuMatrix
+from .matrices import CpuBackend, CpuMatrix, address
 from .program import EMBED, NORM, Program
 
 
@@ -31,9 +31,9 @@ class _Spans:
         store = memory.recurrent
         span = self._of(memory)[0]
         span.position, span.num_rows, span.num_kept = position, num_rows, position - store.base_position
-        span.store, span.states = (LOG if isinstance(store, RecurrentLog) else RING), store.states.ctypes.data
+        span.store, span.states = (LOG if isinstance(store, RecurrentLog) else RING), address(store.states)
         if is_chunk:
-            span.store, span.states = CHUNK, store.base.ctypes.data
+            span.store, span.states = CHUNK, address(store.base)
         return span
 
     def mtp(self, memory: SequenceMemory, position: int, num_rows: int) -> SpanStruct:
@@ -52,13 +52,13 @@ class _Spans:
 
 def _pages(key_values: KeyValues, table: np.ndarray[tuple[int], np.dtype[np.int32]]) -> SpanStruct:
     keys, values = key_values.arrays
-    return SpanStruct(keys=keys.ctypes.data, values=values.ctypes.data, layer_stride=keys.strides[0] // 4, table=table.ctypes.data)
+    return SpanStruct(keys=address(keys), values=address(values), layer_stride=keys.strides[0] // 4, table=address(table))
 
 
 def _states(store: RecurrentStore, span: SpanStruct) -> None:
-    span.columns, span.columns_stride = store.all_columns.ctypes.data, store.all_columns.strides[0] // 4
+    span.columns, span.columns_stride = address(store.all_columns), store.all_columns.strides[0] // 4
     if isinstance(store, RecurrentLog):
-        span.b, span.a, span.gates_stride = store.b.ctypes.data, store.a.ctypes.data, store.b.strides[0] // 4
+        span.b, span.a, span.gates_stride = address(store.b), address(store.a), store.b.strides[0] // 4
     if isinstance(store, SnapshotRing):
         span.num_slots = len(store.states)
 
@@ -105,7 +105,7 @@ class CpuTrunk(TrunkBase):
         return hidden
 
     def replay(self, log: RecurrentLog, num_rows: int) -> None:
-        span = SpanStruct(num_kept=num_rows, store=LOG, states=log.states.ctypes.data)
+        span = SpanStruct(num_kept=num_rows, store=LOG, states=address(log.states))
         _states(log, span)
         self._replays.run(0, {}, spans=[span])
 
@@ -113,27 +113,38 @@ class CpuTrunk(TrunkBase):
 class CpuHead(HeadBase):
     def __init__(self, weights: ModelWeights, backend: CpuBackend) -> None:
         super().__init__(weights, backend)
-        c, w = weights.config, self.mtp
+        c = weights.config
         self._rotary, self._spans = Rotary(c.rotary_dim, c.rope_theta), _Spans()
-        self._program = program = Program(c, backend)
-        embedded, both, x = program.buffer("embedded", c.hidden), program.buffer("both", 2 * c.hidden), program.buffer("x", c.hidden)
-        self._hidden, self._out = program.buffer("hidden", c.hidden), program.buffer("out", c.hidden)
-        program.op(EMBED, [], [embedded], [weights.embedding])
-        program.op(NORM, [embedded], [both], weights=[w.embedding_norm])
-        program.op(NORM, [self._hidden], [both], weights=[w.hidden_norm], offset=c.hidden)
-        program.linear(both, (w.fc, x))
-        program.layer(x, w.layer, 0)
-        program.op(NORM, [x], [self._out], weights=[w.norm])
+        self._all, self._last = (self._graph(weights, backend, is_last) for is_last in (False, True))
         self._logits = _Product(weights, self.head, backend)
 
+    def _graph(self, weights: ModelWeights, backend: CpuBackend, is_last: bool) -> tuple[Program, int, int]:
+        """A program, and its buffers for the rows before and the outputs."""
+        w, hidden, program = self.mtp, self.hidden, Program(weights.config, backend)
+        embedded, both, x = program.buffer("embedded", hidden), program.buffer("both", 2 * hidden), program.buffer("x", hidden)
+        before, out = program.buffer("hidden", hidden), program.buffer("out", hidden)
+        program.op(EMBED, [], [embedded], [weights.embedding])
+        program.op(NORM, [embedded], [both], weights=[w.embedding_norm])
+        program.op(NORM, [before], [both], weights=[w.hidden_norm], offset=hidden)
+        program.linear(both, (w.fc, x))
+        x = program.layer(x, w.layer, 0, is_last)
+        program.op(NORM, [x], [out], weights=[w.norm])
+        return program, before, out
+
     def forward(self, batch: Sequence[MtpRows]) -> F32:
+        return self._run(self._all, batch, sum(len(rows.tokens) for rows in batch))
+
+    def last(self, batch: Sequence[MtpRows]) -> F32:
+        return self._run(self._last, batch, len(batch))
+
+    def _run(self, graph: tuple[Program, int, int], batch: Sequence[MtpRows], num_outputs: int) -> F32:
+        program, before, out = graph
         spans = [self._spans.mtp(rows.memory, rows.position, len(rows.tokens)) for rows in batch]
         tokens = [token for rows in batch for token in rows.tokens]
-        hidden = np.concatenate([rows.hidden for rows in batch])
-        out = np.empty_like(hidden)
+        hidden, outputs = np.concatenate([rows.hidden for rows in batch]), np.empty((num_outputs, self.hidden), np.float32)
         rotary = self._rotary([p for rows in batch for p in range(rows.position, rows.position + len(rows.tokens))])
-        self._program.run(len(tokens), {self._hidden: hidden, self._out: out}, tokens, rotary, spans)
-        return out
+        program.run(len(tokens), {before: hidden, out: outputs}, tokens, rotary, spans)
+        return outputs
 
     def logits(self, outputs: F32) -> F32:
         return self._logits(outputs)

@@ -42,15 +42,15 @@ class SizesStruct(Structure):
 class OpStruct(Structure):
     _fields_ = [
         ("code", c_int32), ("layer", c_int32), ("inputs", c_int32 * MAX_OUTPUTS), ("outputs", c_int32 * MAX_OUTPUTS),
-        ("num_matrices", c_int32), ("adds", c_int32), ("offset", c_int32), ("num_used", c_int32), ("matrices", POINTER(MatrixStruct)),
-        ("weights", c_void_p * 4),
+        ("num_matrices", c_int32), ("adds", c_int32), ("offset", c_int32), ("num_used", c_int32), ("is_last", c_int32),
+        ("reserved", c_int32), ("matrices", POINTER(MatrixStruct)), ("weights", c_void_p * 4),
     ]  # fmt: skip
 
 
 class CallStruct(Structure):
     _fields_ = [
         ("sizes", POINTER(SizesStruct)), ("ops", POINTER(OpStruct)), ("num_ops", c_int32), ("num_buffers", c_int32),
-        ("widths", c_void_p), ("tokens", c_void_p), ("cos", c_void_p), ("sin", c_void_p), ("spans", POINTER(SpanStruct)),
+        ("widths", POINTER(c_int32)), ("tokens", POINTER(c_int32)), ("cos", c_void_p), ("sin", c_void_p), ("spans", POINTER(SpanStruct)),
         ("num_spans", c_int32), ("num_rows", c_int32), ("given", POINTER(c_void_p)),
     ]  # fmt: skip
 

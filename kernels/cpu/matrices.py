@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import F32
 from ..formats.stored import U8, Stored
 from .library import FORMATS, library, physical_cores
 
@@ -37,7 +36,7 @@ class CpuBackend:
         (outputs, inputs), number = weight.shape, FORMATS[weight.type]
         raw = np.ascontiguousarray(weight.raw)
         packed = _huge(self.library.packed_bytes(number, outputs, inputs))
-        self.library.pack(number, outputs, inputs, raw.ctypes.data, packed.ctypes.data, self.num_threads)
+        self.library.pack(number, outputs, inputs, address(raw), address(packed), self.num_threads)
         return CpuMatrix(number, outputs, inputs, packed)
 
     def first_outputs(self, weight: CpuMatrix, count: int) -> CpuMatrix:
@@ -52,5 +51,7 @@ def _huge(num_bytes: int) -> U8:
     return np.frombuffer(memory, np.uint8)
 
 
-def address(array: F32 | U8) -> int:
-    return array.ctypes.data
+def address(array: np.ndarray[Any, Any]) -> int:
+    """Where its data is. (`ndarray.ctypes.data` says the same, five times slower.)"""
+    where: int = array.__array_interface__["data"][0]
+    return where

@@ -124,6 +124,8 @@ static size_t lay_out(Run *run, char *base, int num_threads) {
 
 /* ---- products ---- */
 
+static int rows_of(const Run *run, const Op *op) { return op->is_last ? run->call->num_spans : run->call->num_rows; }
+
 /* The next unit of a step that nobody has taken. */
 static int take(Run *run, int op) { return atomic_fetch_add_explicit(&run->units[op], 1, memory_order_relaxed); }
 
@@ -164,7 +166,7 @@ static void linear(Run *run, const Op *op, int number, int thread, int num_threa
     int64_t stride = call->widths[op->in[0]];
     for (int i = 0; i < op->num_matrices; i++) what |= needs(op->matrices[i].format);
     if (what) {
-        for (int row = thread; row < call->num_rows; row += num_threads) prepare_row(run, what, x + row * stride, inputs, row);
+        for (int row = thread; row < rows_of(run, op); row += num_threads) prepare_row(run, what, x + row * stride, inputs, row);
         pool_meet(num_threads);
     }
     for (int i = 0; i < op->num_matrices; i++) {
@@ -173,7 +175,7 @@ static void linear(Run *run, const Op *op, int number, int thread, int num_threa
         Activations a = activations(run, m->format, x, stride, inputs, 0);
         for (; unit < before + count; unit = take(run, number)) {
             int first = (unit - before) * UNIT, last = first + UNIT < m->outputs ? first + UNIT : m->outputs;
-            kernels->product(m, first, last, &a, call->num_rows, run->buffers[op->out[i]] + op->offset, call->widths[op->out[i]], op->adds);
+            kernels->product(m, first, last, &a, rows_of(run, op), run->buffers[op->out[i]] + op->offset, call->widths[op->out[i]], op->adds);
         }
         before += count;
     }
@@ -208,7 +210,6 @@ static void route(Run *run, const Op *op, int row) {
 
 /* Outputs [first, last) of an expert's gate and up, with the gate applied; or of its down, for all rows that use it. */
 static void experts(Run *run, const Op *op, int number, int thread, int num_threads) {
-    const Call *call = run->call;
     int is_up = op->code == EXPERTS_UP, used = op->num_used;
     const Matrix *of = op->matrices;
     int inputs = is_up ? of[0].inputs : of[2].inputs, outputs = is_up ? of[0].outputs : of[2].outputs, parts = is_up ? 1 : used;
@@ -217,12 +218,12 @@ static void experts(Run *run, const Op *op, int number, int thread, int num_thre
     int what = 0, num_experts = op->num_matrices / 3, chunks = (outputs + UNIT - 1) / UNIT;
     for (int i = 0; i < op->num_matrices; i++)
         if (is_up ? i % 3 < 2 : i % 3 == 2) what |= needs(of[i].format);
-    int num_rows = call->num_rows * parts;
+    int tokens = rows_of(run, op), num_rows = tokens * parts;
     for (int row = thread; what && row < num_rows; row += num_threads) prepare_row(run, what, x + (int64_t)row * inputs, inputs, row);
     pool_meet(num_threads);
     for (int unit; (unit = take(run, number)) < num_experts * chunks;) {
         int expert = unit / chunks, first = unit % chunks * UNIT, last = first + UNIT < outputs ? first + UNIT : outputs;
-        for (int row = 0; row < call->num_rows; row++)
+        for (int row = 0; row < tokens; row++)
             for (int rank = 0; rank < used; rank++) {
                 if ((int)routes[(int64_t)row * 2 * used + rank] != expert) continue;
                 const Matrix *m = of + 3 * expert + (is_up ? 0 : 2);
@@ -380,8 +381,10 @@ static void keys(Run *run, const Op *op, int row) {
 
 static void attend(Run *run, const Op *op, int row, int kv, float *scratch) {
     const Sizes *z = run->call->sizes;
-    const Span *s = run->call->spans + run->span_of[row];
-    int dim = z->head_dim, group = z->heads / z->kv_heads, seen = (int)(s->position + row - run->first_row[run->span_of[row]] + 1);
+    int span = op->is_last ? row : run->span_of[row];
+    const Span *s = run->call->spans + span;
+    int dim = z->head_dim, group = z->heads / z->kv_heads;
+    int seen = (int)s->position + (op->is_last ? s->num_rows : row - run->first_row[span] + 1);
     const float *queries = run->buffers[op->in[0]] + ((int64_t)row * z->heads + kv * group) * 2 * dim;
     float *q = scratch, *o = q + group * dim, *scores = o + group * dim, scale = 1.0f / sqrtf((float)dim);
     for (int g = 0; g < group; g++)
@@ -399,7 +402,7 @@ static void step(Run *run, int number, int thread, int num_threads) {
     const Op *op = call->ops + number;
     const Sizes *z = call->sizes;
     float *scratch = run->scratch + thread * run->scratch_size;
-    int rows = call->num_rows, unit;
+    int rows = rows_of(run, op), unit;
     switch (op->code) {
     case EMBED:
         while ((unit = take(run, number)) < rows)
@@ -436,6 +439,13 @@ static void step(Run *run, int number, int thread, int num_threads) {
         break;
     case EXPERTS_UP:
     case EXPERTS_DOWN: experts(run, op, number, thread, num_threads); break;
+    case LAST:
+        while ((unit = take(run, number)) < call->num_spans)
+            for (int i = 0; i < op->num_used; i++) {
+                int64_t n = call->widths[op->in[i]], row = run->first_row[unit] + call->spans[unit].num_rows - 1;
+                memcpy(run->buffers[op->out[i]] + unit * n, run->buffers[op->in[i]] + row * n, (size_t)n * 4);
+            }
+        break;
     case MIX:
         while ((unit = take(run, number)) < rows) mix(run, op, unit);
         break;

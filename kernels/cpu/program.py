@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping, Sequence
+from ctypes import c_int32, c_void_p, pointer
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..backend import F32
 from ..model.config import ModelConfig
 from ..model.weights import AttentionWeights, DeltaWeights, DenseWeights, LayerWeights
 from .library import CallStruct, MatrixStruct, OpStruct, SizesStruct, SpanStruct
-from .matrices import CpuBackend, CpuMatrix
+from .matrices import CpuBackend, CpuMatrix, address
 
-EMBED, NORM, LINEAR, SWIGLU, DELTA, COLUMNS, KEYS, ATTEND, ROUTE, EXPERTS_UP, EXPERTS_DOWN, MIX = range(12)
+EMBED, NORM, LINEAR, SWIGLU, DELTA, COLUMNS, KEYS, ATTEND, ROUTE, EXPERTS_UP, EXPERTS_DOWN, MIX, LAST = range(13)
 
 
 class Program:
@@ -31,6 +30,7 @@ class Program:
         )  # fmt: skip
         self._buffers: dict[tuple[str, int], int] = {}
         self._ops: list[OpStruct] = []
+        self._is_last = False
         self._alive: list[Any] = []  # what C holds the addresses of
 
     def buffer(self, name: str, width: int) -> int:
@@ -40,11 +40,12 @@ class Program:
         self, code: int, inputs: Sequence[int], outputs: Sequence[int], matrices: Sequence[CpuMatrix] = (), weights: Sequence[F32] = (),
         layer: int = 0, adds: bool = False, offset: int = 0, num_used: int = 0,
     ) -> None:  # fmt: skip
-        structs = (MatrixStruct * len(matrices))(*(MatrixStruct(m.data.ctypes.data, m.format, m.outputs, m.inputs, 0) for m in matrices))
+        structs = (MatrixStruct * len(matrices))(*(MatrixStruct(address(m.data), m.format, m.outputs, m.inputs, 0) for m in matrices))
         floats = [np.ascontiguousarray(w, np.float32) for w in weights]
         op = OpStruct(code=code, layer=layer, num_matrices=len(matrices), adds=adds, offset=offset, num_used=num_used)
+        op.is_last = self._is_last
         op.inputs[: len(inputs)], op.outputs[: len(outputs)] = list(inputs), list(outputs)
-        op.weights[: len(floats)] = [w.ctypes.data for w in floats]
+        op.weights[: len(floats)] = [address(w) for w in floats]
         if matrices:
             op.matrices = structs
         self._alive += [structs, floats, matrices]
@@ -54,19 +55,29 @@ class Program:
         """Products of one input with several matrices, each into its buffer."""
         self.op(LINEAR, [x], [to for _, to in products], [m for m, _ in products], adds=adds)
 
-    def layer(self, x: int, w: LayerWeights, number: int) -> None:
-        """One layer, on the residual stream in buffer `x`; `number` counts the layers of its kind."""
+    def last(self, *buffers: int) -> list[int]:
+        """The last row of each sequence, of each buffer, in a buffer of its own; what follows computes those rows alone."""
+        widths = {number: width for (_, width), number in self._buffers.items()}
+        kept = [self.buffer(f"last {buffer}", widths[buffer]) for buffer in buffers]
+        self.op(LAST, buffers, kept, num_used=len(buffers))
+        self._is_last = True
+        return kept
+
+    def layer(self, x: int, w: LayerWeights, number: int, is_last: bool = False) -> int:
+        """One layer, on the residual stream in buffer `x`; `number` counts the layers of its kind. `is_last`: of the last row of each
+        sequence only, once all keys and values are written. Returns the buffer of the residual stream."""
         c = self.config
         u = self.buffer("u", c.hidden)
         self.op(NORM, [x], [u], weights=[w.input_norm])
         if isinstance(w.mixer, DeltaWeights):
             self._delta(x, u, w.mixer, number)
         else:
-            self._attention(x, u, w.mixer, number)
+            x = self._attention(x, u, w.mixer, number, is_last)
+        u = self.buffer("u of the last" if is_last else "u", c.hidden)
         self.op(NORM, [x], [u], weights=[w.ffn_norm])
         if isinstance(w.ffn, DenseWeights):
             self.linear(self._dense(u, w.ffn), (w.ffn.down, x), adds=True)
-            return
+            return x
         experts, num_experts, used = w.ffn.experts, len(w.ffn.experts.down), w.ffn.experts.num_used
         router, gate = self.buffer("router", num_experts), self.buffer("shared gate", 1)
         routes, shared = self.buffer("routes", 2 * used), self.buffer("shared", c.hidden)
@@ -78,6 +89,7 @@ class Program:
         self.op(EXPERTS_DOWN, [h, routes], [y], of, num_used=used)
         self.linear(self._dense(u, w.ffn.shared), (w.ffn.shared.down, shared))
         self.op(MIX, [y, routes, shared, gate], [x], num_used=used)
+        return x
 
     def _dense(self, u: int, w: DenseWeights) -> int:
         gate, up = self.buffer("gate", w.gate.outputs), self.buffer("up", w.up.outputs)
@@ -95,38 +107,41 @@ class Program:
         self.op(COLUMNS, [qkv, b, a], [], layer=number)
         self.linear(out, (w.out, x), adds=True)
 
-    def _attention(self, x: int, u: int, w: AttentionWeights, number: int) -> None:
+    def _attention(self, x: int, u: int, w: AttentionWeights, number: int, is_last: bool) -> int:
         c = self.config
         q, k, v = (self.buffer(name, m.outputs) for name, m in (("q", w.q), ("k", w.k), ("v", w.v)))
         out = self.buffer("mixed", c.heads * c.head_dim)
         self.linear(u, (w.q, q), (w.k, k), (w.v, v))
         self.op(KEYS, [q, k, v], [], weights=[w.q_norm, w.k_norm], layer=number)
+        if is_last:
+            x, q = self.last(x, q)
         self.op(ATTEND, [q], [out], layer=number)
         self.linear(out, (w.out, x), adds=True)
+        return x
 
     def replay(self, w: DeltaWeights, number: int) -> None:
         """Moves a layer's state over the kept rows of its log, and computes none."""
         self.op(DELTA, [], [], weights=[w.conv, w.log_decay, w.dt_bias, w.norm], layer=number)
 
     @cached_property
-    def _frozen(self) -> tuple[ctypes.Array[OpStruct], npt.NDArray[np.int32]]:
-        """Steps and widths, once all have been said."""
-        return (OpStruct * len(self._ops))(*self._ops), np.array([width for _, width in self._buffers], np.int32)
+    def _call(self) -> CallStruct:
+        """What is the same in every call, once all steps have been said."""
+        ops, widths = (OpStruct * len(self._ops))(*self._ops), (c_int32 * len(self._buffers))(*(width for _, width in self._buffers))
+        self._alive += [ops, widths]
+        return CallStruct(pointer(self._sizes), ops, len(ops), len(widths), widths)
 
     def run(
         self, num_rows: int, given: Mapping[int, F32], tokens: Sequence[int] = (), rotary: tuple[F32, F32] | None = None,
         spans: Sequence[SpanStruct] = (),
     ) -> None:  # fmt: skip
-        """Runs all steps over `num_rows` rows. `given` are buffers of the caller's, [rows, width], read or written."""
-        ops, widths = self._frozen
-        addresses = (ctypes.c_void_p * len(widths))()
+        """Runs all steps over `num_rows` rows. `given` are buffers of the caller's, [rows, width], read or written; they, and the tables
+        of `rotary`, are C-contiguous."""
+        call = CallStruct.from_buffer_copy(self._call)  # other threads may be calling, too
+        addresses = (c_void_p * call.num_buffers)()
         for buffer, array in given.items():
-            addresses[buffer] = array.ctypes.data
-        ids = np.array(tokens, np.int32)
-        cos, sin = (np.ascontiguousarray(part) for part in rotary) if rotary is not None else (None, None)
-        call = CallStruct(
-            ctypes.pointer(self._sizes), ops, len(ops), len(widths), widths.ctypes.data,
-            ids.ctypes.data, cos.ctypes.data if cos is not None else None, sin.ctypes.data if sin is not None else None,
-            (SpanStruct * len(spans))(*spans), len(spans), num_rows, addresses,
-        )  # fmt: skip
+            addresses[buffer] = address(array)
+        ids, of = (c_int32 * len(tokens))(*tokens), (SpanStruct * len(spans))(*spans)
+        call.tokens, call.spans, call.num_spans, call.num_rows, call.given = ids, of, len(spans), num_rows, addresses
+        if rotary is not None:
+            call.cos, call.sin = address(rotary[0]), address(rotary[1])
         self._backend.library.run(call, self._backend.num_threads)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -55,6 +56,11 @@ class HeadBase(ABC):
     def forward(self, batch: Sequence[MtpRows]) -> F32:
         """Writes the rows into each cache; returns the head's post-norm outputs [R, hidden], in batch order. Nothing that is said depends
         on their last bits, so many rows may be computed as a chunk."""
+
+    def last(self, batch: Sequence[MtpRows]) -> F32:
+        """The same for the output of each sequence's last row only, [sequences, hidden]: the rows before it are there for the cache."""
+        ends = [end - 1 for end in accumulate(len(rows.tokens) for rows in batch)]
+        return self.forward(batch)[ends]
 
     @abstractmethod
     def logits(self, outputs: F32) -> F32:

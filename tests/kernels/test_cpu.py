@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 from forerun.core.errors import InternalBug
-from forerun.kernels.backends import make_trunk
+from forerun.kernels.backends import make_head, make_trunk
 from forerun.kernels.cpu.library import FORMATS, INSTRUCTION_SETS, library, physical_cores
 from forerun.kernels.cpu.matrices import CpuBackend, CpuMatrix
 from forerun.kernels.cpu.program import EMBED, Program
 from forerun.kernels.formats.stored import BY_NAME, Stored
 from forerun.kernels.model.config import ModelConfig, load_config
 from forerun.kernels.model.memory import SequenceMemory
+from forerun.kernels.model.mtp import MtpRows
 from forerun.kernels.model.trunk import Rows
 from forerun.kernels.model.weights import FolderCheckpoint, load_weights
 
@@ -156,6 +157,21 @@ def test_a_prefill_and_steps_have_the_same_bits(checkpoints: dict[str, Path], la
     rows = [trunk.verify([Rows(steps, i, tokens[i : i + 4])])[0] for i in range(0, 64, 4)]
     np.testing.assert_array_equal(logits, rows[-1][-1:])
     np.testing.assert_array_equal(chunk.hidden.read(0, 64), steps.hidden.read(0, 64))
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "next"])
+def test_the_last_rows_alone_have_the_same_bits(checkpoints: dict[str, Path], layout: str) -> None:
+    backend, c = CpuBackend(2), load_config(checkpoints[layout])
+    head = make_head(load_weights(FolderCheckpoint(checkpoints[layout]), c, backend), backend)
+    rng, sizes = np.random.default_rng(8), (5, 1, 70)
+    hidden = [rng.normal(0, 1, (size, c.hidden)).astype(np.float32) for size in sizes]
+    results: list[Any] = []
+    for compute in (head.forward, head.last):
+        memories = [SequenceMemory.alone(c, 80, 4) for _ in sizes]
+        batch = [MtpRows(m, 0, tuple(prompt(size)), h) for m, size, h in zip(memories, sizes, hidden, strict=True)]
+        results += [compute(batch), np.concatenate([memory.mtp.read(size) for memory, size in zip(memories, sizes, strict=True)], axis=3)]
+    np.testing.assert_array_equal(results[2], results[0][[4, 5, 75]])
+    np.testing.assert_array_equal(results[3], results[1])
 
 
 def test_calls_from_several_threads_wait_for_each_other(config: ModelConfig) -> None:

@@ -158,12 +158,12 @@ class FakeHead:
 
     hidden = 2
 
-    def forward(self, batch: Sequence[MtpRows]) -> F32:
+    def last(self, batch: Sequence[MtpRows]) -> F32:
         out: list[tuple[int, int]] = []
         for rows in batch:
-            for (state, total), token in zip(rows.hidden, rows.tokens, strict=True):
-                after = step(int(state), token)
-                out.append((after, int(total) + key_of(after)))
+            state, total = rows.hidden[-1]
+            after = step(int(state), rows.tokens[-1])
+            out.append((after, int(total) + key_of(after)))
         return np.array(out, np.float32)
 
     def logits(self, outputs: F32) -> F32:
