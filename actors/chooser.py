@@ -32,8 +32,9 @@ HEAD_MARGIN = 1.05
 MEMORY, SHORT_MEMORY, WORD = 12.0, 6.0, 1.5
 #: How sure a drafter is, in classes.
 CLASSES = (0.2, 0.4, 0.6, 0.75, 0.9, 0.97)
-#: Rounds between two questions to a head that is not worth it: at first, and at last. After a right answer it is asked again at once.
-FIRST_PAUSE, LAST_PAUSE = 4, 16
+#: Rounds between two questions to a head that is not worth it: at first, and at last, unless asking would then take more than a share of
+#: the time. After a right answer it is asked again at once.
+FIRST_PAUSE, LAST_PAUSE, ASKING_SHARE = 4, 16, 0.01
 #: Drafts in a row that were wrong from the start: the text has changed its nature, and whoever was not worth it may be.
 NUM_MISSES = 2
 #: Tokens that another sequence in the batch gains by each of its rows, about.
@@ -151,7 +152,7 @@ class Chooser:
         self._first_guesses = [_Belief() for _ in range(64)]  # of the head, by position, however sure it was
         self._num_other_rows = 0.0
         self._pause, self._num_unasked, self._is_probing = FIRST_PAUSE, 0, False
-        self._is_resting = False  # the head was not worth it, and nothing has been heard of it since
+        self._is_resting = False
         self._num_misses = 0
 
     # What is expected
@@ -160,6 +161,11 @@ class Chooser:
         """Of a round that verifies so many drafts, of which the head made so many."""
         e = self._experience
         return e.verify(round(self._num_other_rows) + num_drafts + 1) + (e.drafting(num_head) if num_head else 0.0) + e.overhead(1)
+
+    @property
+    def _last_pause(self) -> int:
+        e = self._experience
+        return max(LAST_PAUSE, round(e.drafting(1) / (ASKING_SHARE * max(e.verify(1), 1e-9))))
 
     def _rate(self, expected: float, seconds: float) -> float:
         return (expected + OTHERS_GAIN * self._num_other_rows) / seconds if seconds > 0 else expected
@@ -219,12 +225,18 @@ class Chooser:
             reach *= probability
         return reach > 0.5
 
+    def rests(self) -> bool:
+        """Whether, with nothing looked up, the head need not be thought of this round: it was not worth it, and nothing has been heard
+        of it since."""
+        if not self._is_resting or self._num_unasked + 1 >= self._pause:
+            return False
+        self._num_unasked += 1
+        return True
+
     def head_limit(self, plan: Plan, limit: int) -> tuple[int, float]:
         """How many tokens the head should be asked for, when without it `plan` is the best, and the likelihood below which another is not
         worth it. One token, now and then, to see whether it has become worth it."""
         self._num_unasked += 1
-        if self._is_resting and not plan.parts and self._num_unasked < self._pause:
-            return 0, 0.0
         best, wanted, expected, reach, floor = HEAD_MARGIN * plan.rate, 0, 1.0, 1.0, 0.0
         for i in range(limit):
             reach *= self._first_guesses[i].share(self._experience.first_guesses[i].share(0.6))
@@ -244,19 +256,22 @@ class Chooser:
 
     def came(self, tokens: Sequence[int], drafts: Sequence[Draft], plan: Plan, num_rows: int, seconds: float) -> None:
         """A round brought `tokens`; `drafts` had been made for it, and the best of them was verified in a batch of `num_rows`."""
+        if num_rows:
+            # Of a plan that is no sense not all was verified.
+            self._num_other_rows += 0.3 * (max(0, num_rows - len(plan.tokens) - 1) - self._num_other_rows)
+            self._experience.verify.saw(num_rows, seconds)
+        if not drafts:
+            self._num_misses = 0
+            return
         for draft in drafts:
             self._compare(draft, tokens)
             if draft.drafter == "draft-mtp" and self._is_probing:
-                self._pause = 1 if draft.tokens[:1] == tuple(tokens[:1]) else min(max(2 * self._pause, FIRST_PAUSE), LAST_PAUSE)
+                self._pause = 1 if draft.tokens[:1] == tuple(tokens[:1]) else min(max(2 * self._pause, FIRST_PAUSE), self._last_pause)
         self._num_misses = self._num_misses + 1 if plan.tokens and plan.tokens[:1] != tuple(tokens[:1]) else 0
         if self._num_misses == NUM_MISSES:
             self._pause = 1
         if len(plan.parts) > 1 and tuple(tokens[: len(plan.parts[0].tokens)]) == plan.parts[0].tokens:
             self._compare(plan.parts[1], tokens[len(plan.parts[0].tokens) :], " tail")
-        if num_rows:
-            # Of a plan that is no sense not all was verified.
-            self._num_other_rows += 0.3 * (max(0, num_rows - len(plan.tokens) - 1) - self._num_other_rows)
-            self._experience.verify.saw(num_rows, seconds)
 
     def _compare(self, draft: Draft, tokens: Sequence[int], suffix: str = "") -> None:
         for i, (confidence, token, right) in enumerate(zip(_confidences(draft), draft.tokens, tokens, strict=False)):

@@ -18,7 +18,7 @@ from .chooser import Chooser, Experience, Plan
 
 HEAD: DrafterName = "draft-mtp"
 #: Tokens after which the head is told what stands though it is not asked: while their hidden rows last.
-HEAD_TOLD_AFTER = CHUNK // 2
+HEAD_TOLD_AFTER = CHUNK
 
 
 @dataclass(slots=True)
@@ -41,6 +41,9 @@ class Question:
     choosing: Choosing
 
 
+NOTHING = Plan((), 0.0)
+
+
 class Drafting:
     """`computed` tells a drafter that was restarted all that stands; `overlap` lets drafters work side by side."""
 
@@ -61,7 +64,7 @@ class Drafting:
         self._observed: list[Reply[None]] = []  # of the last chunk, where drafters still read it
         self._untold: Commit | None = None  # what the head has not been told yet: while it is not asked, it need not listen every round
         self._drafts: list[Draft] = []  # of this round
-        self._plan = Plan((), 0.0)
+        self._plan = NOTHING
         self._round_began = 0
         self.statistics: dict[DrafterName, DrafterStatistics] = {name: DrafterStatistics() for name in mailboxes}
 
@@ -69,13 +72,16 @@ class Drafting:
 
     async def propose(self, question: Question) -> Plan:
         """What to verify this round."""
+        look_ups: list[DrafterName] = [name for name in self._drafters if name != HEAD]
+        if not look_ups and self._params.choose == "rate" and self._chooser.rests():
+            self._drafts, self._plan, self._round_began = [], NOTHING, 0
+            return NOTHING
         now = self._trace.clock()
         if self._round_began and self._experience.verify(1):
             spent = (now - self._round_began) / 1e9
             self._experience.overhead.saw(1, min(spent, self._experience.verify(1)))
-        self._drafts, self._plan = [], Plan((), 0.0)
+        self._drafts, self._plan = [], NOTHING
         is_first_best = self._params.choose == "first"
-        look_ups: list[DrafterName] = [name for name in self._drafters if name != HEAD]
         if look_ups:
             self._drafts += await self._ask(look_ups, question, (question.last_token,), question.room, 0.0)
         if is_first_best:

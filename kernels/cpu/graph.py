@@ -68,41 +68,52 @@ class CpuTrunk(TrunkBase):
         self.weights, c = weights, weights.config
         self.operations_per_second = backend.operations_per_second
         self._rotary, self._spans = Rotary(c.rotary_dim, c.rope_theta), _Spans()
-        self._program, self._replays = Program(c, backend), Program(c, backend)
-        x, self._hidden = self._program.buffer("x", c.hidden), self._program.buffer("hidden", c.hidden)
-        self._program.op(EMBED, [], [x], [weights.embedding])
-        counts = [0, 0]
-        for w in weights.layers:
-            is_delta = isinstance(w.mixer, DeltaWeights)
-            self._program.layer(x, w, counts[is_delta])
-            if isinstance(w.mixer, DeltaWeights):
-                self._replays.replay(w.mixer, counts[1])
-            counts[is_delta] += 1
-        self._program.op(NORM, [x], [self._hidden], weights=[weights.norm])
+        self._chunks, self._steps, self._replays = (Program(c, backend) for _ in range(3))
+        for program in (self._chunks, self._steps):
+            x, self._hidden = program.buffer("x", c.hidden), program.buffer("hidden", c.hidden)
+            program.op(EMBED, [], [x], [weights.embedding])
+            counts = [0, 0]
+            for w in weights.layers:
+                is_delta = isinstance(w.mixer, DeltaWeights)
+                program.layer(x, w, counts[is_delta])
+                counts[is_delta] += 1
+            program.op(NORM, [x], [self._hidden], weights=[weights.norm])
+        self._logits = self._steps.buffer("logits", c.vocabulary)
+        self._steps.linear(self._hidden, (weights.head, self._logits))
+        for number, delta in enumerate(w.mixer for w in weights.layers if isinstance(w.mixer, DeltaWeights)):
+            self._replays.replay(delta, number)
         self._head = _Product(weights, weights.head, backend)
 
     def logits(self, hidden: F32) -> F32:
         return self._head(hidden)
 
-    def _forward(self, batch: Sequence[Rows], is_chunk: bool) -> F32:
-        if is_chunk:
-            for rows in batch:
-                rows.memory.recurrent.seek(rows.position, self.replay)
-        spans = [self._spans.trunk(rows.memory, rows.position, len(rows.tokens), is_chunk=is_chunk) for rows in batch]
+    def _verify(self, batch: Sequence[Rows]) -> tuple[F32, F32]:
+        spans = [self._spans.trunk(rows.memory, rows.position, len(rows.tokens), is_chunk=False) for rows in batch]
+        num_rows, c = sum(len(rows.tokens) for rows in batch), self.weights.config
+        hidden, logits = np.empty((num_rows, c.hidden), np.float32), np.empty((num_rows, c.vocabulary), np.float32)
+        self._run(self._steps, batch, spans, {self._hidden: hidden, self._logits: logits})
+        return hidden, logits
+
+    def _prefill(self, rows: Rows) -> F32:
+        rows.memory.recurrent.seek(rows.position, self.replay)
+        span = self._spans.trunk(rows.memory, rows.position, len(rows.tokens), is_chunk=True)
+        hidden = np.empty((len(rows.tokens), self.weights.config.hidden), np.float32)
+        self._run(self._chunks, [rows], [span], {self._hidden: hidden})
+        return hidden
+
+    def _run(self, program: Program, batch: Sequence[Rows], spans: Sequence[SpanStruct], given: dict[int, F32]) -> None:
         tokens = [token for rows in batch for token in rows.tokens]
-        hidden = np.empty((len(tokens), self.weights.config.hidden), np.float32)
         rotary = self._rotary([p for rows in batch for p in range(rows.position, rows.position + len(rows.tokens))])
         for rows in batch:
             rows.memory.recurrent.begin()
         try:
-            self._program.run(len(tokens), {self._hidden: hidden}, tokens, rotary, spans)
+            program.run(len(tokens), given, tokens, rotary, spans)
         except MemoryError:  # nothing has been touched
             for rows in batch:
                 rows.memory.recurrent.stayed()
             raise
         for rows in batch:
             rows.memory.recurrent.moved_to(rows.position)
-        return hidden
 
     def replay(self, log: RecurrentLog, num_rows: int) -> None:
         span = SpanStruct(num_kept=num_rows, store=LOG, states=address(log.states))

@@ -100,16 +100,16 @@ class TrunkBase(ABC):
         PositionLost, before anything is written, when a memory cannot go to the position asked for."""
         for rows in batch:
             rows.memory.check(rows.position, len(rows.tokens), is_chunk=False)
-        hidden = self._forward(batch, is_chunk=False)
+        hidden, logits = self._verify(batch)
         for rows in batch:
             rows.memory.recurrent.extend(len(rows.tokens))
         self._keep(batch, hidden)
-        return self.logits(hidden), hidden
+        return logits, hidden
 
     def prefill(self, rows: Rows, is_last: bool) -> F32 | None:
         """Computes one chunk of a prompt. Returns the logits [1, V] after its last row when it is the prompt's last."""
         rows.memory.check(rows.position, len(rows.tokens), is_chunk=True)
-        hidden = self._forward([rows], is_chunk=True)
+        hidden = self._prefill(rows)
         rows.memory.recurrent.advance(len(rows.tokens))
         self._keep([rows], hidden)
         return self.logits(hidden[-1:]) if is_last else None
@@ -129,8 +129,12 @@ class TrunkBase(ABC):
         """[R, V] of post-norm hidden rows."""
 
     @abstractmethod
-    def _forward(self, batch: Sequence[Rows], is_chunk: bool) -> F32:
-        """Goes to every sequence's position and computes its rows. Returns post-norm hidden rows [R, hidden]."""
+    def _verify(self, batch: Sequence[Rows]) -> tuple[F32, F32]:
+        """Goes to every sequence's position and computes its rows. Returns post-norm hidden rows [R, hidden] and logits [R, V]."""
+
+    @abstractmethod
+    def _prefill(self, rows: Rows) -> F32:
+        """Goes to the position and computes a chunk there. Returns post-norm hidden rows [C, hidden]."""
 
     @abstractmethod
     def replay(self, log: RecurrentLog, num_rows: int) -> None:
@@ -154,6 +158,13 @@ class Trunk(LayerGraph, TrunkBase):
 
     def logits(self, hidden: F32) -> F32:
         return self.backend.linear(hidden, self.weights.head)
+
+    def _verify(self, batch: Sequence[Rows]) -> tuple[F32, F32]:
+        hidden = self._forward(batch, is_chunk=False)
+        return hidden, self.logits(hidden)
+
+    def _prefill(self, rows: Rows) -> F32:
+        return self._forward([rows], is_chunk=True)
 
     def _forward(self, batch: Sequence[Rows], is_chunk: bool) -> F32:
         for rows in batch:
