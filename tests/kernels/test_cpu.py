@@ -3,6 +3,7 @@ quants are exact) on any instruction set."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -200,3 +201,15 @@ if child:
 
 def test_threads_default_to_the_physical_cores() -> None:
     assert CpuBackend().num_threads == physical_cores() >= 1
+
+
+@pytest.mark.skipif(
+    not (shutil.which("aarch64-linux-gnu-gcc") and shutil.which("qemu-aarch64")), reason="no cross compiler, or no emulator"
+)
+def test_neon_computes_what_plain_c_does(tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    sources = [here / "instruction_sets.c", *sorted((here.parents[1] / "kernels" / "cpu").glob("*.c"))]
+    flags = ["-O1", "-std=gnu11", "-fno-math-errno", "-ffp-contract=off", "-pthread", "-static", f"-I{sources[1].parent}"]
+    subprocess.run(["aarch64-linux-gnu-gcc", *flags, *map(str, sources), "-o", str(tmp_path / "check"), "-lm"], check=True, timeout=100)
+    done = subprocess.run(["qemu-aarch64", "-cpu", "max", str(tmp_path / "check")], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout.split()) == (0, ["portable", "neon"])

@@ -1,0 +1,67 @@
+/* Every instruction set of this processor against plain C, without Python: run by test_cpu.py natively and, where there are a cross
+ * compiler and an emulator, for processors that are not there. Prints the sets compared. Exit status 1: they differ. */
+#include "api.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+
+static uint64_t seed = 88172645463325252u;
+static uint32_t draw(void) { /* xorshift64 */
+    seed ^= seed << 13, seed ^= seed >> 7, seed ^= seed << 17;
+    return (uint32_t)(seed >> 32);
+}
+static float normal(void) { return ((float)(draw() % 2001) - 1000) / 700; }
+
+enum { OUTPUTS = 45, INPUTS = 512, MOST = 7 };
+static const int block_values[] = {1, 1, 1, 32, 32, 256, 256, 256}, block_bytes[] = {4, 2, 2, 34, 18, 144, 176, 210};
+static const int scale_at[][2] = {{-1, -1}, {-1, -1}, {-1, -1}, {0, 0}, {0, 0}, {0, 2}, {0, 2}, {208, 208}};
+
+int main(void) {
+    static const char *names[] = {"portable", "avx512", "avx2", "neon"};
+    static float results[NUM_FORMATS][MOST][OUTPUTS], x[MOST][INPUTS], y[MOST][OUTPUTS];
+    int failed = 0;
+    for (int r = 0; r < MOST; r++)
+        for (int i = 0; i < INPUTS; i++) x[r][i] = normal() * (r == 3 ? 1e-3f : 1);
+    uint8_t *raw[NUM_FORMATS], *tiles[NUM_FORMATS];
+    for (int format = 0; format < NUM_FORMATS; format++) {
+        int blocks = OUTPUTS * INPUTS / block_values[format];
+        raw[format] = malloc((size_t)blocks * block_bytes[format]);
+        for (int b = 0; b < blocks; b++) {
+            uint8_t *block = raw[format] + (size_t)b * block_bytes[format];
+            for (int i = 0; i < block_bytes[format]; i++) block[i] = (uint8_t)draw();
+            float value = normal();
+            uint32_t bits;
+            memcpy(&bits, &value, 4);
+            uint16_t upper = (uint16_t)(bits >> 16), one_and_some = (uint16_t)(0x3800 | (draw() & 0x83ff)); /* a half of 0.5 to 1 */
+            if (format == F32) memcpy(block, &value, 4);
+            if (format == BF16) memcpy(block, &upper, 2);
+            if (format == F16) memcpy(block, &one_and_some, 2);
+            for (int i = 0; i < 2 && scale_at[format][i] >= 0; i++) memcpy(block + scale_at[format][i], &one_and_some, 2);
+        }
+        tiles[format] = aligned_alloc(64, ((size_t)forerun_packed_bytes(format, OUTPUTS, INPUTS) + 63) / 64 * 64);
+        forerun_pack(format, OUTPUTS, INPUTS, raw[format], tiles[format], 2);
+    }
+    for (int n = 0; n < 4; n++) {
+        if (!forerun_use(names[n])) continue;
+        printf("%s ", names[n]);
+        for (int format = 0; format < NUM_FORMATS; format++)
+            for (int rows = 1; rows <= MOST; rows++) {
+                Matrix matrix = {tiles[format], format, OUTPUTS, INPUTS, 0};
+                Op op = {.code = LINEAR, .in = {0}, .out = {1}, .num_matrices = 1, .matrices = &matrix};
+                Sizes sizes = {.heads = 1, .kv_heads = 1, .head_dim = 32, .key_dim = 16, .value_dim = 16};
+                int32_t widths[] = {INPUTS, OUTPUTS};
+                float *given[] = {x[0], y[0]};
+                Call call = {.sizes = &sizes, .ops = &op, .num_ops = 1, .num_buffers = 2, .widths = widths, .num_rows = rows, .given = given};
+                if (forerun_run(&call, 2)) return 2;
+                if (n == 0 && rows == MOST) memcpy(results[format], y, sizeof y);
+                for (int r = 0; n && r < rows; r++)
+                    for (int o = 0; o < OUTPUTS; o++) {
+                        float expected = results[format][r][o], off = y[r][o] - expected;
+                        if (format >= Q8_0 ? off != 0 : !(off * off <= 1e-8f * (1 + expected * expected)))
+                            failed = 1, printf("format %d, %d rows: [%d][%d] is %g, not %g\n", format, rows, r, o, y[r][o], expected);
+                    }
+            }
+    }
+    printf("\n");
+    return failed;
+}
