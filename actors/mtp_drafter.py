@@ -37,7 +37,7 @@ class DraftHead(Protocol):
 
     def last(self, batch: Sequence[MtpRows]) -> F32: ...
 
-    def logits(self, outputs: F32) -> F32: ...
+    def guess(self, batch: Sequence[MtpRows]) -> tuple[F32, F32]: ...
 
     def seconds(self, num_rows: int) -> float:
         """About how long so many rows take."""
@@ -158,9 +158,9 @@ class MtpDrafter(Actor):
         shares: list[list[float]] = [[] for _ in wanted]
         active, p = list(range(len(wanted))), self._params
         while active:
-            outputs = self._head.last([rows[i] for i in active])
+            outputs, all_logits = self._head.guess([rows[i] for i in active])
             still: list[int] = []
-            for i, output, logits in zip(active, outputs, self._head.logits(outputs), strict=True):
+            for i, output, logits in zip(active, outputs, all_logits, strict=True):
                 message, position = wanted[i][0], rows[i].position + len(rows[i].tokens)
                 token = self._choose(logits, message.choosing, position, tuple(tokens[i]))
                 probability = share(logits, token)

@@ -40,6 +40,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "ngram_suffix_n_max": (1, 64),
     "num_slots": (1, 1024),
     "num_threads": (1, 256),
+    "num_prompt": (1, 100_000),
+    "num_runs": (1, 1000),
     "queue_size": (0, 100_000),
     "num_pages": (1, 100_000_000),
     "prefix_bytes": (0, 2**60),

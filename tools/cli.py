@@ -16,6 +16,7 @@ from typing import Any
 import anyio
 
 from .. import BACKENDS, DEFAULT_MAX_TOKENS, DRAFTERS, ForerunError, InvalidRequest, Prompt, Result, SpeculationParams, open_engine
+from .bench import TEXT, BenchParams, bench, table
 from .convert import OUT_TYPES, convert, info
 
 #: wrong or old flag -> what to use
@@ -137,6 +138,18 @@ def _parser() -> argparse.ArgumentParser:
     _option(generate, "-t", "--threads", type=int, help="threads that compute (default: the physical cores)")
     _option(generate, "--backend", help=f"{' or '.join(BACKENDS)} (default: cpu, or reference where C kernels could not be compiled)")
     generate.add_argument("--no-overlap", action="store_true", help="one thing at a time: the same tokens, for comparison")
+    measured = commands.add_parser("bench", help="measure a model on this machine", allow_abbrev=False)
+    _option(measured, "-m", "--model", default="demo", help="demo, a GGUF file or a Hugging Face folder (default: demo)")
+    _option(measured, "-t", "--threads", type=int, help="threads that compute (default: the physical cores)")
+    _option(measured, "-n", "--predict", type=int, default=128, help="tokens of a run (default: 128)")
+    measured.add_argument("--prompt-tokens", type=int, default=512, help="tokens of the prompt that is timed (default: 512)")
+    measured.add_argument("-p", "--prompt", default=TEXT, help="text that runs continue")
+    measured.add_argument("--runs", type=int, default=5, help="runs of each kind, in turn (default: 5)")
+    measured.add_argument(
+        "--spec-type", action="append", help="a way to speculate, as in generate; may be given again (default: draft-mtp)"
+    )
+    measured.add_argument("--vs", choices=("llama.cpp",), help="runs it in turn on the same GGUF file (needs the extra `bench`)")
+    measured.add_argument("--json", action="store_true", help="every run's figure, instead of a table")
     shown = commands.add_parser("info", help="say what a model file is", allow_abbrev=False)
     shown.add_argument("path", type=Path, help="a GGUF file, a Hugging Face folder, or demo")
     converted = commands.add_parser("convert", help="write a Hugging Face folder as a GGUF file", allow_abbrev=False)
@@ -241,6 +254,12 @@ def main() -> None:
             write(info(args.path) + "\n")
         elif args.command == "convert":
             convert(args.folder, args.out, args.outtype)
+        elif args.command == "bench":
+            params = BenchParams(
+                args.prompt_tokens, args.predict, args.runs, args.spec_type or ["draft-mtp"], args.prompt, args.threads, args.vs is not None
+            )
+            measured = anyio.run(bench, args.model, params)
+            write(json.dumps([figure.to_json() for figure in measured]) + "\n" if args.json else table(measured) + "\n")
         else:
             anyio.run(_generate, args, write)
     except ForerunError as error:

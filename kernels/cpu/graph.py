@@ -3,7 +3,8 @@ of a verify's: both are the same steps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -126,8 +127,11 @@ class CpuHead(HeadBase):
         super().__init__(weights, backend)
         c = weights.config
         self._rotary, self._spans = Rotary(c.rotary_dim, c.rope_theta), _Spans()
-        self._all, self._last = (self._graph(weights, backend, is_last) for is_last in (False, True))
-        self._logits = _Product(weights, self.head, backend)
+        self._all, self._last, self._guess = (self._graph(weights, backend, is_last) for is_last in (False, True, True))
+        program, _, out = self._guess
+        self._logits = program.buffer("logits", self.head.outputs)
+        program.linear(out, (self.head, self._logits))
+        self._product = _Product(weights, self.head, backend)
 
     def _graph(self, weights: ModelWeights, backend: CpuBackend, is_last: bool) -> tuple[Program, int, int]:
         """A program, and its buffers for the rows before and the outputs."""
@@ -148,17 +152,23 @@ class CpuHead(HeadBase):
     def last(self, batch: Sequence[MtpRows]) -> F32:
         return self._run(self._last, batch, len(batch))
 
-    def _run(self, graph: tuple[Program, int, int], batch: Sequence[MtpRows], num_outputs: int) -> F32:
+    def guess(self, batch: Sequence[MtpRows]) -> tuple[F32, F32]:
+        logits = np.empty((len(batch), self.head.outputs), np.float32)
+        return self._run(self._guess, batch, len(batch), {self._logits: logits}), logits
+
+    def _run(
+        self, graph: tuple[Program, int, int], batch: Sequence[MtpRows], num_outputs: int, given: Mapping[int, F32] = MappingProxyType({})
+    ) -> F32:
         program, before, out = graph
         spans = [self._spans.mtp(rows.memory, rows.position, len(rows.tokens)) for rows in batch]
         tokens = [token for rows in batch for token in rows.tokens]
         hidden, outputs = np.concatenate([rows.hidden for rows in batch]), np.empty((num_outputs, self.hidden), np.float32)
         rotary = self._rotary([p for rows in batch for p in range(rows.position, rows.position + len(rows.tokens))])
-        program.run(len(tokens), {before: hidden, out: outputs}, tokens, rotary, spans)
+        program.run(len(tokens), {before: hidden, out: outputs, **given}, tokens, rotary, spans)
         return outputs
 
     def logits(self, outputs: F32) -> F32:
-        return self._logits(outputs)
+        return self._product(outputs)
 
 
 class _Product:

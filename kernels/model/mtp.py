@@ -62,6 +62,11 @@ class HeadBase(ABC):
         ends = [end - 1 for end in accumulate(len(rows.tokens) for rows in batch)]
         return self.forward(batch)[ends]
 
+    def guess(self, batch: Sequence[MtpRows]) -> tuple[F32, F32]:
+        """`last`, and the logits of that."""
+        outputs = self.last(batch)
+        return outputs, self.logits(outputs)
+
     @abstractmethod
     def logits(self, outputs: F32) -> F32:
         """[R, V], or of the first DRAFT_VOCABULARY tokens."""

@@ -173,6 +173,9 @@ def test_the_last_rows_alone_have_the_same_bits(checkpoints: dict[str, Path], la
         results += [compute(batch), np.concatenate([memory.mtp.read(size) for memory, size in zip(memories, sizes, strict=True)], axis=3)]
     np.testing.assert_array_equal(results[2], results[0][[4, 5, 75]])
     np.testing.assert_array_equal(results[3], results[1])
+    outputs, logits = head.guess([MtpRows(SequenceMemory.alone(c, 80, 4), 0, tuple(prompt(5)), hidden[0])])
+    np.testing.assert_array_equal(outputs, results[2][:1])
+    np.testing.assert_array_equal(logits, head.logits(outputs))
 
 
 def test_calls_from_several_threads_wait_for_each_other(config: ModelConfig) -> None:

@@ -50,8 +50,8 @@ class Instant:
     def last(self, batch: Sequence[Any]) -> Any:
         return ZEROS[: len(batch), :1]
 
-    def logits(self, outputs: Any) -> Any:
-        return ZEROS[: len(outputs)]
+    def guess(self, batch: Sequence[Any]) -> Any:
+        return self.last(batch), ZEROS[: len(batch)]
 
     def seconds(self, num_rows: int) -> float:
         return 0.0
