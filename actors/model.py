@@ -11,9 +11,10 @@ from ..core.errors import InvalidRequest, ModelFileError
 from ..kernels.backends import AnyBackend, make_backend, make_head, make_trunk
 from ..kernels.formats.gguf import GgufFile
 from ..kernels.model.config import load_config, read_json
-from ..kernels.model.gguf_names import GgufCheckpoint, gguf_config
+from ..kernels.model.gguf_names import GgufCheckpoint, find_sidecar, gguf_config
 from ..kernels.model.memory import MemoryMaker, ModelMemory
 from ..kernels.model.weights import FolderCheckpoint, ModelWeights, Progress, load_weights
+from .hub import REPOSITORY, fetch
 from .mtp_drafter import DraftHead
 from .target_decoder import Target
 from .tokenizer import Vocabulary
@@ -112,23 +113,28 @@ class LoadedModel:
 
 
 def load_model(name: str, progress: Progress | None = None, *, backend: str | None = None, num_threads: int | None = None) -> LoadedModel:
-    """Loads a model: the name of a shipped one, a Hugging Face folder, or a GGUF file. `backend` is `cpu` (C kernels, by default) or
+    """Loads a model: the name of a shipped one, a Hugging Face folder, a GGUF file (its draft head may be in another beside it:
+    find_sidecar), or `ORG/REPO` or `ORG/REPO:QUANT` of a hub (see fetch). `backend` is `cpu` (C kernels, by default) or
     `reference` (NumPy); `num_threads` by default as many as there are physical cores. ModelFileError names the file and what was
     expected; InvalidRequest when there is no such backend."""
     path = SHIPPED.get(name) or Path(name)
+    if not path.exists() and REPOSITORY.fullmatch(name):
+        path = fetch(name)
     if violations := check_ranges({"num_threads": num_threads}):
         raise InvalidRequest(violations)
     on = make_backend(backend, num_threads)
     if path.is_file():
-        file = GgufFile(path)
-        config = gguf_config(file)
-        weights = load_weights(GgufCheckpoint(file, config), config, on, progress)
+        file, beside = GgufFile(path), find_sidecar(path)
+        sidecar = GgufFile(beside) if beside is not None and gguf_config(file).num_mtp_layers == 0 else None
+        config = gguf_config(file, has_sidecar=sidecar is not None)
+        weights = load_weights(GgufCheckpoint(file, config, sidecar), config, on, progress)
         vocabulary = gguf_vocabulary(file)
         if vocabulary is not None and vocabulary.size > config.vocabulary:
             raise ModelFileError(f"{path}: {vocabulary.size} tokens, but embeddings for {config.vocabulary}")
         return LoadedModel(name, weights, on, vocabulary, Defaults(gguf_stop_ids(file), {"temperature": 0.0}))
     if not path.is_dir():
-        raise ModelFileError(f"{name}: no such model; expected {', '.join(SHIPPED)}, a Hugging Face folder or a GGUF file")
+        expected = f"{', '.join(SHIPPED)}, a Hugging Face folder, a GGUF file or ORG/REPO[:QUANT]"
+        raise ModelFileError(f"{name}: no such model; expected {expected}")
     weights = load_weights(FolderCheckpoint(path), load_config(path), on, progress)
     vocabulary = folder_vocabulary(path) if (path / "tokenizer.json").exists() else None
     return LoadedModel(name, weights, on, vocabulary, Defaults.load(path))

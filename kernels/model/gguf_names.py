@@ -9,6 +9,8 @@ of a quantised matrix cannot be moved within its blocks.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from glob import escape
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -81,8 +83,19 @@ def is_shifted_norm(name: str) -> bool:
     return "norm" in name.rpartition(".weight")[0].rpartition(".")[2] and not name.endswith("linear_attn.norm.weight")
 
 
-def gguf_config(file: GgufFile) -> ModelConfig:
-    """ModelFileError names the key and what was expected."""
+#: What a draft head's own file repeats of its model.
+REPEATED = ("token_embd.weight", "output_norm.weight", "output.weight")
+
+
+def find_sidecar(path: Path) -> Path | None:
+    """The file of a model's draft head, where that comes beside it: `mtp-NAME-TYPE.gguf` to `NAME-TYPE.gguf`, of whatever type; the first
+    by name if there are several."""
+    name = path.stem.rpartition("-")[0] or path.stem
+    return min(path.parent.glob(f"mtp-{escape(name)}-*.gguf"), default=None)
+
+
+def gguf_config(file: GgufFile, *, has_sidecar: bool = False) -> ModelConfig:
+    """Of a file, and of the draft head in another. ModelFileError names the key and what was expected."""
     architecture = file.get("general.architecture", str)
     if architecture not in FAMILIES:
         raise ModelFileError(f"{file.path}: general.architecture: expected one of {', '.join(FAMILIES)}, got {architecture!r:.50}")
@@ -133,20 +146,23 @@ def gguf_config(file: GgufFile) -> ModelConfig:
         conv_width=integer("ssm.conv_kernel", highest=64),
         context=integer("context_length"),
         is_tied="output.weight" not in file.tensors,
-        num_mtp_layers=num_mtp,
+        num_mtp_layers=1 if has_sidecar else num_mtp,
         moe=moe,
         is_tiled=value_heads > key_heads,
     )
 
 
 class GgufCheckpoint:
-    """The tensors of a GGUF file, as weights.Checkpoint has those of a folder."""
+    """The tensors of a GGUF file, and perhaps of its draft head's, as weights.Checkpoint has those of a folder."""
 
     has_fused_experts = True
 
-    def __init__(self, file: GgufFile, config: ModelConfig) -> None:
-        self.folder, self._file, self._config = file.path, file, config
+    def __init__(self, file: GgufFile, config: ModelConfig, sidecar: GgufFile | None = None) -> None:
+        self.folder, self._config = file.path, config
         self._num_layers = len(config.is_full_attention)
+        self._files = dict.fromkeys(file.tensors, file)
+        if sidecar is not None:
+            self._files |= {name: sidecar for name in sidecar.tensors if name not in REPEATED}
 
     @property
     def has_head(self) -> bool:
@@ -158,19 +174,19 @@ class GgufCheckpoint:
 
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Every tensor expected is there in its shape, and no other."""
-        surplus = set(self._file.tensors)
+        surplus = set(self._files)
         for name, shape in expected.items():
             parts = names_of(name, self._num_layers)
             for part in parts:
-                if part not in self._file.tensors:
-                    raise ModelFileError(f"{self._file.path}: tensor {part} is missing, expected for {name} {list(shape)}")
-                wanted = self._shape(name, shape, len(parts))
-                if self._file.tensors[part].shape != wanted:
-                    found = list(self._file.tensors[part].shape)
-                    raise ModelFileError(f"{self._file.path}: tensor {part} has shape {found}, expected {list(wanted)}")
+                if part not in self._files:
+                    raise ModelFileError(f"{self.folder}: tensor {part} is missing, expected for {name} {list(shape)}")
+                wanted, file = self._shape(name, shape, len(parts)), self._files[part]
+                if file.tensors[part].shape != wanted:
+                    found = list(file.tensors[part].shape)
+                    raise ModelFileError(f"{file.path}: tensor {part} has shape {found}, expected {list(wanted)}")
             surplus -= set(parts)
         if surplus:
-            raise ModelFileError(f"{self._file.path}: tensor {min(surplus)} is not part of this model (and {len(surplus) - 1} more)")
+            raise ModelFileError(f"{self._files[min(surplus)].path}: tensor {min(surplus)} is not part of this model (and {len(surplus) - 1} more)")
 
     @staticmethod
     def _shape(name: str, shape: tuple[int, ...], num_parts: int) -> tuple[int, ...]:
@@ -187,12 +203,12 @@ class GgufCheckpoint:
 
     def stored(self, name: str) -> Stored:
         (part,) = names_of(name, self._num_layers)
-        stored = self._file.stored(part)
+        stored = self._files[part].stored(part)
         return stored.reshape(1) if name.endswith("shared_expert_gate.weight") else stored
 
     def gate_up(self, name: str) -> tuple[Stored, Stored]:
         gate, up = names_of(name, self._num_layers)
-        return self._file.stored(gate), self._file.stored(up)
+        return self._files[gate].stored(gate), self._files[up].stored(up)
 
     def norm(self, name: str) -> F32:
         return self.read(name)
@@ -202,8 +218,9 @@ class GgufCheckpoint:
 
     def fingerprint(self, config: ModelConfig, backend: str) -> str:
         def tensors() -> Iterator[tuple[str, Any]]:
-            for name in sorted(self._file.tensors):
-                tensor = self._file.tensors[name]
-                yield f"{name} {tensor.type} {tensor.shape}", self._file.raw(name)
+            for name in sorted(self._files):
+                file = self._files[name]
+                tensor = file.tensors[name]
+                yield f"{name} {tensor.type} {tensor.shape}", file.raw(name)
 
         return fingerprint(config, backend, tensors())

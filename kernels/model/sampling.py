@@ -10,16 +10,26 @@ by the seed, its counter starting at the position: any (position, token) can be 
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from ...core.vocabulary import Choosing, History, SamplingParams, TokenLogprob
 from ..backend import F32
 
 
-def gumbel(seed: int, position: int, size: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """Noise for the token at `position`, one value for each of `size` vocabulary entries."""
-    generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, position, 0, 0]))
-    exponential = -np.log1p(-generator.random(size))
-    return -np.log(np.maximum(exponential, 1e-300))  # random() may return 0, once in 2^53 draws
+F64 = npt.NDArray[np.float64]
+Places = npt.NDArray[np.intp]
+#: Up to so many tokens, noise is simply computed for all of them.
+FEW = 4096
+
+
+def uniform(seed: int, position: int, size: int) -> F64:
+    """What the noise for the token at `position` is made of, one value from [0, 1) for each of `size` vocabulary entries."""
+    return np.random.Generator(np.random.Philox(key=seed, counter=[0, position, 0, 0])).random(size)
+
+
+def gumbel(uniforms: F64) -> F64:
+    """Noise; random() may return 0, once in 2^53 draws."""
+    return -np.log(np.maximum(-np.log1p(-uniforms), 1e-300))
 
 
 def choose(logits: F32, params: SamplingParams, position: int, history: History | None = None) -> int:
@@ -32,16 +42,41 @@ def choose(logits: F32, params: SamplingParams, position: int, history: History 
         return int(logits.argmax())
     x = logits.astype(np.float64)
     x = (x - x.max()) / max(params.temperature, 1e-6)  # which is greedy but for ties, and does not overflow
+    kept: Places | None = None
     if 0 < params.top_k < len(x):
-        x[x < np.partition(x, -params.top_k)[-params.top_k]] = -np.inf
+        kept = np.flatnonzero(x >= np.partition(x, -params.top_k)[-params.top_k])
     if params.top_p < 1:
-        order = np.argsort(-x, kind="stable")
-        before = np.cumsum(_softmax(x[order]))
-        outside = np.concatenate([[False], before[:-1] >= params.top_p])
-        x[order[outside]] = -np.inf
+        kept = _nucleus(x, kept, params.top_p)
     if params.min_p > 0:
-        x[x < x.max() + np.log(params.min_p)] = -np.inf
-    return int((x + gumbel(params.seed, position, len(x))).argmax())
+        kept = np.flatnonzero(x >= np.log(params.min_p)) if kept is None else kept[x[kept] >= np.log(params.min_p)]
+    uniforms = uniform(params.seed, position, len(x))
+    if kept is None:
+        kept = np.arange(len(x))
+    if len(kept) > FEW:
+        kept = kept[_contenders(x[kept], uniforms[kept])]
+    return int(kept[(x[kept] + gumbel(uniforms[kept])).argmax()])
+
+
+def _nucleus(x: F64, kept: Places | None, top_p: float) -> Places:
+    """The likeliest of the `kept` places (None: of all) that together reach a share, in ascending order. Few are sorted, where few do."""
+    places = np.arange(len(x)) if kept is None else kept
+    values = x[places]
+    shares, num_sorted = _softmax(values), 256
+    while True:
+        least = -np.inf if num_sorted >= len(values) else np.partition(values, -num_sorted)[-num_sorted]
+        some = np.flatnonzero(values >= least)
+        order = some[np.argsort(-values[some], kind="stable")]
+        reached = np.cumsum(shares[order])
+        if num_sorted >= len(values) or reached[-1] >= top_p:
+            return np.sort(places[order[: 1 + np.count_nonzero(reached[:-1] < top_p)]])
+        num_sorted *= 16
+
+
+def _contenders(x: F64, uniforms: F64) -> Places:
+    """The places that may win once there is noise, from x with its highest at 0. That one has so much with its noise; who is to have more
+    needs noise of which -log(1 - u) < exp(x - so much), and u is less than -log(1 - u)."""
+    so_much = gumbel(uniforms[x.argmax()][None])[0]
+    return np.flatnonzero(uniforms <= np.exp(np.minimum(x - so_much, 1.0).astype(np.float32)) * np.float32(1 + 1e-5))
 
 
 def choose_rows(logits: F32, how: Choosing, position: int, ahead: tuple[int, ...] = ()) -> list[int]:
@@ -82,6 +117,6 @@ def _penalised(logits: F32, params: SamplingParams, history: History | None) -> 
     return x
 
 
-def _softmax(x: np.ndarray[tuple[int], np.dtype[np.float64]]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def _softmax(x: F64) -> F64:
     e = np.exp(x - x.max())
     return e / e.sum()

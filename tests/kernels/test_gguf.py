@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,27 @@ def test_the_converted_demo_model_says_the_same(tmp_path: Path) -> None:
     assert one.defaults.stop_ids == other.defaults.stop_ids
     assert one.fingerprint != other.fingerprint  # other bytes; their bits agree, but nothing says so
     assert "5.3 million parameters, 71 BF16, 52 F32" in info(tmp_path / "m.gguf")
+
+
+def test_a_draft_head_in_a_file_of_its_own(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    convert(checkpoints["dense"], tmp_path / "whole.gguf", "f32")
+    whole = GgufFile(tmp_path / "whole.gguf")
+
+    def part(path: Path, names: list[str], metadata: dict[str, Any]) -> None:
+        write(path, {**whole.metadata, **metadata}, {name: ("F32", partial(whole.read, name)) for name in names})
+
+    of_head = [name for name in whole.tensors if name.startswith("blk.4.")]
+    trunk = {"qwen35.nextn_predict_layers": 0, "qwen35.block_count": 4}
+    part(tmp_path / "small-Q4_K_M.gguf", [name for name in whole.tensors if name not in of_head], trunk)
+    assert not forerun.load_model(str(tmp_path / "small-Q4_K_M.gguf")).has_mtp
+    part(tmp_path / "mtp-small-Q8_0.gguf", [*of_head, "token_embd.weight", "output_norm.weight"], {})
+    model, other = (forerun.load_model(str(tmp_path / name), backend="reference") for name in ("small-Q4_K_M.gguf", "whole.gguf"))
+    assert model.weights.mtp is not None
+    assert other.weights.mtp is not None
+    np.testing.assert_array_equal(model.weights.mtp.fc, other.weights.mtp.fc)
+    (tmp_path / "mtp-small-Q8_0.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelFileError, match="mtp-small-Q8_0"):
+        forerun.load_model(str(tmp_path / "small-Q4_K_M.gguf"))
 
 
 def test_what_cannot_be_converted_or_read_is_said(checkpoints: dict[str, Path], tmp_path: Path) -> None:
