@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 
@@ -19,18 +20,19 @@ def fetch(name: str) -> Path:
     """`ORG/REPO`: the folder of that repository. `ORG/REPO:QUANT`: its one GGUF file with QUANT in its name, and the draft head beside
     it if there is one. What has been fetched before is not fetched again. ModelFileError when it cannot be had."""
     repository, _, quant = name.partition(":")
+    hub: Any = huggingface_hub  # its types are partly unknown
     try:
         if not quant:
-            return Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(PATTERNS)))
-        files = [file for file in huggingface_hub.list_repo_files(repository) if file.endswith(".gguf")]
+            return Path(hub.snapshot_download(repository, allow_patterns=list(PATTERNS)))
+        files: list[str] = [file for file in hub.list_repo_files(repository) if file.endswith(".gguf")]
         heads = [file for file in files if file.rpartition("/")[2].startswith("mtp-")]
         found = [file for file in files if quant.lower() in file.lower() and file not in heads]
         if len(found) != 1:
             several = ", ".join(found) or ", ".join(files) or "no GGUF file at all"
             raise ModelFileError(f"{name}: expected one GGUF file with {quant!r} in its name, found {several}")
         for head in heads:
-            huggingface_hub.hf_hub_download(repository, head)
-        return Path(huggingface_hub.hf_hub_download(repository, found[0]))
+            hub.hf_hub_download(repository, head)
+        return Path(hub.hf_hub_download(repository, found[0]))
     except ModelFileError:
         raise
     except Exception as error:  # what its HTTP library raises, which was one and became another

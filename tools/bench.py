@@ -155,7 +155,7 @@ def _threads(model: LoadedModel) -> int:
 
 
 async def _ours(engine: Engine, prompt: Sequence[int], num_tokens: int) -> Run:
-    stream = engine.generate(tuple(prompt), max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
+    stream = engine.generate(list(prompt), max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
     began = first = last = anyio.current_time()
     async with stream:
         async for delta in stream:

@@ -12,7 +12,7 @@ import numpy as np
 from ..backend import F32
 from ..model.memory import SequenceMemory
 from ..model.mtp import HeadBase, MtpRows
-from ..model.pages import KeyValues
+from ..model.pages import PAGE, KeyValues
 from ..model.recurrent import RecurrentLog, RecurrentStore, SnapshotRing
 from ..model.trunk import Rotary, Rows, TrunkBase
 from ..model.weights import DeltaWeights, ModelWeights
@@ -31,6 +31,7 @@ class _Spans:
         """Rows that move on from the store's base by as many rows as it takes to `position`."""
         store = memory.recurrent
         span = self._of(memory)[0]
+        _check_pages(memory, position, num_rows)
         span.position, span.num_rows, span.num_kept = position, num_rows, position - store.base_position
         span.store, span.states = (LOG if isinstance(store, RecurrentLog) else RING), address(store.states)
         if is_chunk:
@@ -39,6 +40,7 @@ class _Spans:
 
     def mtp(self, memory: SequenceMemory, position: int, num_rows: int) -> SpanStruct:
         span = self._of(memory)[1]
+        _check_pages(memory, position, num_rows)
         span.position, span.num_rows = position, num_rows
         return span
 
@@ -49,6 +51,11 @@ class _Spans:
             _states(memory.recurrent, trunk)
             self._known[memory] = trunk, mtp, table
         return self._known[memory]
+
+
+def _check_pages(memory: SequenceMemory, position: int, num_rows: int) -> None:
+    if position < 0 or position + num_rows > len(memory.table) * PAGE:  # C would write where others are
+        raise IndexError(f"rows {position} to {position + num_rows} are beyond {len(memory.table)} pages")
 
 
 def _pages(key_values: KeyValues, table: np.ndarray[tuple[int], np.dtype[np.int32]]) -> SpanStruct:

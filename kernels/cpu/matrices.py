@@ -11,6 +11,9 @@ import numpy as np
 from ..formats.stored import U8, Stored
 from .library import FORMATS, library, physical_cores
 
+#: Bytes that are asked of the system at once.
+REGION = 2**26
+
 
 @dataclass(frozen=True, slots=True)
 class CpuMatrix:
@@ -31,24 +34,30 @@ class CpuBackend:
     def __init__(self, num_threads: int | None = None) -> None:
         self.num_threads = num_threads or physical_cores()
         self.library = library()
+        self._room: U8 = np.zeros(0, np.uint8)
 
     def matrix(self, weight: Stored) -> CpuMatrix:
         (outputs, inputs), number = weight.shape, FORMATS[weight.type]
         raw = np.ascontiguousarray(weight.raw)
-        packed = _huge(self.library.packed_bytes(number, outputs, inputs))
+        packed = self._take(self.library.packed_bytes(number, outputs, inputs))
         self.library.pack(number, outputs, inputs, address(raw), address(packed), self.num_threads)
         return CpuMatrix(number, outputs, inputs, packed)
 
     def first_outputs(self, weight: CpuMatrix, count: int) -> CpuMatrix:
         return CpuMatrix(weight.format, count, weight.inputs, weight.data)
 
-
-def _huge(num_bytes: int) -> U8:
-    """Memory in large pages, where the system has them: weights are read from end to end, and small pages cost a tenth of that."""
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory gets no large pages
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.uint8)
+    def _take(self, num_bytes: int) -> U8:
+        """Memory from regions so large that the system gives large pages for it: weights are read from end to end, through thousands of
+        small pages otherwise."""
+        num_bytes = -(-num_bytes // 64) * 64
+        if num_bytes > len(self._room):
+            # Private: shared memory gets no large pages.
+            memory = mmap.mmap(-1, max(num_bytes, REGION), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            self._room = np.frombuffer(memory, np.uint8)
+        taken, self._room = self._room[:num_bytes], self._room[num_bytes:]
+        return taken
 
 
 def address(array: np.ndarray[Any, Any]) -> int:

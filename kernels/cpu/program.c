@@ -263,6 +263,13 @@ static const float *column(const Run *run, const Op *op, const Span *s, int firs
     return run->buffers[op->in[0]] + (int64_t)(first_row + t - replayed) * channels;
 }
 
+static void copy_rows(float *to, int64_t to_stride, const float *from, int64_t from_stride, int rows, int count) {
+    if (count == 16) /* a size that is known is copied in a few instructions */
+        for (int i = 0; i < rows; i++) memcpy(to + i * to_stride, from + i * from_stride, 64);
+    else
+        for (int i = 0; i < rows; i++) memcpy(to + i * to_stride, from + i * from_stride, sizeof(float) * (size_t)count);
+}
+
 static void delta(Run *run, const Op *op, int span, int head, float *scratch) {
     const Sizes *z = run->call->sizes;
     const Span *s = run->call->spans + span;
@@ -273,6 +280,9 @@ static void delta(Run *run, const Op *op, int span, int head, float *scratch) {
     int channels = 2 * keys + heads * dv;
     float *q = scratch, *k = q + (int64_t)rows * dk, *v = k + (int64_t)rows * dk, *decay = v + (int64_t)rows * padded_dv, *beta = decay + rows;
     float *panel = beta + rows, *read = panel + 16 * dk, *out = read + 16;
+    int64_t head_size = (int64_t)dk * dv, layer_size = heads * head_size, slot_size = z->num_delta * layer_size;
+    float *state = s->states + op->layer * layer_size + head * head_size;
+    float *base = s->store == RING ? state + s->position % s->num_slots * slot_size : state;
     for (int t = 0; t < rows; t++) {
         const float *columns[64];
         for (int tap = 0; tap < width; tap++) columns[tap] = column(run, op, s, first_row, t - width + 1 + tap);
@@ -294,16 +304,11 @@ static void delta(Run *run, const Op *op, int span, int head, float *scratch) {
         decay[t] = expf(op->weights[1][head] * ((x > 0 ? x : 0) + log1pf(expf(-fabsf(x)))));
         beta[t] = 1.0f / (1.0f + expf(-b));
     }
-    int64_t head_size = (int64_t)dk * dv, layer_size = heads * head_size, slot_size = z->num_delta * layer_size;
-    float *state = s->states + op->layer * layer_size + head * head_size;
-    float *base = s->store == RING ? state + s->position % s->num_slots * slot_size : state;
     float *outputs = run->buffers[op->out[0]];
     for (int at = 0; at < dv; at += 16) {
         int count = dv - at < 16 ? dv - at : 16;
-        for (int j = 0; j < dk; j++) {
-            for (int i = 0; i < count; i++) panel[j * 16 + i] = base[(int64_t)j * dv + at + i];
-            for (int i = count; i < 16; i++) panel[j * 16 + i] = 0;
-        }
+        if (count < 16) memset(panel, 0, sizeof(float) * 16 * (size_t)dk);
+        copy_rows(panel, 16, base + at, dv, dk, count);
         DeltaRows x = {q, k, v + at, decay, beta, dk, padded_dv};
         kernels->delta_read(panel, k, dk, read);
         for (int t = 0; t < rows; t++) {
@@ -311,8 +316,7 @@ static void delta(Run *run, const Op *op, int span, int head, float *scratch) {
             float *to = NULL; /* where the state after this row is kept */
             if (s->store == RING) to = state + (s->position + t + 1) % s->num_slots * slot_size;
             else if (t == (s->store == LOG ? replayed : rows) - 1) to = base;
-            for (int j = 0; to && j < dk; j++)
-                for (int i = 0; i < count; i++) to[(int64_t)j * dv + at + i] = panel[j * 16 + i];
+            if (to) copy_rows(to + at, dv, panel, 16, dk, count);
             if (t >= replayed)
                 for (int i = 0; i < count; i++) outputs[((int64_t)(first_row + t - replayed) * heads + head) * dv + at + i] = out[i];
         }
@@ -452,12 +456,32 @@ static void step(Run *run, int number, int thread, int num_threads) {
     }
 }
 
+/* Numbers too small for a normal float count as zero while a program runs: states that decay would otherwise end in them, and take a
+ * hundred times longer. Returns how it was. */
+static uint64_t flush_tiny(int is_new, uint64_t was) {
+#if defined(__x86_64__)
+    unsigned before = __builtin_ia32_stmxcsr();
+    __builtin_ia32_ldmxcsr(is_new ? before | 0x8040 : (unsigned)was);
+    return before;
+#elif defined(__aarch64__)
+    uint64_t before;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(before));
+    __asm__ volatile("msr fpcr, %0" : : "r"(is_new ? before | 1 << 24 : was));
+    return before;
+#else
+    (void)is_new;
+    return was;
+#endif
+}
+
 static void work(void *what, int thread, int num_threads) {
     Run *run = what;
+    uint64_t was = flush_tiny(1, 0);
     for (int i = 0; i < run->call->num_ops; i++) {
         step(run, i, thread, num_threads);
         pool_meet(num_threads);
     }
+    flush_tiny(0, was);
 }
 
 int forerun_run(const Call *call, int num_threads) {

@@ -30,7 +30,7 @@ class Program:
         )  # fmt: skip
         self._buffers: dict[tuple[str, int], int] = {}
         self._ops: list[OpStruct] = []
-        self._is_last = False
+        self._is_last, self._num_ids = False, 0
         self._alive: list[Any] = []  # what C holds the addresses of
 
     def buffer(self, name: str, width: int) -> int:
@@ -48,6 +48,8 @@ class Program:
         op.weights[: len(floats)] = [address(w) for w in floats]
         if matrices:
             op.matrices = structs
+        if code == EMBED:
+            self._num_ids = matrices[0].outputs
         self._alive += [structs, floats, matrices]
         self._ops.append(op)
 
@@ -135,11 +137,13 @@ class Program:
         spans: Sequence[SpanStruct] = (),
     ) -> None:  # fmt: skip
         """Runs all steps over `num_rows` rows. `given` are buffers of the caller's, [rows, width], read or written; they, and the tables
-        of `rotary`, are C-contiguous."""
+        of `rotary`, are C-contiguous. IndexError when a token has no embedding; MemoryError, and then nothing has been touched."""
         call = CallStruct.from_buffer_copy(self._call)  # other threads may be calling, too
         addresses = (c_void_p * call.num_buffers)()
         for buffer, array in given.items():
             addresses[buffer] = address(array)
+        if any(not 0 <= token < self._num_ids for token in tokens):  # C would read what is not there
+            raise IndexError(f"a token is not one of {self._num_ids}")
         ids, of = (c_int32 * len(tokens))(*tokens), (SpanStruct * len(spans))(*spans)
         call.tokens, call.spans, call.num_spans, call.num_rows, call.given = ids, of, len(spans), num_rows, addresses
         if rotary is not None:

@@ -104,11 +104,6 @@ class Stored:
     inputs: int
     raw: U8
 
-    @staticmethod
-    def of(values: F32) -> Stored:
-        """Values [..., inputs] as they are."""
-        return Stored("F32", values.shape[-1], np.ascontiguousarray(values).view(np.uint8))
-
     @property
     def shape(self) -> tuple[int, ...]:
         return (*self.raw.shape[:-1], self.inputs)

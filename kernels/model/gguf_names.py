@@ -124,7 +124,8 @@ def gguf_config(file: GgufFile, *, has_sidecar: bool = False) -> ModelConfig:
     heads, kv_heads = integer("attention.head_count"), integer("attention.head_count_kv")
     key_heads, value_heads = integer("ssm.group_count"), integer("ssm.time_step_rank")
     inner, rotary = integer("ssm.inner_size"), integer("rope.dimension_count")
-    if heads % kv_heads or value_heads % key_heads or inner % value_heads or rotary % 2 or num_layers < 1:
+    head_dim = integer("attention.key_length")
+    if heads % kv_heads or value_heads % key_heads or inner % value_heads or rotary % 2 or rotary > head_dim or num_layers < 1:
         raise ModelFileError(f"{file.path}: heads do not divide, or rotary dimensions cannot be paired")
     return ModelConfig(
         family=family,
@@ -135,7 +136,7 @@ def gguf_config(file: GgufFile, *, has_sidecar: bool = False) -> ModelConfig:
         is_moe=(moe is not None,) * num_layers,
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=integer("attention.key_length"),
+        head_dim=head_dim,
         rotary_dim=rotary,
         rope_theta=float(file.get(f"{architecture}.rope.freq_base", (int, float), 10_000.0)),
         rms_eps=float(file.get(f"{architecture}.attention.layer_norm_rms_epsilon", float)),
@@ -186,7 +187,8 @@ class GgufCheckpoint:
                     raise ModelFileError(f"{file.path}: tensor {part} has shape {found}, expected {list(wanted)}")
             surplus -= set(parts)
         if surplus:
-            raise ModelFileError(f"{self._files[min(surplus)].path}: tensor {min(surplus)} is not part of this model (and {len(surplus) - 1} more)")
+            name, more = min(surplus), len(surplus) - 1
+            raise ModelFileError(f"{self._files[name].path}: tensor {name} is not part of this model (and {more} more)")
 
     @staticmethod
     def _shape(name: str, shape: tuple[int, ...], num_parts: int) -> tuple[int, ...]:

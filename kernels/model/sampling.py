@@ -15,7 +15,6 @@ import numpy.typing as npt
 from ...core.vocabulary import Choosing, History, SamplingParams, TokenLogprob
 from ..backend import F32
 
-
 F64 = npt.NDArray[np.float64]
 Places = npt.NDArray[np.intp]
 #: Up to so many tokens, noise is simply computed for all of them.

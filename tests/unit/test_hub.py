@@ -25,13 +25,13 @@ def handler(root: Path) -> type[BaseHTTPRequestHandler]:
     class Hub(BaseHTTPRequestHandler):
         """root/ORG/REPO/FILE."""
 
-        def log_message(self, *_: object) -> None:
+        def log_message(self, format: str, *args: object) -> None:
             pass
 
-        def do_HEAD(self) -> None:  # noqa: N802
+        def do_HEAD(self) -> None:
             self.do_GET()
 
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             path = self.path.split("?")[0].strip("/").split("/")
             if path[:2] == ["api", "models"] and (root / path[2] / path[3]).is_dir():
                 files = sorted((root / path[2] / path[3]).iterdir())
