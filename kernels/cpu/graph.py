@@ -116,7 +116,7 @@ class CpuTrunk(TrunkBase):
             rows.memory.recurrent.begin()
         try:
             program.run(len(tokens), given, tokens, rotary, spans)
-        except MemoryError:  # nothing has been touched
+        except (IndexError, MemoryError):  # nothing has been touched
             for rows in batch:
                 rows.memory.recurrent.stayed()
             raise

@@ -450,8 +450,7 @@ static void normalise(float *x, int n, float scale) {
 
 /* The gated delta rule (arXiv:2412.06464) over rows, on 16 columns of one head's state:
  *     S = decay S;  S += k (x) beta (v - k S);  out = q S
- * `panel` is [dk, 16]; q, k [rows, dk] and v [rows, v_stride]. After each row from `first_out` on, its output goes to `out` [rows, v_stride].
- * One pass a row: while row t is written, what row t + 1 reads is summed up. */
+ * `panel` is [dk, 16]. One pass a row: while row t is written and its output [16] made, what row t + 1 reads [16] is summed up. */
 static void delta_read(const float *panel, const float *k, int dk, float *read) {
     VF sum[16 / LANES];
     for (int i = 0; i < 16 / LANES; i++) sum[i] = vf_set(0);
@@ -479,5 +478,5 @@ static void delta_row(float *panel, const DeltaRows *x, int t, const float *next
 
 const Kernels SUFFIX = {
     .product = product, .quantise = quantise, .norm = norm, .swiglu = swiglu, .gate = gate, .rotate = rotate, .attend = attend,
-    .convolve = convolve, .normalise = normalise, .delta_read = delta_read, .delta_row = delta_row, 
+    .convolve = convolve, .normalise = normalise, .delta_read = delta_read, .delta_row = delta_row,
 };

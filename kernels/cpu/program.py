@@ -137,7 +137,7 @@ class Program:
         spans: Sequence[SpanStruct] = (),
     ) -> None:  # fmt: skip
         """Runs all steps over `num_rows` rows. `given` are buffers of the caller's, [rows, width], read or written; they, and the tables
-        of `rotary`, are C-contiguous. IndexError when a token has no embedding; MemoryError, and then nothing has been touched."""
+        of `rotary`, are C-contiguous. IndexError when a token has no embedding, MemoryError: then nothing has been touched."""
         call = CallStruct.from_buffer_copy(self._call)  # other threads may be calling, too
         addresses = (c_void_p * call.num_buffers)()
         for buffer, array in given.items():
