@@ -96,7 +96,7 @@ async def test_who_waits_too_long_is_made_room_for_and_nobodys_text_changes(demo
     """The newest is pre-empted, for a short request that is done before it goes on; once, though others wait as long."""
     order: list[int] = []
     results: dict[int, forerun.Result] = {}
-    lengths = (150, 150, 5, 5)
+    lengths = (1000, 1000, 5, 5)  # those running are far from done when room is wanted
     async with forerun.open_engine(demo, num_slots=2, preempt_after_seconds=0.05) as engine:
 
         async def one(i: int) -> None:
