@@ -35,6 +35,9 @@ CLASSES = (0.2, 0.4, 0.6, 0.75, 0.9, 0.97)
 #: Rounds between two questions to a head that is not worth it: at first, and at last, unless asking would then take more than a share of
 #: the time. After a right answer it is asked again at once.
 FIRST_PAUSE, LAST_PAUSE, ASKING_SHARE = 4, 16, 0.01
+#: Questions in a row that those who look up had no answer to, after which one more round goes by without a question; at most so many
+#: rounds, and no more than keep questions below a share of the time.
+EMPTY_ANSWERS, LOOK_PAUSE, LOOKING_SHARE = 8, 4, 0.02
 #: Drafts in a row that were wrong from the start: the text has changed its nature, and whoever was not worth it may be.
 NUM_MISSES = 2
 #: Tokens that another sequence in the batch gains by each of its rows, about.
@@ -123,10 +126,10 @@ NEVER = _Belief()
 
 
 class Experience:
-    """What all sequences of an engine have seen: what verifying and drafting take, and how often drafters were right."""
+    """What all sequences of an engine have seen: what verifying, drafting and looking up take, and how often drafters were right."""
 
     def __init__(self) -> None:
-        self.verify, self.drafting, self.overhead = Costs(), Costs(), Costs()
+        self.verify, self.drafting, self.looking, self.overhead = Costs(), Costs(), Costs(), Costs()
         self.beliefs: dict[tuple[str, int, int], _Belief] = {}
         self.first_guesses = [_Belief() for _ in range(64)]
 
@@ -154,6 +157,7 @@ class Chooser:
         self._pause, self._num_unasked, self._is_probing = FIRST_PAUSE, 0, False
         self._is_resting = False
         self._num_misses = 0
+        self._num_empty, self._num_unlooked = 0, 0
 
     # What is expected
 
@@ -224,6 +228,18 @@ class Chooser:
         for probability in self._probabilities(plan.parts[0]):
             reach *= probability
         return reach > 0.5
+
+    def looks(self) -> bool:
+        """Whether to ask those who look up this round."""
+        e = self._experience
+        pause = min(self._num_empty // EMPTY_ANSWERS, LOOK_PAUSE, round(e.looking(1) / (LOOKING_SHARE * max(e.verify(1), 1e-9))))
+        self._num_unlooked = self._num_unlooked + 1 if self._num_unlooked < pause else 0
+        return self._num_unlooked == 0
+
+    def looked(self, has_found: bool, seconds: float) -> None:
+        """They took so long to answer."""
+        self._num_empty = 0 if has_found else self._num_empty + 1
+        self._experience.looking.saw(1, seconds)
 
     def rests(self) -> bool:
         """Whether, with nothing looked up, the head need not be thought of this round: it was not worth it, and nothing has been heard

@@ -17,16 +17,18 @@ from ..core.vocabulary import Choosing, Verdict
 from .chooser import Chooser, Experience, Plan
 
 HEAD: DrafterName = "draft-mtp"
-#: Tokens after which the head is told what stands though it is not asked: while their hidden rows last.
-HEAD_TOLD_AFTER = CHUNK
+#: Tokens after which a drafter is told what stands though it is not asked: while the head can still read their hidden rows.
+TOLD_AFTER = CHUNK
 
 
 @dataclass(slots=True)
 class _Drafter:
-    """A drafter as this sequence sees it: `life` is the one it has told of its lease."""
+    """A drafter as this sequence sees it: `life` is the one it has told of its lease; `untold` is what stands and it has not been told
+    yet, for one message before the next question costs less than one every round."""
 
     mailbox: Mailbox
     life: int
+    untold: Commit | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,6 @@ class Drafting:
         self._computed = computed
         self._chooser = Chooser(experience)
         self._observed: list[Reply[None]] = []  # of the last chunk, where drafters still read it
-        self._untold: Commit | None = None  # what the head has not been told yet: while it is not asked, it need not listen every round
         self._drafts: list[Draft] = []  # of this round
         self._plan = NOTHING
         self._round_began = 0
@@ -72,18 +73,22 @@ class Drafting:
 
     async def propose(self, question: Question) -> Plan:
         """What to verify this round."""
+        is_first_best = self._params.choose == "first"
         look_ups: list[DrafterName] = [name for name in self._drafters if name != HEAD]
-        if not look_ups and self._params.choose == "rate" and self._chooser.rests():
-            self._drafts, self._plan, self._round_began = [], NOTHING, 0
-            return NOTHING
+        if not is_first_best:
+            if look_ups and not self._chooser.looks():
+                look_ups = []
+            if not look_ups and self._chooser.rests():
+                self._drafts, self._plan, self._round_began = [], NOTHING, 0
+                return NOTHING
         now = self._trace.clock()
         if self._round_began and self._experience.verify(1):
             spent = (now - self._round_began) / 1e9
             self._experience.overhead.saw(1, min(spent, self._experience.verify(1)))
         self._drafts, self._plan = [], NOTHING
-        is_first_best = self._params.choose == "first"
         if look_ups:
             self._drafts += await self._ask(look_ups, question, (question.last_token,), question.room, 0.0)
+            self._chooser.looked(bool(self._drafts), (self._trace.clock() - now) / 1e9)
         if is_first_best:
             if not self._drafts and HEAD in self._drafters:
                 self._drafts += await self._ask([HEAD], question, (question.last_token,), question.room, 0.0)
@@ -131,8 +136,7 @@ class Drafting:
                     continue
                 message = Propose(question.flow, question.lease, question.position, ahead, limit, floor, question.choosing)
                 with suppress(ForerunError):
-                    if name == HEAD:
-                        await self._tell_head()
+                    await self._tell(drafter)
                     await self._resume(drafter, question.flow, question.lease)
                     replies.append(await drafter.mailbox.post(message))
                 if not self._overlap:
@@ -182,19 +186,16 @@ class Drafting:
         self._observed.clear()
 
     async def commit(self, message: Commit) -> None:
-        for name, drafter in self._drafters.items():
-            if name == HEAD:
-                before = self._untold
-                self._untold = message if before is None else replace(before, flow=message.flow, tokens=before.tokens + message.tokens)
-                if len(self._untold.tokens) >= HEAD_TOLD_AFTER:
-                    await self._tell_head()
-                continue
-            await self._settled(await self._inform(drafter, message))
+        for drafter in self._drafters.values():
+            before = drafter.untold
+            drafter.untold = message if before is None else replace(before, flow=message.flow, tokens=before.tokens + message.tokens)
+            if len(drafter.untold.tokens) >= TOLD_AFTER:
+                await self._tell(drafter)
 
-    async def _tell_head(self) -> None:
-        message, self._untold = self._untold, None
+    async def _tell(self, drafter: _Drafter) -> None:
+        message, drafter.untold = drafter.untold, None
         if message is not None:
-            await self._settled(await self._inform(self._drafters[HEAD], message))
+            await self._settled(await self._inform(drafter, message))
 
     async def _settled(self, reply: Reply[None] | None) -> None:
         """Waits for an answer where one thing is done at a time."""
@@ -213,8 +214,10 @@ class Drafting:
         for reply in self._observed:
             reply.abandon()
         self._observed.clear()
-        self._untold = None
-        for drafter in self._drafters.values():
+        for name, drafter in self._drafters.items():
+            if name == HEAD:
+                drafter.untold = None  # it learns nothing for others
+            await self._tell(drafter)
             with suppress(ForerunError):
                 await drafter.mailbox.ask(Forget(flow, lease))
 
