@@ -6,6 +6,7 @@ async with forerun.open_engine("demo") as engine:
             print(delta.text, end="")
 """
 
+from .actors.embedding import Embedding
 from .actors.engine import ActorStatistics, Engine, EngineStatistics, open_engine
 from .actors.model import Model, load_model
 from .actors.stream import DEFAULT_MAX_TOKENS, Options, Stream
@@ -22,7 +23,7 @@ from .core.errors import (
 )
 from .core.speculation import DRAFTERS, DrafterStatistics, Speculation, SpeculationOptions, SpeculationParams
 from .core.trace import Counter, Flow, Notice, Span, Subscription
-from .core.vocabulary import Delta, FinishReason, Message, Prompt, Result, SamplingParams, Timings, TokenLogprob, Usage
+from .core.vocabulary import Delta, FinishReason, Message, Prompt, Result, SamplingParams, Started, Timings, TokenLogprob, Usage
 from .kernels.backends import BACKENDS
 from .kernels.model.prefix import PrefixStatistics
 from .kernels.model.recurrent import StoreName
@@ -38,6 +39,7 @@ __all__ = [
     "DeadlineExceeded",
     "Delta",
     "DrafterStatistics",
+    "Embedding",
     "Engine",
     "EngineClosed",
     "EngineDead",
@@ -62,6 +64,7 @@ __all__ = [
     "Speculation",
     "SpeculationOptions",
     "SpeculationParams",
+    "Started",
     "StoreName",
     "Stream",
     "Subscription",

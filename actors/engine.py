@@ -46,6 +46,7 @@ from ..core.vocabulary import (
     Timings,
     Usage,
     check_prompt,
+    check_request_id,
     check_salt,
 )
 from ..kernels.model import saved
@@ -56,6 +57,7 @@ from ..kernels.model.recurrent import STORES, StoreName
 from ..kernels.model.saved import PrefixFolder
 from ..kernels.model.weights import Progress
 from .chooser import Experience
+from .embedding import Embedding
 from .lookup.family import CountsFamily, family
 from .memory_manager import MemoryManager
 from .model import Model, load_model
@@ -141,11 +143,12 @@ class Engine:
         self._pool = SequencePool(model.memory(), params.memory)
         self._memory: MemoryManager | None = None  # in its present life
         self._jobs: dict[Job, None] = {}
+        self._embeddings: set[Embedding] = set()  # that are open
         self._num_started = 0
         self._reading = anyio.Semaphore(1)
         self._end: ForerunError | None = None
         self._is_draining = False
-        self._idle = anyio.Event()
+        self._idle, self._ended = anyio.Event(), anyio.Event()
         self._group: TaskGroup | None = None
         self._call_soon = _call_soon()
         self._mailboxes: dict[str, Mailbox] = {}
@@ -225,6 +228,7 @@ class Engine:
         """Ends every request with `why` and refuses new ones. The first reason stays."""
         if self._end is None:
             self._end = why
+            self._ended.set()
             for mailbox in self._mailboxes.values():
                 mailbox.close(why)
             self._pool.reset()
@@ -251,36 +255,52 @@ class Engine:
         if unknown := options.keys() - Options.__annotations__.keys():
             raise TypeError(f"generate() got an unexpected keyword argument {min(unknown)!r}")
         numbers = {name: value for name, value in options.items() if name in RANGES}
-        violations = check_ranges(numbers) + check_salt(options.get("cache_salt"))
+        violations = check_ranges(numbers) + check_salt(options.get("cache_salt")) + self._check_id(options.get("request_id"))
         violations += check_stop(_stops(options.get("stop"))) + check_logit_bias(tuple((options.get("logit_bias") or {}).items()))
         if violations:
             raise InvalidRequest(violations)
         return self._begin(check_prompt(prompt), options, None)
 
-    def restore(self, path: str | Path, *, timeout_seconds: float | None = None) -> Stream:
+    def restore(self, path: str | Path, *, timeout_seconds: float | None = None, request_id: str | None = None) -> Stream:
         """Goes on with a request that `Stream.save` put into a file, under its own options, and with the tokens it would have had. The
         stream has what was not yet delivered then; its result has everything.
 
         InvalidRequest, EngineClosed and EngineDead are raised here; SavedSequenceError, if the file is damaged or another model's, by
         the stream, and so are Overloaded and DeadlineExceeded."""
-        if violations := check_ranges({"timeout_seconds": timeout_seconds}):
+        if violations := check_ranges({"timeout_seconds": timeout_seconds}) + self._check_id(request_id):
             raise InvalidRequest(violations)
-        return self._begin([], {"timeout_seconds": timeout_seconds}, Path(path))
+        return self._begin([], {"timeout_seconds": timeout_seconds, "request_id": request_id}, Path(path))
 
     def _begin(self, prompt: Prompt, options: Options, saved: Path | None) -> Stream:
-        if self._end is not None:
-            raise self._end.with_traceback(None)
-        if self._is_draining:
-            raise EngineClosed("the engine is draining: what runs is finished, nothing new begins")
+        self._check_open()
         assert self._group is not None
-        self._num_started += 1
-        request_id, timeout = f"request-{self._num_started}", options.get("timeout_seconds")
+        request_id, timeout = options.get("request_id") or self._new_id(), options.get("timeout_seconds")
         deadline = math.inf if timeout is None else anyio.current_time() + timeout
         outbox = Outbox(request_id, self._trace, self._params.outbox_capacity, self._params.merged_tokens)
         job = Job(request_id, prompt, options, self._sampling(options), outbox, anyio.CancelScope(deadline=deadline), saved)
         self._jobs[job] = None
         self._group.start_soon(self._run, job, name=f"forerun {request_id}")
         return Stream(job, self._call_soon)
+
+    def _check_open(self) -> None:
+        if self._end is not None:
+            raise self._end.with_traceback(None)
+        if self._is_draining:
+            raise EngineClosed("the engine is draining: what runs is finished, nothing new begins")
+
+    def _wake_if_idle(self) -> None:
+        if not self._jobs and not self._embeddings:
+            self._idle.set()
+
+    def _new_id(self) -> str:
+        self._num_started += 1
+        name = f"request-{self._num_started}"
+        return name if not self._check_id(name) else self._new_id()
+
+    def _check_id(self, request_id: object) -> list[tuple[str, str]]:
+        if any(each.request_id == request_id for each in (*self._jobs, *self._embeddings)):
+            return [("request_id", "is another's that runs")]
+        return check_request_id(request_id)
 
     async def complete(self, prompt: Prompt, **options: Unpack[Options]) -> Result:
         """`generate`, read to its end. Cancelled: the request is cancelled too."""
@@ -289,13 +309,40 @@ class Engine:
                 pass
         return stream.result
 
+    def embed(self, prompt: Prompt, *, timeout_seconds: float | None = None, request_id: str | None = None) -> Embedding:
+        """The hidden rows of a prompt, after the trunk's last norm, for `async with`: see Embedding. Raises as `generate` does."""
+        if violations := check_ranges({"timeout_seconds": timeout_seconds}) + self._check_id(request_id):
+            raise InvalidRequest(violations)
+        self._check_open()
+        prompt, name, stop_ids = check_prompt(prompt), request_id or self._new_id(), self.model.defaults.stop_ids
+
+        async def encode() -> tuple[int, ...]:
+            ids = await self._encode(name, prompt)
+            self._check_ids(ids)
+            return ids
+
+        def tell(embedding: Embedding, is_open: bool) -> None:
+            if is_open:
+                self._check_open()
+                self._embeddings.add(embedding)
+            else:
+                self._embeddings.discard(embedding)
+                self._wake_if_idle()
+
+        mailboxes = self._mailboxes["memory manager"], self._mailboxes["target decoder"]
+        return Embedding(name, encode, stop_ids, mailboxes, self._pool, timeout_seconds, tell)
+
     async def drain(self) -> None:
         """Refuses new requests with EngineClosed from now on, and waits until those that run have ended. Cancelled: goes on refusing."""
         self._is_draining = True
-        while self._jobs:
+        while self._jobs or self._embeddings:
             if self._idle.is_set():
                 self._idle = anyio.Event()
             await self._idle.wait()
+
+    async def ended(self) -> None:
+        """Waits until the engine is closed or dead; leaving its block raises EngineDead if it is. Cancelled: nothing is left behind."""
+        await self._ended.wait()
 
     def _sampling(self, options: Options) -> SamplingParams:
         chosen: dict[str, Any] = {**self.model.defaults.sampling, "seed": secrets.randbits(63)}
@@ -311,9 +358,9 @@ class Engine:
                 if job.saved is not None:
                     request, origin = await self._look_into(job.saved, job.request_id)
                 else:
-                    request = self._request(job, await self._encode(job))
+                    request = self._request(job, await self._encode(job.request_id, job.prompt))
                 writer, progress = Writer(Detokenizer(self.model.vocabulary), request.stop), job.options.get("prefill_progress")
-                job.sequence = Sequence(request, self._surroundings, writer, job.outbox, job.saves, origin, progress)
+                job.sequence = Sequence(request, self._surroundings, writer, job.outbox, job.saves, origin, progress, job.start)
                 await job.sequence.run()
                 is_delivered = True
         except PositionLost as error:  # our fault, and of no use to the caller
@@ -332,11 +379,11 @@ class Engine:
             if job.error is None and not is_delivered:
                 job.error = self._end or self._why_cancelled(job)
             job.outbox.end()
+            job.has_started.set()
             for order in job.saves:
                 order.finish(SavedSequenceError("the request ended before it could be saved"))
             del self._jobs[job]
-            if not self._jobs:
-                self._idle.set()
+            self._wake_if_idle()
             job.done.set()
 
     def _why_cancelled(self, job: Job) -> ForerunError | None:
@@ -368,9 +415,24 @@ class Engine:
                 raise SavedSequenceError(f"{path}: could not be read: {error!r:.100}") from error
         return request, Origin(SavedFile(path, checksum), output)
 
-    async def _encode(self, job: Job) -> tuple[int, ...]:
+    async def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
+        """The ids that `generate` takes a prompt for. InvalidRequest if it cannot be a prompt; RequestFailed, EngineClosed, EngineDead.
+        Cancelled: nothing is left behind."""
+        return await self._encode("tokenize", check_prompt(prompt))
+
+    async def detokenize(self, token_ids: list[int]) -> str:
+        """The text of ids, special tokens as they are written; bytes that are no text become U+FFFD. InvalidRequest when an id is
+        not in the vocabulary, or the model has no tokenizer. Cancelled: the work is finished all the same."""
+        vocabulary = self.model.vocabulary
+        if vocabulary is None:
+            raise InvalidRequest([("ids", "this model has no tokenizer")])
+        if bad := [token for token in token_ids if not 0 <= token < self.model.num_token_ids]:
+            raise InvalidRequest([("ids", f"token id {bad[0]} is not below the vocabulary's {self.model.num_token_ids}")])
+        return await anyio.to_thread.run_sync(lambda: Detokenizer(vocabulary).push(tuple(token_ids), is_last=True))
+
+    async def _encode(self, request_id: str, prompt: Prompt) -> tuple[int, ...]:
         """The prompt's ids. A tokenizer that dies is asked once more; twice may be this prompt's doing."""
-        mailbox, message = self._mailboxes["tokenizer"], Encode(Flow(job.request_id, 0), job.prompt)
+        mailbox, message = self._mailboxes["tokenizer"], Encode(Flow(request_id, 0), prompt)
         try:
             return await mailbox.ask(message)
         except ActorRestarted:
@@ -384,10 +446,7 @@ class Engine:
         max_tokens, context = job.options.get("max_tokens"), self.model.context
         room = context - len(ids)
         vocabulary = self.model.num_token_ids
-        if not ids:
-            raise InvalidRequest([("prompt", "must not be empty")])
-        if bad := [token for token in ids if not 0 <= token < vocabulary]:
-            raise InvalidRequest([("prompt", f"token id {bad[0]} is not below the vocabulary's {vocabulary}")])
+        self._check_ids(ids)
         if room < 1:
             raise InvalidRequest([("prompt", f"{len(ids)} tokens leave no room in a context of {context}")])
         if max_tokens is not None and max_tokens > room:
@@ -404,6 +463,16 @@ class Engine:
         salt = job.options.get("cache_salt") or ""
         num_logprobs = job.options.get("num_logprobs")
         return Request(job.request_id, ids, max_tokens, job.sampling, stop_ids, vocabulary, boundary_ids, salt, stops, num_logprobs)
+
+    def _check_ids(self, ids: tuple[int, ...]) -> None:
+        """What a prompt's tokens must be, whatever is to be done with them."""
+        vocabulary, context = self.model.num_token_ids, self.model.context
+        if not ids:
+            raise InvalidRequest([("prompt", "must not be empty")])
+        if bad := [token for token in ids if not 0 <= token < vocabulary]:
+            raise InvalidRequest([("prompt", f"token id {bad[0]} is not below the vocabulary's {vocabulary}")])
+        if len(ids) > context:
+            raise InvalidRequest([("prompt", f"{len(ids)} tokens exceed the context of {context}")])
 
     # Observation
 

@@ -30,6 +30,7 @@ from ..core.vocabulary import (
     Request,
     Result,
     SavedFile,
+    Started,
     Timings,
     TokenLogprob,
     Usage,
@@ -113,11 +114,12 @@ class Sequence:
         saves: list[SaveOrder],
         origin: Origin | None = None,
         progress: PrefillProgress | None = None,
+        started: Callable[[Started], None] = lambda started: None,
     ) -> None:
         self._request, self._to, self._origin, self._saves = request, surroundings, origin, saves
         self._params, self._overlap, self._trace = surroundings.speculation, surroundings.overlap, surroundings.trace
         self.protocol = SequenceProtocol(request, origin.output if origin is not None else (), writer.push)
-        self._writer, self._outbox, self._progress = writer, outbox, progress
+        self._writer, self._outbox, self._progress, self._started = writer, outbox, progress, started
         self._drafting = Drafting(
             surroundings.drafters,
             self._params,
@@ -182,6 +184,8 @@ class Sequence:
         if self._clock.admitted is None:
             self._clock.admitted = anyio.current_time()
             self._num_cached = min(lease.num_cached, len(prompt))
+            waited = self._clock.admitted - self._clock.begun
+            self._started(Started(request.request_id, request.sampling, request.max_tokens, len(prompt), self._num_cached, waited))
         self.protocol.restored() if saved is not None else self.protocol.admitted(lease.num_cached)
         if lease.num_cached:
             await self._drafting.resume(self._flow, lease.number)

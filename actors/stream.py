@@ -13,7 +13,7 @@ import anyio
 
 from ..core.errors import ForerunError, SavedSequenceError
 from ..core.outbox import Outbox
-from ..core.vocabulary import Delta, Prompt, Result, SamplingParams
+from ..core.vocabulary import Delta, Prompt, Result, SamplingParams, Started
 from .sequence import PrefillProgress, SaveOrder, Sequence
 
 DEFAULT_MAX_TOKENS = 256
@@ -38,6 +38,7 @@ class Options(TypedDict, total=False):
     timeout_seconds: float | None  # DeadlineExceeded if it is not finished by then [none]
     cache_salt: str | None  # only requests with the same one share what is cached of prompts [none]
     ignore_eos: bool  # go on after an end-of-text token [False]
+    request_id: str | None  # what traces and the result call it; no other that runs may have it [request-1, request-2...]
     prefill_progress: PrefillProgress | None  # called with (prompt tokens computed, prompt tokens in all)
 
 
@@ -55,9 +56,15 @@ class Job:
     saves: list[SaveOrder] = field(default_factory=list[SaveOrder])
     sequence: Sequence | None = None  # once the prompt is encoded
     is_left: bool = False  # the reader cancelled
+    started: Started | None = None
+    has_started: anyio.Event = field(default_factory=anyio.Event)  # or ended before it could
     done: anyio.Event = field(default_factory=anyio.Event)
     error: ForerunError | None = None
     result: Result | None = None
+
+    def start(self, started: Started) -> None:
+        self.started = started
+        self.has_started.set()
 
 
 class Stream:
@@ -81,6 +88,15 @@ class Stream:
             raise self._job.error.with_traceback(None) from self._job.error.__cause__
         raise StopAsyncIteration
 
+    async def started(self) -> Started | None:
+        """Waits until the request has memory. None if it was cancelled before; raises its error if it ended with one.
+        Cancelled: nothing is lost."""
+        await self._job.has_started.wait()
+        if self._job.started is None:
+            await self._job.done.wait()
+            _ = self.result  # its error
+        return self._job.started
+
     async def __aenter__(self) -> Stream:
         return self
 
@@ -90,11 +106,12 @@ class Stream:
     async def aclose(self) -> None:
         """Cancels what is left of the work and waits until its memory is back, even when cancelled itself. What was not read can
         still be."""
-        self._leave()
+        self.cancel()
         with anyio.CancelScope(shield=True):
             await self._job.done.wait()
 
-    def _leave(self) -> None:
+    def cancel(self) -> None:
+        """Ends the request soon, without waiting for it. What it has brought until then can still be read."""
         self._job.is_left = True
         self._job.scope.cancel()
 
@@ -128,5 +145,5 @@ class Stream:
 
     def __del__(self) -> None:
         if not self._job.done.is_set():
-            self._call_soon(self._leave)  # the collector may run in any thread
+            self._call_soon(self.cancel)  # the collector may run in any thread
             warnings.warn(f"unclosed {self!r}: use `async with`, or read it to its end", ResourceWarning, stacklevel=2, source=self)

@@ -178,11 +178,26 @@ class Subscription:
 
     async def __anext__(self) -> Event:
         """The next event. Cancelled: none is lost. StopAsyncIteration once closed."""
+        if not await self._wait():
+            raise StopAsyncIteration
+        return self._pending.popleft()
+
+    async def take(self) -> list[Event]:
+        """All events there are, at least one; none once closed. Cancelled: none is lost."""
+        await self._wait()
+        if self._is_open:
+            self._fetch()
+        events = list(self._pending)
+        self._pending.clear()
+        return events
+
+    async def _wait(self) -> bool:
+        """Whether there is an event; waits for one unless closed."""
         while not self._pending:
             if not self._is_open:
-                raise StopAsyncIteration
+                return False
             self.arrived = anyio.Event()
             self._fetch()
             if not self._pending:
                 await self.arrived.wait()
-        return self._pending.popleft()
+        return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -54,6 +55,13 @@ def check_prompt(prompt: object) -> Prompt:
 
 #: characters of a cache salt: room for a tenant's name and a hash
 SALT_CHARACTERS = 256
+
+
+def check_request_id(request_id: object) -> list[tuple[str, str]]:
+    """What is wrong with a name for a request; None means that it is given one."""
+    if request_id is None or (isinstance(request_id, str) and re.fullmatch(r"[!-~]{1,128}", request_id)):
+        return []
+    return [("request_id", "must be 1 to 128 printable ASCII characters without blanks")]
 
 
 def check_salt(salt: object) -> list[tuple[str, str]]:
@@ -202,6 +210,19 @@ class Usage:
     num_prompt_tokens: int
     num_completion_tokens: int
     num_cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A request that has got memory: how its tokens are chosen, with every default filled in, how many there may be, and how long it
+    waited, in seconds. `num_cached_tokens` of the prompt need not be computed."""
+
+    request_id: str
+    sampling: SamplingParams
+    max_tokens: int
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    queue_seconds: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,102 @@
+"""A server from its start to its end: listens, loads, serves, drains at the first signal and stops at the second."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, suppress
+from pathlib import Path
+from typing import Any
+
+from ...core.errors import InvalidRequest
+from ..engine import Engine
+from .home import AsyncioHome, Home, TrioHome
+from .served import Served
+from .server import GrpcServer, ServerParams
+
+EVENT_LOOPS = ("asyncio", "trio")
+#: Seconds that streams may take to send what the engine has finished already.
+GRACE_SECONDS = 5.0
+
+
+def run_server(
+    open_engine: Callable[[], AbstractAsyncContextManager[Engine]],
+    model_name: str,
+    params: ServerParams,
+    *,
+    version: str,
+    event_loop: str = "asyncio",
+    state_folder: Path | None = None,
+    announce: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Serves what `open_engine` opens until SIGTERM or SIGINT: then what runs is finished and nothing new begins; a second signal cancels
+    what runs. `announce` is told in a line each what is going on. InvalidRequest when the address cannot be had; EngineDead when
+    the engine fails beyond repair; and what `open_engine` raises."""
+    if event_loop not in EVENT_LOOPS:
+        raise InvalidRequest([("event_loop", f"must be one of {', '.join(EVENT_LOOPS)}")])
+    home = AsyncioHome() if event_loop == "asyncio" else TrioHome()
+    asyncio.run(_serve(open_engine, Served(home, model_name, state_folder), params, version, announce))
+
+
+async def _serve(
+    open_engine: Callable[[], AbstractAsyncContextManager[Engine]],
+    served: Served,
+    params: ServerParams,
+    version: str,
+    announce: Callable[[str], None],
+) -> None:
+    drain, stop, loaded = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    async def live() -> None:
+        async with open_engine() as engine:
+            served.loaded(engine)
+            loop.call_soon(loaded.set)
+            await engine.ended()
+
+    def signalled() -> None:
+        (stop if drain.is_set() else drain).set()
+
+    def ordered() -> None:  # by AdminService
+        loop.call_soon(drain.set)
+
+    served.on_drain.append(ordered)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signalled)
+    home: Home = served.home
+    async with home:
+        server = GrpcServer(served, params, version)
+        await server.start()
+        announce(f"listening on {server.address}")
+        life = asyncio.create_task(home.enter(live))
+        try:
+            await _first(life, loaded.wait(), drain.wait())
+            if loaded.is_set() and not drain.is_set():
+                await server.is_serving(True)
+                announce(f"serving {served.model_name}")
+                await _first(life, drain.wait())
+            await server.is_serving(False)
+            if loaded.is_set() and not life.done():
+                announce("draining: what runs is finished; another signal stops it")
+                served.refuse()
+                await _first(life, home.enter(served.engine.drain), stop.wait())
+            await server.stop(0 if stop.is_set() or life.done() else GRACE_SECONDS)
+        finally:
+            await server.stop(0)
+            life.cancel()
+            with suppress(asyncio.CancelledError):
+                await life
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+
+async def _first(life: asyncio.Task[None], *others: Coroutine[Any, Any, object]) -> None:
+    """Returns when one of them has ended, and cancels the others but `life`."""
+    tasks = [asyncio.create_task(other) for other in others]
+    try:
+        await asyncio.wait([life, *tasks], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

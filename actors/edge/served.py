@@ -1,0 +1,87 @@
+"""What all doors of a server share: the engine once it is loaded, the requests that run, and who has been told what."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from ...core.errors import EngineClosed
+from ...core.vocabulary import Delta, Result
+from ..engine import Engine
+from ..stream import Stream
+from .home import Home
+from .statuses import NotFound, Starting
+
+
+class Meter(Protocol):
+    """Watches requests of the edge; see metrics.py."""
+
+    def delta(self, delta: Delta, seconds: float, is_first: bool) -> None:
+        """`seconds` after the one before, or after the request came."""
+        ...
+
+    def finished(self, result: Result, seconds: float) -> None: ...
+
+
+@dataclass(slots=True)
+class Served:
+    """`home` is where the engine lives. `drains` are called once, when nothing new is to begin."""
+
+    home: Home
+    model_name: str
+    state_folder: Path | None = None
+    started_at: float = field(default_factory=time.time)
+    meters: list[Meter] = field(default_factory=list[Meter])
+    on_drain: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
+    is_draining: bool = False
+    _engine: Engine | None = None
+    _running: dict[str, tuple[str, Stream]] = field(default_factory=dict[str, tuple[str, Stream]])
+
+    @property
+    def engine(self) -> Engine:
+        """Starting until there is one."""
+        if self._engine is None:
+            raise Starting("the model is being loaded")
+        return self._engine
+
+    def loaded(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def begin(self) -> Engine:
+        """The engine, for a request that is to begin; Starting, or EngineClosed while draining."""
+        if self.is_draining:
+            raise EngineClosed("the server is draining")
+        return self.engine
+
+    def refuse(self) -> None:
+        """Nothing new begins from now on."""
+        if not self.is_draining:
+            self.is_draining = True
+            for tell in self.on_drain:
+                tell()
+
+    @staticmethod
+    def new_id() -> str:
+        """Of a request. Whoever knows it may end the request, so it cannot be guessed."""
+        return secrets.token_hex(12)
+
+    @contextmanager
+    def running(self, request_id: str, owner: str, stream: Stream) -> Generator[None]:
+        """Makes the request known, inside the block."""
+        self._running[request_id] = owner, stream
+        try:
+            yield
+        finally:
+            del self._running[request_id]
+
+    def find(self, request_id: str, owner: str | None) -> Stream:
+        """A request of `owner`, or of anybody if None. NotFound if there is none."""
+        found = self._running.get(request_id)
+        if found is None or owner not in (None, found[0]):
+            raise NotFound(request_id)
+        return found[1]

@@ -1,0 +1,226 @@
+"""The services of forerun.v1. Each method takes its request and a Call, runs where the engine lives, and raises our errors; rpc.py makes
+gRPC handlers of them."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import anyio
+from forerun.v1 import admin_service_pb2, generation_service_pb2, model_service_pb2, trace_service_pb2
+
+from ...core.errors import InvalidRequest, SavedSequenceError
+from ...core.trace import Counter, Event, Span
+from ..stream import Stream
+from . import wire
+from .served import Served
+
+#: Seconds events are gathered for before they are sent: many small messages cost more than few.
+WATCH_SECONDS = 0.05
+STATE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
+
+
+class Call(Protocol):
+    """One call, as a service sees it."""
+
+    owner: str  # who calls: the token, or nobody's name
+
+    @property
+    def time_left(self) -> float | None:
+        """Seconds until the caller's deadline."""
+        ...
+
+    async def write(self, message: Any) -> None:
+        """Sends one message of a stream; Stalled if it is not read for too long. Cancelled: it may have been sent."""
+        ...
+
+
+async def relay(served: Served, stream: Stream, request_id: str, call: Call, response: Callable[..., Any]) -> None:
+    """Sends a request's Started, Deltas and Finished, each in a `response`. Cancelled: the request is cancelled, and its memory free."""
+    async with stream:
+        with served.running(request_id, call.owner, stream):
+            before = begun = time.perf_counter()
+            started = await stream.started()
+            if started is not None:
+                await call.write(response(started=wire.started_message(started, served.model_name)))
+            is_first = True
+            async for delta in stream:
+                now = time.perf_counter()
+                for meter in served.meters:
+                    meter.delta(delta, now - before, is_first)
+                before, is_first = now, False
+                await call.write(response(delta=wire.delta_message(delta)))
+            result = stream.result
+            for meter in served.meters:
+                meter.finished(result, time.perf_counter() - begun)
+            await call.write(response(finished=wire.finished_message(result)))
+
+
+class GenerationService:
+    descriptor = generation_service_pb2.DESCRIPTOR.services_by_name["GenerationService"]
+
+    def __init__(self, served: Served) -> None:
+        self._served = served
+
+    async def generate(self, request: generation_service_pb2.GenerateRequest, call: Call) -> None:
+        engine, request_id = self._served.begin(), self._served.new_id()
+        options = wire.options_of(request)
+        options["request_id"], options["timeout_seconds"] = request_id, call.time_left
+        stream = engine.generate(wire.prompt_of(request.prompt), **options)
+        await relay(self._served, stream, request_id, call, generation_service_pb2.GenerateResponse)
+
+    async def abort(self, request: generation_service_pb2.AbortRequest, call: Call) -> generation_service_pb2.AbortResponse:
+        self._served.find(request.request_id, call.owner).cancel()
+        return generation_service_pb2.AbortResponse()
+
+    async def tokenize(self, request: generation_service_pb2.TokenizeRequest, call: Call) -> generation_service_pb2.TokenizeResponse:
+        ids = await self._served.begin().tokenize(wire.prompt_of(request.prompt))
+        return generation_service_pb2.TokenizeResponse(ids=ids)
+
+    async def detokenize(self, request: generation_service_pb2.DetokenizeRequest, call: Call) -> generation_service_pb2.DetokenizeResponse:
+        return generation_service_pb2.DetokenizeResponse(text=await self._served.begin().detokenize(list(request.ids)))
+
+    async def embed(self, request: generation_service_pb2.EmbedRequest, call: Call) -> None:
+        engine = self._served.begin()
+        is_half = request.format == generation_service_pb2.NUMBER_FORMAT_F16
+        if request.format not in generation_service_pb2.NumberFormat.values():
+            raise InvalidRequest([("format", "must be one of NumberFormat")])
+        async with engine.embed(
+            wire.prompt_of(request.prompt), request_id=self._served.new_id(), timeout_seconds=call.time_left
+        ) as embedding:
+            async for position, rows in embedding:
+                await call.write(
+                    generation_service_pb2.EmbedResponse(
+                        position=position,
+                        num_rows=len(rows),
+                        row_size=rows.shape[1],
+                        rows=rows.astype("<f2" if is_half else "<f4").tobytes(),
+                        format=generation_service_pb2.NUMBER_FORMAT_F16 if is_half else generation_service_pb2.NUMBER_FORMAT_F32,
+                        num_prompt_tokens=embedding.num_prompt_tokens,
+                    )
+                )
+
+
+class ModelService:
+    descriptor = model_service_pb2.DESCRIPTOR.services_by_name["ModelService"]
+
+    def __init__(self, served: Served, version: str) -> None:
+        self._served, self._version = served, version
+
+    async def get_model_info(self, request: model_service_pb2.GetModelInfoRequest, call: Call) -> model_service_pb2.GetModelInfoResponse:
+        model = self._served.engine.model
+        return model_service_pb2.GetModelInfoResponse(
+            name=self._served.model_name,
+            fingerprint=model.fingerprint,
+            context_length=model.context,
+            vocabulary_size=model.num_token_ids,
+            stop_ids=sorted(model.defaults.stop_ids),
+            has_mtp=model.has_mtp,
+            has_tokenizer=model.vocabulary is not None,
+            has_chat_template=model.vocabulary is not None and model.vocabulary.chat_template is not None,
+        )
+
+    async def get_server_info(self, request: model_service_pb2.GetServerInfoRequest, call: Call) -> model_service_pb2.GetServerInfoResponse:
+        engine = self._served.engine
+        return model_service_pb2.GetServerInfoResponse(
+            version=self._version,
+            started_at_seconds=self._served.started_at,
+            drafters=engine.speculation.types,
+            event_loop=self._served.home.name,
+            num_slots=engine.statistics().num_slots,
+        )
+
+    async def get_loads(self, request: model_service_pb2.GetLoadsRequest, call: Call) -> model_service_pb2.GetLoadsResponse:
+        now = self._served.engine.statistics()
+        return model_service_pb2.GetLoadsResponse(
+            num_requests_running=now.num_requests_running,
+            num_requests_waiting=now.num_requests_waiting,
+            num_slots_used=now.num_slots_used,
+            num_slots=now.num_slots,
+            num_pages_used=now.num_pages_used,
+            num_pages=now.num_pages,
+            num_preemptions=now.num_preemptions,
+            actors=[
+                model_service_pb2.ActorLoad(
+                    actor=name,
+                    num_waiting=actor.mailbox.num_waiting,
+                    num_received=actor.mailbox.num_received,
+                    num_restarts=actor.num_restarts,
+                    is_switched_off=actor.is_switched_off,
+                )
+                for name, actor in now.actors.items()
+            ],
+        )
+
+
+class TraceService:
+    descriptor = trace_service_pb2.DESCRIPTOR.services_by_name["TraceService"]
+
+    def __init__(self, served: Served) -> None:
+        self._served = served
+
+    async def watch(self, request: trace_service_pb2.WatchRequest, call: Call) -> None:
+        actors, request_id = frozenset(request.actors), request.request_id
+
+        def is_wanted(event: Event) -> bool:
+            of = event.actor if not isinstance(event, Counter) else event.name.removesuffix(" depth")
+            flow = None if not isinstance(event, Span | Counter) else event.flow
+            return (not actors or of in actors) and (not request_id or (flow is not None and flow.request == request_id))
+
+        with self._served.engine.trace() as events:
+            while taken := await events.take():
+                wanted = [wire.event_message(event) for event in taken if is_wanted(event)]
+                if wanted:
+                    await call.write(trace_service_pb2.WatchResponse(events=wanted, num_missed=events.num_missed))
+                await anyio.sleep(WATCH_SECONDS)
+
+
+class AdminService:
+    descriptor = admin_service_pb2.DESCRIPTOR.services_by_name["AdminService"]
+
+    def __init__(self, served: Served) -> None:
+        self._served = served
+
+    def _path(self, name: str) -> Path:
+        if not STATE_NAME.fullmatch(name):
+            raise InvalidRequest([("name", "must be 1 to 100 letters, digits, dots, dashes and underscores, and not begin with a dot")])
+        if self._served.state_folder is None:
+            raise SavedSequenceError("the server was started without a state folder")
+        return self._served.state_folder / f"{name}.safetensors"
+
+    async def save_state(self, request: admin_service_pb2.SaveStateRequest, call: Call) -> admin_service_pb2.SaveStateResponse:
+        path, stream = self._path(request.name), self._served.find(request.request_id, None)
+        await stream.save(path)
+        return admin_service_pb2.SaveStateResponse(num_bytes=(await anyio.Path(path).stat()).st_size)
+
+    async def load_state(self, request: admin_service_pb2.LoadStateRequest, call: Call) -> None:
+        engine, request_id = self._served.begin(), self._served.new_id()
+        stream = engine.restore(self._path(request.name), timeout_seconds=call.time_left, request_id=request_id)
+        await relay(self._served, stream, request_id, call, admin_service_pb2.LoadStateResponse)
+
+    async def drain(self, request: admin_service_pb2.DrainRequest, call: Call) -> admin_service_pb2.DrainResponse:
+        self._served.refuse()
+        await self._served.engine.drain()
+        return admin_service_pb2.DrainResponse()
+
+    async def profile(self, request: admin_service_pb2.ProfileRequest, call: Call) -> admin_service_pb2.ProfileResponse:
+        if not 0 < request.seconds <= 60:
+            raise InvalidRequest([("seconds", "must be above 0 and at most 60")])
+        found: dict[tuple[str, str], admin_service_pb2.ProfileEntry] = {}
+        with self._served.engine.trace() as events:
+            with anyio.move_on_after(request.seconds):
+                async for event in events:
+                    if isinstance(event, Span):
+                        actor = event.actor if event.message != "Delta" else "reader"  # each request has a reader of its own
+                        new = admin_service_pb2.ProfileEntry(actor=actor, message=event.message)
+                        entry = found.setdefault((actor, event.message), new)
+                        handled = (event.finished_ns - event.started_ns) / 1e9
+                        entry.count += 1
+                        entry.queued_seconds += (event.started_ns - event.enqueued_ns) / 1e9
+                        entry.handled_seconds += handled
+                        entry.longest_seconds = max(entry.longest_seconds, handled)
+        entries = sorted(found.values(), key=lambda entry: -entry.handled_seconds)
+        return admin_service_pb2.ProfileResponse(entries=entries, num_missed=events.num_missed)

@@ -1,0 +1,143 @@
+"""The messages of forerun.v1 as the words of core/vocabulary.py, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from forerun.v1 import generation_service_pb2 as pb
+from forerun.v1 import trace_service_pb2
+
+from ...core.errors import InvalidRequest
+from ...core.trace import Counter, Event, Span
+from ...core.vocabulary import Delta, FinishReason, Message, Prompt, Result, SamplingParams, Started, TokenLogprob
+from ..stream import Options
+
+#: fields of SamplingParams that are one number
+SCALARS = tuple(name for name in SamplingParams.__slots__ if name != "logit_bias")
+#: what our checks call a field -> where it is in a GenerateRequest, where that differs
+PATHS = {name: f"sampling.{name}" for name in (*SCALARS, "logit_bias")}
+FINISH_REASONS = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
+}
+
+
+def prompt_of(prompt: pb.Prompt) -> Prompt:
+    """InvalidRequest when it is none of the kinds."""
+    match prompt.WhichOneof("kind"):
+        case "text":
+            return prompt.text
+        case "token_ids":
+            return list(prompt.token_ids.ids)
+        case "chat":
+            return [Message(role=message.role, content=message.content) for message in prompt.chat.messages]
+        case _:
+            raise InvalidRequest([("prompt", "must be text, token_ids or chat")])
+
+
+def options_of(request: pb.GenerateRequest) -> Options:
+    """What a request asks for; the engine checks it."""
+    sampling = request.sampling
+    options: dict[str, Any] = {name: getattr(sampling, name) for name in SCALARS if sampling.HasField(cast(Any, name))}
+    options |= {name: getattr(request, name) for name in ("max_tokens", "num_logprobs") if request.HasField(cast(Any, name))}
+    options |= {"stop": list(request.stop), "stop_ids": list(request.stop_ids), "ignore_eos": request.ignore_eos}
+    return cast(Options, options | {"logit_bias": dict(sampling.logit_bias), "cache_salt": request.cache_salt})
+
+
+def with_paths(error: InvalidRequest, paths: Mapping[str, str] = PATHS) -> InvalidRequest:
+    """The same violations, each with the path of its field in the message."""
+    return InvalidRequest([(paths.get(field, field), problem) for field, problem in error.violations])
+
+
+def sampling_message(sampling: SamplingParams) -> pb.SamplingParams:
+    numbers: dict[str, Any] = {name: getattr(sampling, name) for name in SCALARS}
+    return pb.SamplingParams(**numbers, logit_bias=dict(sampling.logit_bias))
+
+
+def started_message(started: Started, model: str) -> pb.Started:
+    return pb.Started(
+        request_id=started.request_id,
+        model=model,
+        sampling=sampling_message(started.sampling),
+        max_tokens=started.max_tokens,
+        num_prompt_tokens=started.num_prompt_tokens,
+        num_cached_tokens=started.num_cached_tokens,
+        queue_seconds=started.queue_seconds,
+    )
+
+
+def delta_message(delta: Delta) -> pb.Delta:
+    message = pb.Delta(text=delta.text, token_ids=delta.token_ids, source=delta.source or "")
+    for logprob in delta.logprobs:
+        message.logprobs.append(_logprob_message(logprob))
+    return message
+
+
+def _logprob_message(logprob: TokenLogprob) -> pb.TokenLogprob:
+    top = [pb.TopLogprob(token_id=token, logprob=value) for token, value in logprob.top]
+    return pb.TokenLogprob(logprob=logprob.logprob, top=top)
+
+
+def finished_message(result: Result) -> pb.Finished:
+    usage, timings, speculation = result.usage, result.timings, result.speculation
+    message = pb.Finished(
+        reason=FINISH_REASONS[result.finish_reason],
+        usage=pb.Usage(
+            num_prompt_tokens=usage.num_prompt_tokens,
+            num_completion_tokens=usage.num_completion_tokens,
+            num_cached_tokens=usage.num_cached_tokens,
+        ),
+        timings=pb.Timings(
+            queue_seconds=timings.queue_seconds, prefill_seconds=timings.prefill_seconds, decode_seconds=timings.decode_seconds
+        ),
+        speculation=pb.Speculation(
+            num_rounds=speculation.num_rounds,
+            mean_acceptance_length=speculation.mean_acceptance_length,
+            is_synthetic=speculation.is_synthetic,
+            drafters=[
+                pb.DrafterStatistics(
+                    drafter=name,
+                    num_drafts=each.num_drafts,
+                    num_draft_tokens=each.num_draft_tokens,
+                    num_accepted_tokens=each.num_accepted_tokens,
+                    num_accepted_tokens_per_pos=each.num_accepted_tokens_per_pos,
+                )
+                for name, each in speculation.drafters.items()
+            ],
+        ),
+    )
+    if isinstance(result.matched_stop, str):
+        message.stop = result.matched_stop
+    elif result.matched_stop is not None:
+        message.stop_id = result.matched_stop
+    return message
+
+
+def event_message(event: Event) -> trace_service_pb2.TraceEvent:
+    if isinstance(event, Span):
+        return trace_service_pb2.TraceEvent(
+            span=trace_service_pb2.Span(
+                actor=event.actor,
+                message=event.message,
+                request_id=event.flow.request,
+                round=event.flow.round,
+                enqueued_ns=event.enqueued_ns,
+                started_ns=event.started_ns,
+                finished_ns=event.finished_ns,
+                outcome=event.outcome,
+            )
+        )
+    if isinstance(event, Counter):
+        flow = event.flow
+        return trace_service_pb2.TraceEvent(
+            counter=trace_service_pb2.Counter(
+                name=event.name,
+                request_id=flow.request if flow is not None else "",
+                round=flow.round if flow is not None else 0,
+                at_ns=event.at_ns,
+                value=event.value,
+            )
+        )
+    return trace_service_pb2.TraceEvent(notice=trace_service_pb2.Notice(actor=event.actor, at_ns=event.at_ns, text=event.text))

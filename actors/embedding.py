@@ -1,0 +1,128 @@
+"""The hidden rows of a prompt, for who asks: computed chunk by chunk as the reader takes them, which is all the back-pressure there is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from types import TracebackType
+
+import anyio
+
+from ..core.channel import Mailbox
+from ..core.errors import ActorRestarted, DeadlineExceeded, ForerunError, LeaseLost, RequestFailed
+from ..core.messages import Admit, Forget, Prefill, Release
+from ..core.protocol import chunk_ends
+from ..core.trace import Flow
+from ..core.vocabulary import Choosing, Lease, SamplingParams
+from ..kernels.backend import F32
+from ..kernels.model.memory import SequencePool
+
+#: Times memory may be lost before a request is given up.
+MAX_LOSSES = 3
+
+
+class Embedding:
+    """`async with engine.embed(...) as embedding: async for position, rows in embedding`. Each piece is (position of its first row, rows
+    [R, hidden] float32), in order; together they are one row a prompt token, after the trunk's last norm. Leaving the block has
+    returned the memory."""
+
+    def __init__(
+        self,
+        request_id: str,
+        encode: Callable[[], Awaitable[tuple[int, ...]]],
+        boundary_ids: frozenset[int],
+        mailboxes: tuple[Mailbox, Mailbox],
+        pool: SequencePool,
+        timeout_seconds: float | None,
+        tell: Callable[[Embedding, bool], None],
+    ) -> None:
+        """Private: use Engine.embed. `mailboxes` are the memory manager's and the target decoder's; `tell` hears of opening and closing."""
+        self.request_id = request_id
+        self._encode, self._boundary_ids, self._pool, self._tell = encode, boundary_ids, pool, tell
+        self._memory, self._target = mailboxes
+        self._timeout_seconds, self._deadline = timeout_seconds, math.inf
+        self._flow = Flow(request_id, 0)
+        self._prompt: tuple[int, ...] = ()
+        self._ends: tuple[int, ...] = ()
+        self._lease: Lease | None = None
+        self._num_computed = self._num_given = self._num_losses = 0
+        self._is_open = False
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Rows there will be in all; known once the first have come."""
+        return len(self._prompt)
+
+    async def __aenter__(self) -> Embedding:
+        if self._timeout_seconds is not None:
+            self._deadline = anyio.current_time() + self._timeout_seconds
+        self._is_open = True
+        self._tell(self, True)
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._is_open = False
+        try:
+            await self._give_back()
+        finally:
+            self._tell(self, False)
+
+    def __aiter__(self) -> Embedding:
+        return self
+
+    async def __anext__(self) -> tuple[int, F32]:
+        """The next rows. Raises what `Stream` does, at the same faults. Cancelled: the same rows come next time."""
+        if not self._is_open:
+            raise RuntimeError("use `async with`")
+        with anyio.CancelScope(deadline=self._deadline) as scope:
+            return await self._next()
+        assert scope.cancelled_caught
+        raise DeadlineExceeded(f"not finished after {self._timeout_seconds} s")
+
+    async def _next(self) -> tuple[int, F32]:
+        if not self._prompt:
+            self._prompt = await self._encode()
+            self._ends = chunk_ends(self._prompt, self._boundary_ids)
+        if self._num_given == len(self._prompt):
+            raise StopAsyncIteration
+        while True:
+            try:
+                position, rows = await self._compute()
+            except (ActorRestarted, LeaseLost) as error:
+                self._num_losses += 1
+                if self._num_losses > MAX_LOSSES:
+                    raise RequestFailed("memory was lost again and again") from error
+                await self._give_back()
+            else:
+                if position == self._num_given:  # else it was given before memory was lost
+                    self._num_given += len(rows)
+                    return position, rows
+
+    async def _compute(self) -> tuple[int, F32]:
+        """The chunk after those that memory has. Cancelled: it may have been computed."""
+        if self._lease is None:
+            self._num_computed = 0
+
+            def keep(lease: Lease) -> None:
+                self._lease = lease
+
+            # No ends: with nothing in it, for the rows of what is cached are gone.
+            keep(await self._memory.ask(Admit(self._flow, self._prompt, (), "", len(self._prompt), 1, self._num_losses > 0), undo=keep))
+        assert self._lease is not None
+        lease, position = self._lease.number, self._num_computed
+        end = next(end for end in self._ends if end > position)
+        chunk = self._prompt[position:end]
+        choosing = Choosing(SamplingParams())
+        await self._target.ask(Prefill(self._flow, lease, position, chunk, choosing, is_last=False, is_kept=False))
+        rows = self._pool[lease].hidden.read(position, len(chunk))
+        self._num_computed = end
+        return position, rows
+
+    async def _give_back(self) -> None:
+        if self._lease is not None:
+            lease, self._lease = self._lease.number, None
+            with anyio.CancelScope(shield=True):
+                for mailbox, message in ((self._target, Forget(self._flow, lease)), (self._memory, Release(self._flow, lease))):
+                    with suppress(ForerunError):
+                        await mailbox.ask(message)

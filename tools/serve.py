@@ -1,0 +1,66 @@
+"""forerun serve: the engine behind gRPC."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from .. import InvalidRequest, __version__
+from ..kernels.model.pages import PAGE
+from . import flags
+
+
+def add_parser(commands: Any) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser("serve", help="serve a model over gRPC", allow_abbrev=False)
+    flags.add_model(parser)
+    flags.option(parser, "--host", default="127.0.0.1", help="address to listen on, or unix:PATH (default: 127.0.0.1)")
+    flags.option(parser, "--port", type=int, default=50051, help="port to listen on, 0 for any (default: 50051)")
+    flags.option(parser, "--api-key", help="bearer tokens that are let in, with commas between (default: anybody on this machine)")
+    flags.option(parser, "--api-key-file", type=Path, help="file with one such token a line")
+    flags.option(parser, "--admin-key", help="bearer token of AdminService (default: there is no such service)")
+    flags.option(parser, "--ssl-cert-file", type=Path, help="PEM file of the server's certificate; read again when it changes")
+    flags.option(parser, "--ssl-key-file", type=Path, help="PEM file of its key")
+    flags.option(parser, "--ssl-client-ca-file", type=Path, help="PEM file: clients need a certificate of this authority")
+    parser.add_argument("--insecure", action="store_true", help="let other machines in without TLS or token")
+    flags.option(parser, "-np", "--parallel", type=int, default=8, help="requests that run at once (default: 8)")
+    flags.option(parser, "-c", "--ctx-size", type=int, help="positions that all of them have together (default: 8192 each, or the context)")
+    flags.option(parser, "--queue-size", type=int, default=256, help="requests that may wait for memory (default: 256)")
+    flags.option(parser, "--stall-timeout", type=float, default=30.0, help="seconds after which who does not read is dropped (default: 30)")
+    flags.option(parser, "--state-folder", type=Path, help="where AdminService saves requests")
+    flags.option(parser, "--event-loop", default="asyncio", help="asyncio or trio (default: asyncio)")
+    flags.add_speculation(parser)
+
+
+def _tokens(args: argparse.Namespace) -> tuple[str, ...]:
+    tokens = [each for each in (args.api_key or "").split(",") if each]
+    if args.api_key_file is not None:
+        try:
+            tokens += args.api_key_file.read_text().split()
+        except OSError as error:
+            raise InvalidRequest([("--api-key-file", f"{args.api_key_file}: {error.strerror}")]) from error
+    return tuple(tokens)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Returns when the server has been told to stop, and has."""
+    from ..actors.edge.run import run_server
+    from ..actors.edge.server import ServerParams, Tls
+
+    if (args.ssl_cert_file is None) != (args.ssl_key_file is None):
+        raise InvalidRequest([("--ssl-cert-file", "needs --ssl-key-file, and the other way round")])
+    tls = Tls(args.ssl_cert_file, args.ssl_key_file, args.ssl_client_ca_file) if args.ssl_cert_file is not None else None
+    if args.ssl_client_ca_file is not None and tls is None:
+        raise InvalidRequest([("--ssl-client-ca-file", "needs --ssl-cert-file")])
+    params = ServerParams(args.host, args.port, _tokens(args), args.admin_key, tls, args.insecure, args.stall_timeout)
+    num_pages = None if args.ctx_size is None else max(1, -(-args.ctx_size // PAGE))
+    run_server(
+        lambda: flags.engine(args, num_slots=args.parallel, num_pages=num_pages, queue_size=args.queue_size),
+        args.model,
+        params,
+        version=__version__,
+        event_loop=args.event_loop,
+        state_folder=args.state_folder,
+        announce=lambda text: print(f"forerun: {text}", file=sys.stderr, flush=True),  # noqa: T201
+    )
