@@ -74,6 +74,11 @@ class Stream:
     def __init__(self, job: Job, call_soon: Callable[[Callable[[], Any]], Any]) -> None:
         self._job, self._call_soon = job, call_soon
 
+    @property
+    def request_id(self) -> str:
+        """What traces and the result call it."""
+        return self._job.request_id
+
     def __aiter__(self) -> Stream:
         return self
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
+
+from tests.grpc.serving import CODE, serving
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS: list[tuple[str, str]] = re.findall(r"```(\w+)\n(.*?)```", README.read_text(), re.DOTALL)
@@ -21,10 +24,34 @@ def test_python_examples(code: str, tmp_path: Path) -> None:
     assert "FinishReason.LENGTH" in done.stdout
 
 
-@pytest.mark.parametrize("line", re.findall(r"^\.venv/bin/(forerun .*)$", README.read_text(), re.MULTILINE))
+@pytest.mark.parametrize("line", re.findall(r"^\.venv/bin/(forerun generate .*)$", README.read_text(), re.MULTILINE))
 def test_command_lines(line: str) -> None:
     command = f"{sysconfig.get_path('scripts')}/{line}"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) > 3
     assert "mean accepted length" in done.stderr
+
+
+def test_the_example_in_another_language(tmp_path: Path) -> None:
+    (code,) = (code for language, code in BLOCKS if language == "js")
+    packages = re.search(r"`(npm install [^`]*)`", README.read_text())
+    assert packages is not None
+    if shutil.which("npm") is None or subprocess.run(packages[1].split(), cwd=tmp_path, capture_output=True, timeout=90).returncode:
+        pytest.skip("needs Node.js, and its packages from the network")
+    (tmp_path / "proto").symlink_to(README.parent / "proto")
+    (tmp_path / "example.js").write_text(code)
+    with serving() as server:
+        done = subprocess.run(["node", "example.js", server.address], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
+        asked = [sys.executable, "-c", CODE, "client", "generate", "-a", server.address, "-p", "def walk(", "-n", "48"]
+        answer = subprocess.run(asked, capture_output=True, text=True, timeout=60)
+        assert answer.stdout == done.stdout
+        assert "mean accepted length" in answer.stderr
+
+
+def test_the_server_starts_as_it_is_written() -> None:
+    (line,) = re.findall(r"&& \.venv/bin/forerun (serve --http .*)$", README.read_text(), re.MULTILINE)
+    with serving(*line.split()[1:-1], "0") as server:
+        assert server.http
+        assert server.end() == 0

@@ -15,7 +15,7 @@ from typing import Any
 import anyio
 
 from .. import ForerunError, InvalidRequest, Prompt, Result
-from . import flags, serve
+from . import client_command, flags, serve
 from .bench import TEXT, BenchParams, bench, table
 from .convert import OUT_TYPES, convert, info
 
@@ -34,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--no-overlap", action="store_true", help="one thing at a time: the same tokens, for comparison")
     generate.add_argument("--format", choices=("text", "json"), default="text", help="text as it comes, or one JSON object")
     serve.add_parser(commands)
+    client_command.add_parsers(commands)
     measured = commands.add_parser("bench", help="measure a model on this machine", allow_abbrev=False)
     flags.add_model(measured)
     flags.option(measured, "-n", "--predict", type=int, default=128, help="tokens of a run (default: 128)")
@@ -130,6 +131,12 @@ def main() -> None:
             write(json.dumps([figure.to_json() for figure in measured]) + "\n" if args.json else table(measured) + "\n")
         elif args.command == "serve":
             serve.run(args)
+        elif args.command == "client":
+            result = anyio.run(client_command.ask, args, write, to_json)
+            if result is not None:
+                sys.stderr.write(figures(result) + "\n")
+        elif args.command == "trace":
+            anyio.run(client_command.watch, args, write)
         else:
             anyio.run(_generate, args, write)
     except ForerunError as error:

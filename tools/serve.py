@@ -1,4 +1,4 @@
-"""forerun serve: the engine behind gRPC."""
+"""forerun serve: the engine behind gRPC, and HTTP."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .. import InvalidRequest, __version__
+from .. import InvalidRequest
 from ..kernels.model.pages import PAGE
 from . import flags
 
@@ -17,6 +17,7 @@ def add_parser(commands: Any) -> None:
     flags.add_model(parser)
     flags.option(parser, "--host", default="127.0.0.1", help="address to listen on, or unix:PATH (default: 127.0.0.1)")
     flags.option(parser, "--port", type=int, default=50051, help="port to listen on, 0 for any (default: 50051)")
+    flags.option(parser, "--http", type=int, help="port of an OpenAI-compatible HTTP gateway as well (default: none)")
     flags.option(parser, "--api-key", help="bearer tokens that are let in, with commas between (default: anybody on this machine)")
     flags.option(parser, "--api-key-file", type=Path, help="file with one such token a line")
     flags.option(parser, "--admin-key", help="bearer token of AdminService (default: there is no such service)")
@@ -45,8 +46,7 @@ def _tokens(args: argparse.Namespace) -> tuple[str, ...]:
 
 def run(args: argparse.Namespace) -> None:
     """Returns when the server has been told to stop, and has."""
-    from ..actors.edge.run import run_server
-    from ..actors.edge.server import ServerParams, Tls
+    from ..actors.edge import ServerParams, Tls, run_server
 
     if (args.ssl_cert_file is None) != (args.ssl_key_file is None):
         raise InvalidRequest([("--ssl-cert-file", "needs --ssl-key-file, and the other way round")])
@@ -59,8 +59,8 @@ def run(args: argparse.Namespace) -> None:
         lambda: flags.engine(args, num_slots=args.parallel, num_pages=num_pages, queue_size=args.queue_size),
         args.model,
         params,
-        version=__version__,
         event_loop=args.event_loop,
         state_folder=args.state_folder,
+        http_port=args.http,
         announce=lambda text: print(f"forerun: {text}", file=sys.stderr, flush=True),  # noqa: T201
     )

@@ -48,7 +48,21 @@ class AsyncioHome:
         return None
 
     async def enter(self, work: Callable[[], Awaitable[T]]) -> T:
-        return await work()
+        # Cancelled by a scope, as work of anyio has to be: a task that is cancelled natively is in what it shields as well.
+        scope = anyio.CancelScope()
+
+        async def scoped() -> T:
+            with scope:
+                return await work()
+            raise asyncio.CancelledError
+
+        task = asyncio.create_task(scoped())
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            scope.cancel()
+            await ended(task)
+            raise
 
     async def leave(self, work: Callable[[], Awaitable[T]]) -> T:
         return await work()
@@ -122,9 +136,7 @@ class TrioHome:
         except asyncio.CancelledError:
             with suppress(trio.RunFinishedError):
                 self._token.run_sync_soon(scope.cancel)
-            await asyncio.wait([future])
-            if not future.cancelled():
-                future.exception()  # nobody wants to hear of it
+            await ended(future)
             raise
 
     async def leave(self, work: Callable[[], Awaitable[T]]) -> T:
@@ -147,6 +159,14 @@ class TrioHome:
                 outcome[0].exception()
             raise
         return outcome[0].result()
+
+
+async def ended(future: asyncio.Future[Any]) -> None:
+    """Waits for the end of what nobody wants to hear of any more."""
+    with anyio.CancelScope(shield=True):
+        await asyncio.wait([future])
+    if not future.cancelled():
+        future.exception()
 
 
 async def _awaited(work: Callable[[], Awaitable[T]]) -> T:

@@ -18,7 +18,7 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from ...core.errors import ForerunError, InvalidRequest
 from . import wire
 from .served import Served
-from .statuses import Stalled, Status, status_of
+from .statuses import Left, Stalled, Status, status_of
 
 logger = logging.getLogger("forerun")
 
@@ -55,6 +55,11 @@ class RpcCall:
                 await self._context.write(message)
         except TimeoutError:
             raise Stalled("a stream was not read") from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise Left("the caller has left") from None  # so says gRPC
 
 
 def handlers(service: Service, served: Served, stall_seconds: float) -> grpc.GenericRpcHandler:
@@ -81,9 +86,9 @@ def _handler(method: MethodDescriptor, work: Callable[[Any, Any], Awaitable[Any]
         except InvalidRequest as error:
             answer = status_of(wire.with_paths(error))
         except ForerunError as error:
-            if error.__cause__ is not None:
-                logger.warning("%s failed: %r", method.full_name, error.__cause__)
             answer = status_of(error)
+            if answer.code is grpc.StatusCode.INTERNAL:
+                logger.warning("%s failed: %r", method.full_name, error, exc_info=error.__cause__)
         except grpc.aio.UsageError:  # the call has ended already
             raise asyncio.CancelledError from None
         except Exception:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable, Coroutine
-from contextlib import AbstractAsyncContextManager, suppress
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...core.errors import InvalidRequest
 from ..engine import Engine
 from .home import AsyncioHome, Home, TrioHome
 from .served import Served
 from .server import GrpcServer, ServerParams
+
+if TYPE_CHECKING:
+    from .gateway import Gateway
 
 EVENT_LOOPS = ("asyncio", "trio")
 #: Seconds that streams may take to send what the engine has finished already.
@@ -25,25 +28,39 @@ def run_server(
     model_name: str,
     params: ServerParams,
     *,
-    version: str,
     event_loop: str = "asyncio",
     state_folder: Path | None = None,
+    http_port: int | None = None,
     announce: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Serves what `open_engine` opens until SIGTERM or SIGINT: then what runs is finished and nothing new begins; a second signal cancels
-    what runs. `announce` is told in a line each what is going on. InvalidRequest when the address cannot be had; EngineDead when
-    the engine fails beyond repair; and what `open_engine` raises."""
+    what runs. `http_port` is the gateway's, None for no gateway. `announce` is told in a line each what is going on. InvalidRequest
+    when the address cannot be had; EngineDead when the engine fails beyond repair; and what `open_engine` raises."""
     if event_loop not in EVENT_LOOPS:
         raise InvalidRequest([("event_loop", f"must be one of {', '.join(EVENT_LOOPS)}")])
     home = AsyncioHome() if event_loop == "asyncio" else TrioHome()
-    asyncio.run(_serve(open_engine, Served(home, model_name, state_folder), params, version, announce))
+    asyncio.run(_serve(open_engine, Served(home, model_name, state_folder), params, http_port, announce))
+
+
+@asynccontextmanager
+async def serve(engine: Engine, params: ServerParams | None = None, *, state_folder: Path | None = None) -> AsyncGenerator[str]:
+    """Serves an engine that runs in asyncio, over gRPC, inside the block; yields the address. InvalidRequest when it cannot be had."""
+    served = Served(AsyncioHome(), engine.model.name, state_folder)
+    served.loaded(engine)
+    server = GrpcServer(served, params or ServerParams())
+    await server.start()
+    await server.is_serving(True)
+    try:
+        yield server.address
+    finally:
+        await server.stop(0)
 
 
 async def _serve(
     open_engine: Callable[[], AbstractAsyncContextManager[Engine]],
     served: Served,
     params: ServerParams,
-    version: str,
+    http_port: int | None,
     announce: Callable[[str], None],
 ) -> None:
     drain, stop, loaded = asyncio.Event(), asyncio.Event(), asyncio.Event()
@@ -66,9 +83,13 @@ async def _serve(
         loop.add_signal_handler(number, signalled)
     home: Home = served.home
     async with home:
-        server = GrpcServer(served, params, version)
+        server = GrpcServer(served, params)
+        gateway = _gateway(served, params, http_port) if http_port is not None else None
         await server.start()
         announce(f"listening on {server.address}")
+        if gateway is not None:
+            await gateway.start()
+            announce(f"listening on {gateway.address}")
         life = asyncio.create_task(home.enter(live))
         try:
             await _first(life, loaded.wait(), drain.wait())
@@ -83,12 +104,26 @@ async def _serve(
                 await _first(life, home.enter(served.engine.drain), stop.wait())
             await server.stop(0 if stop.is_set() or life.done() else GRACE_SECONDS)
         finally:
-            await server.stop(0)
             life.cancel()
+            await server.stop(0)
+            if gateway is not None:
+                await gateway.stop()
             with suppress(asyncio.CancelledError):
                 await life
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
+
+
+def _gateway(served: Served, params: ServerParams, port: int) -> Gateway:
+    try:
+        from .gateway import Gateway
+    except ImportError as error:
+        raise InvalidRequest([("http", f"needs {error.name}: pip install 'forerun[http]'")]) from None
+    try:
+        from .metrics import Metrics
+    except ImportError:
+        return Gateway(served, params, port, None)
+    return Gateway(served, params, port, Metrics(served).text)
 
 
 async def _first(life: asyncio.Task[None], *others: Coroutine[Any, Any, object]) -> None:

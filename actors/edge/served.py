@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ...core.errors import EngineClosed
-from ...core.vocabulary import Delta, Result
+from ...core.vocabulary import Delta, Result, Started
 from ..engine import Engine
 from ..stream import Stream
 from .home import Home
@@ -26,6 +26,18 @@ class Meter(Protocol):
         ...
 
     def finished(self, result: Result, seconds: float) -> None: ...
+
+
+class Reader(Protocol):
+    """Who gets an answer. Each method returns once it is handed over, Stalled if that takes too long. Cancelled: it may have been."""
+
+    owner: str  # the token it came with
+
+    async def started(self, started: Started) -> None: ...
+
+    async def delta(self, delta: Delta) -> None: ...
+
+    async def finished(self, result: Result) -> None: ...
 
 
 @dataclass(slots=True)
@@ -78,6 +90,26 @@ class Served:
             yield
         finally:
             del self._running[request_id]
+
+    async def relay(self, stream: Stream, reader: Reader) -> None:
+        """Hands an answer to its reader. Cancelled or failed: the request is cancelled, and its memory free when this returns."""
+        request_id = stream.request_id
+        async with stream:
+            with self.running(request_id, reader.owner, stream):
+                before = begun = time.perf_counter()
+                started = await stream.started()
+                if started is not None:
+                    await reader.started(started)
+                is_first = True
+                async for delta in stream:
+                    now = time.perf_counter()
+                    for meter in self.meters:
+                        meter.delta(delta, now - before, is_first)
+                    before, is_first = now, False
+                    await reader.delta(delta)
+                for meter in self.meters:
+                    meter.finished(stream.result, time.perf_counter() - begun)
+                await reader.finished(stream.result)
 
     def find(self, request_id: str, owner: str | None) -> Stream:
         """A request of `owner`, or of anybody if None. NotFound if there is none."""

@@ -106,12 +106,12 @@ def is_local(host: str) -> bool:
 class GrpcServer:
     """Made and used in asyncio."""
 
-    def __init__(self, served: Served, params: ServerParams, version: str) -> None:
+    def __init__(self, served: Served, params: ServerParams) -> None:
         """InvalidRequest when TLS files cannot be read, or the address cannot be had."""
         self._served = served
         options = [*CHANNEL_OPTIONS, ("grpc.max_receive_message_length", params.message_bytes), *params.options]
         self._server = grpc.aio.server(interceptors=[Gate(params.tokens, params.admin_token)], options=options)
-        services: list[Service] = [GenerationService(served), ModelService(served, version), TraceService(served)]
+        services: list[Service] = [GenerationService(served), ModelService(served), TraceService(served)]
         if params.admin_token:
             services.append(AdminService(served))
         self._server.add_generic_rpc_handlers(tuple(handlers(service, served, params.stall_seconds) for service in services))

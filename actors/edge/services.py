@@ -4,8 +4,8 @@ gRPC handlers of them."""
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ from forerun.v1 import admin_service_pb2, generation_service_pb2, model_service_
 
 from ...core.errors import InvalidRequest, SavedSequenceError
 from ...core.trace import Counter, Event, Span
-from ..stream import Stream
+from ...core.vocabulary import Delta, Result, Started
 from . import wire
 from .served import Served
 
@@ -38,25 +38,21 @@ class Call(Protocol):
         ...
 
 
-async def relay(served: Served, stream: Stream, request_id: str, call: Call, response: Callable[..., Any]) -> None:
-    """Sends a request's Started, Deltas and Finished, each in a `response`. Cancelled: the request is cancelled, and its memory free."""
-    async with stream:
-        with served.running(request_id, call.owner, stream):
-            before = begun = time.perf_counter()
-            started = await stream.started()
-            if started is not None:
-                await call.write(response(started=wire.started_message(started, served.model_name)))
-            is_first = True
-            async for delta in stream:
-                now = time.perf_counter()
-                for meter in served.meters:
-                    meter.delta(delta, now - before, is_first)
-                before, is_first = now, False
-                await call.write(response(delta=wire.delta_message(delta)))
-            result = stream.result
-            for meter in served.meters:
-                meter.finished(result, time.perf_counter() - begun)
-            await call.write(response(finished=wire.finished_message(result)))
+class Answer:
+    """Reads an answer for a call: each piece is one `response` message."""
+
+    def __init__(self, call: Call, model_name: str, response: Callable[..., Any]) -> None:
+        self.owner = call.owner
+        self._call, self._model_name, self._response = call, model_name, response
+
+    async def started(self, started: Started) -> None:
+        await self._call.write(self._response(started=wire.started_message(started, self._model_name)))
+
+    async def delta(self, delta: Delta) -> None:
+        await self._call.write(self._response(delta=wire.delta_message(delta)))
+
+    async def finished(self, result: Result) -> None:
+        await self._call.write(self._response(finished=wire.finished_message(result)))
 
 
 class GenerationService:
@@ -66,11 +62,10 @@ class GenerationService:
         self._served = served
 
     async def generate(self, request: generation_service_pb2.GenerateRequest, call: Call) -> None:
-        engine, request_id = self._served.begin(), self._served.new_id()
-        options = wire.options_of(request)
-        options["request_id"], options["timeout_seconds"] = request_id, call.time_left
+        engine, options = self._served.begin(), wire.options_of(request)
+        options["request_id"], options["timeout_seconds"] = self._served.new_id(), call.time_left
         stream = engine.generate(wire.prompt_of(request.prompt), **options)
-        await relay(self._served, stream, request_id, call, generation_service_pb2.GenerateResponse)
+        await self._served.relay(stream, Answer(call, self._served.model_name, generation_service_pb2.GenerateResponse))
 
     async def abort(self, request: generation_service_pb2.AbortRequest, call: Call) -> generation_service_pb2.AbortResponse:
         self._served.find(request.request_id, call.owner).cancel()
@@ -107,8 +102,8 @@ class GenerationService:
 class ModelService:
     descriptor = model_service_pb2.DESCRIPTOR.services_by_name["ModelService"]
 
-    def __init__(self, served: Served, version: str) -> None:
-        self._served, self._version = served, version
+    def __init__(self, served: Served) -> None:
+        self._served = served
 
     async def get_model_info(self, request: model_service_pb2.GetModelInfoRequest, call: Call) -> model_service_pb2.GetModelInfoResponse:
         model = self._served.engine.model
@@ -126,7 +121,7 @@ class ModelService:
     async def get_server_info(self, request: model_service_pb2.GetServerInfoRequest, call: Call) -> model_service_pb2.GetServerInfoResponse:
         engine = self._served.engine
         return model_service_pb2.GetServerInfoResponse(
-            version=self._version,
+            version=metadata.version("forerun"),
             started_at_seconds=self._served.started_at,
             drafters=engine.speculation.types,
             event_loop=self._served.home.name,
@@ -197,9 +192,9 @@ class AdminService:
         return admin_service_pb2.SaveStateResponse(num_bytes=(await anyio.Path(path).stat()).st_size)
 
     async def load_state(self, request: admin_service_pb2.LoadStateRequest, call: Call) -> None:
-        engine, request_id = self._served.begin(), self._served.new_id()
-        stream = engine.restore(self._path(request.name), timeout_seconds=call.time_left, request_id=request_id)
-        await relay(self._served, stream, request_id, call, admin_service_pb2.LoadStateResponse)
+        path = self._path(request.name)
+        stream = self._served.begin().restore(path, timeout_seconds=call.time_left, request_id=self._served.new_id())
+        await self._served.relay(stream, Answer(call, self._served.model_name, admin_service_pb2.LoadStateResponse))
 
     async def drain(self, request: admin_service_pb2.DrainRequest, call: Call) -> admin_service_pb2.DrainResponse:
         self._served.refuse()

@@ -42,6 +42,12 @@ class Stalled(ForerunError):
     status = "RESOURCE_EXHAUSTED"
 
 
+class Left(ForerunError):
+    """The caller has cancelled the call, or its connection is gone. Nobody hears of it."""
+
+    status = "CANCELLED"
+
+
 class Starting(ForerunError):
     """The model is still being loaded."""
 
@@ -60,6 +66,7 @@ TEXTS: dict[type[ForerunError], tuple[str, str]] = {
     ModelFileError: ("MODEL_FILE", "a file is not as expected"),
     SavedSequenceError: ("SAVED_STATE", "the state could not be saved, or is damaged or another model's"),
     NotFound: ("NOT_FOUND", "there is no such request"),
+    Left: ("LEFT", "the call was cancelled"),
     Stalled: ("READER_STALLED", "the stream was not read for too long"),
     Starting: ("LOADING", "the model is being loaded"),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, cast
 
 from forerun.v1 import generation_service_pb2 as pb
@@ -46,9 +45,11 @@ def options_of(request: pb.GenerateRequest) -> Options:
     return cast(Options, options | {"logit_bias": dict(sampling.logit_bias), "cache_salt": request.cache_salt})
 
 
-def with_paths(error: InvalidRequest, paths: Mapping[str, str] = PATHS) -> InvalidRequest:
+def with_paths(error: InvalidRequest) -> InvalidRequest:
     """The same violations, each with the path of its field in the message."""
-    return InvalidRequest([(paths.get(field, field), problem) for field, problem in error.violations])
+    return InvalidRequest(
+        [(PATHS.get(field, field.replace("prompt[", "prompt.chat.messages[")), problem) for field, problem in error.violations]
+    )
 
 
 def sampling_message(sampling: SamplingParams) -> pb.SamplingParams:

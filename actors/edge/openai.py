@@ -1,0 +1,189 @@
+"""The words of OpenAI's API (platform.openai.com/docs/api-reference: chat, completions) as ours, and back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from ...core.errors import InvalidRequest
+from ...core.vocabulary import Delta, FinishReason, Prompt, Result, TokenLogprob
+from ..stream import Options
+from ..tokenizer import Vocabulary
+
+#: fields that are an option of ours by the same name
+SAME = ("temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty", "stop",
+        "ignore_eos", "cache_salt")  # fmt: skip
+#: fields that say nothing to this server: who asks, and what is kept
+IGNORED = ("model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "stream", "stream_options")
+#: fields that are refused unless they have one of these values, since another would not be heeded
+ONLY: dict[str, tuple[Any, ...]] = {
+    "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
+    "function_call": ("none", "auto"), "response_format": ({"type": "text"},), "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+}  # fmt: skip
+REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.CANCELLED: "stop"}
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request as it was understood. `wants_usage`: a stream ends with what it took."""
+
+    prompt: Prompt
+    options: Options
+    is_chat: bool
+    is_streamed: bool
+    wants_usage: bool
+
+
+def asked(body: object, is_chat: bool) -> Asked:
+    """InvalidRequest lists everything that is wrong with the form of a request; the engine checks values."""
+    if not isinstance(body, dict):
+        raise InvalidRequest([("body", "must be a JSON object")])
+    fields = {name: value for name, value in cast("dict[str, Any]", body).items() if value is not None}
+    options: dict[str, Any] = {name: fields[name] for name in SAME if name in fields}
+    own = ("messages", "max_completion_tokens", "top_logprobs") if is_chat else ("prompt",)
+    known = {*SAME, *IGNORED, *own, "max_tokens", "logprobs", "logit_bias", "stop_token_ids"}
+    violations = [
+        (name[:100], "is not supported" + (" with this value" if name in ONLY else ""))
+        for name in fields.keys() - known
+        if fields[name] not in ONLY.get(name, ())
+    ]
+    options["max_tokens"] = fields.get("max_completion_tokens", fields.get("max_tokens"))
+    options["stop_ids"] = _integers(fields, "stop_token_ids", violations)
+    bias = fields.get("logit_bias", {})
+    try:
+        options["logit_bias"] = {int(token): value for token, value in bias.items()}
+    except (AttributeError, TypeError, ValueError):
+        violations.append(("logit_bias", "must be an object of token ids and biases"))
+    switches = ("stream", "ignore_eos", "logprobs") if is_chat else ("stream", "ignore_eos")
+    violations += [(name, "must be true or false") for name in switches if not isinstance(fields.get(name, False), bool)]
+    stop = fields.get("stop", [])
+    if not isinstance(stop, str | list):
+        violations.append(("stop", "must be a text, or a list of texts"))
+    if is_chat:
+        options["num_logprobs"] = fields.get("top_logprobs", 0) if fields.get("logprobs") else None
+        prompt = _messages(fields.get("messages"), violations)
+    else:
+        options["num_logprobs"] = fields.get("logprobs")
+        prompt = _prompt(fields.get("prompt"), violations)
+    streaming = fields.get("stream_options", {})
+    if not isinstance(streaming, dict):
+        violations.append(("stream_options", "must be an object"))
+        streaming = {}
+    if violations:
+        raise InvalidRequest(sorted(violations))
+    wants_usage = cast("dict[str, Any]", streaming).get("include_usage") is True
+    return Asked(prompt, cast(Options, options), is_chat, bool(fields.get("stream")), wants_usage)
+
+
+def _integers(fields: Mapping[str, Any], name: str, violations: list[tuple[str, str]]) -> list[int]:
+    value: Any = fields.get(name, [])
+    if not isinstance(value, list) or not all(isinstance(each, int) and not isinstance(each, bool) for each in cast("list[Any]", value)):
+        violations.append((name, "must be a list of token ids"))
+        return []
+    return cast("list[int]", value)
+
+
+def _messages(messages: Any, violations: list[tuple[str, str]]) -> Prompt:
+    """Texts, and texts in parts; the engine checks roles."""
+    if not isinstance(messages, list) or not messages:
+        violations.append(("messages", "must be a list of messages, and not empty"))
+        return []
+    found: list[Any] = []
+    for i, message in enumerate(cast("list[Any]", messages)):
+        content: Any = cast("dict[str, Any]", message).get("content") if isinstance(message, dict) else None
+        if isinstance(content, list):
+            parts = cast("list[Any]", content)
+            if all(isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts):
+                content = "".join(part["text"] for part in parts)
+        if not isinstance(content, str):
+            violations.append((f"messages[{i}].content", "must be text, or parts that are text"))
+            continue
+        role: Any = cast("dict[str, Any]", message).get("role")
+        found.append({"role": "system" if role == "developer" else role, "content": content})
+    return found
+
+
+def _prompt(prompt: Any, violations: list[tuple[str, str]]) -> Prompt:
+    if isinstance(prompt, list):
+        parts = cast("list[Any]", prompt)
+        prompt = parts[0] if len(parts) == 1 and isinstance(parts[0], str | list) else parts
+    if not isinstance(prompt, str | list):
+        violations.append(("prompt", "must be one text, or one list of token ids"))
+        return []
+    return cast(Prompt, prompt)
+
+
+class Words:
+    """Makes the answers to one request."""
+
+    def __init__(self, asked: Asked, request_id: str, model_name: str, vocabulary: Vocabulary | None) -> None:
+        self._asked, self._vocabulary = asked, vocabulary
+        kind = "chat.completion" if asked.is_chat else "text_completion"
+        self._head = {"id": ("chatcmpl-" if asked.is_chat else "cmpl-") + request_id, "created": int(time.time()), "model": model_name}
+        self._whole, self._chunk = {**self._head, "object": kind}, {**self._head, "object": kind + (".chunk" if asked.is_chat else "")}
+
+    def first(self) -> dict[str, Any] | None:
+        """What a stream begins with."""
+        return self._piece({"role": "assistant", "content": ""}, None, None) if self._asked.is_chat else None
+
+    def delta(self, delta: Delta) -> dict[str, Any]:
+        return self._piece({"content": delta.text}, delta.text, self._logprobs(delta.token_ids, delta.logprobs))
+
+    def last(self, result: Result) -> dict[str, Any]:
+        return self._piece({}, "", None, REASONS[result.finish_reason])
+
+    def usage(self, result: Result) -> dict[str, Any]:
+        """What a stream ends with if that was wanted."""
+        return {**self._chunk, "choices": [], "usage": self._usage(result)}
+
+    def whole(self, result: Result) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": 0, "finish_reason": REASONS[result.finish_reason]}
+        choice["logprobs"] = self._logprobs(result.token_ids, result.logprobs)
+        if self._asked.is_chat:
+            choice["message"] = {"role": "assistant", "content": result.text, "refusal": None}
+        else:
+            choice["text"] = result.text
+        return {**self._whole, "choices": [choice], "usage": self._usage(result)}
+
+    def _piece(self, delta: dict[str, Any], text: str | None, logprobs: Any, reason: str | None = None) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": 0, "finish_reason": reason, "logprobs": logprobs}
+        choice |= {"delta": delta} if self._asked.is_chat else {"text": text}
+        return {**self._chunk, "choices": [choice]} | ({"usage": None} if self._asked.wants_usage else {})
+
+    @staticmethod
+    def _usage(result: Result) -> dict[str, Any]:
+        usage, drafters = result.usage, result.speculation.drafters.values()
+        accepted, drafted = sum(each.num_accepted_tokens for each in drafters), sum(each.num_draft_tokens for each in drafters)
+        return {
+            "prompt_tokens": usage.num_prompt_tokens,
+            "completion_tokens": usage.num_completion_tokens,
+            "total_tokens": usage.num_prompt_tokens + usage.num_completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": usage.num_cached_tokens},
+            "completion_tokens_details": {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": drafted - accepted},
+        }
+
+    def _logprobs(self, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob, ...]) -> dict[str, Any] | None:
+        if not logprobs:
+            return None
+        if self._asked.is_chat:
+            content = [
+                self._named(token, each.logprob) | {"top_logprobs": [self._named(*top) for top in each.top]}
+                for token, each in zip(tokens, logprobs, strict=True)
+            ]
+            return {"content": content, "refusal": None}
+        return {
+            "tokens": [self._text(token) for token in tokens],
+            "token_logprobs": [each.logprob for each in logprobs],
+            "top_logprobs": [{self._text(token): value for token, value in each.top} for each in logprobs],
+            "text_offset": [],
+        }
+
+    def _named(self, token: int, logprob: float) -> dict[str, Any]:
+        raw = self._vocabulary.token_bytes(token) if self._vocabulary is not None else b""
+        return {"token": self._text(token), "logprob": logprob, "bytes": list(raw)}
+
+    def _text(self, token: int) -> str:
+        return self._vocabulary.token_bytes(token).decode(errors="replace") if self._vocabulary is not None else str(token)

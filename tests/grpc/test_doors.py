@@ -1,0 +1,275 @@
+"""Who is let in, how a server starts and ends, and what its clients see of that."""
+
+from __future__ import annotations
+
+import datetime
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import anyio
+import forerun
+import grpc
+import grpc.aio
+import pytest
+import trustme
+from forerun.actors.edge.server import ServerParams, is_local
+from forerun.client import Client, ServerError
+from forerun.v1 import admin_service_pb2, admin_service_pb2_grpc
+from forerun.v1 import generation_service_pb2 as pb
+from forerun.v1 import generation_service_pb2_grpc as generation
+from grpc_health.v1 import health_pb2, health_pb2_grpc  # pyright: ignore[reportMissingTypeStubs]
+
+from tests.grpc.serving import CODE, Server, refused, serving
+
+pytestmark = pytest.mark.anyio
+
+PROMPT = "def read_lines(path):\n"
+
+
+def bearer(token: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {token}"),)
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text("second\nthird\n")
+    with serving("--api-key", "first", "--api-key-file", str(keys), "--admin-key", "root") as server:
+        yield server
+
+
+async def test_nobody_is_let_in_without_a_token(guarded: Server) -> None:
+    async with grpc.aio.insecure_channel(guarded.address) as channel:
+        stub: Any = generation.GenerationServiceStub(channel)
+        admin: Any = admin_service_pb2_grpc.AdminServiceStub(channel)
+        request = pb.TokenizeRequest(prompt=pb.Prompt(text="x"))
+        for metadata in ((), bearer("First"), bearer(""), bearer("first "), (("authorization", "first"),),
+                         (("authorization", "Basic first"),)):  # fmt: skip
+            for call in (
+                lambda how=metadata: stub.Tokenize(request, metadata=how),
+                lambda how=metadata: stub.Generate(pb.GenerateRequest(), metadata=how).read(),
+                lambda how=metadata: admin.Profile(admin_service_pb2.ProfileRequest(seconds=1), metadata=how),
+            ):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await call()
+                refused(caught.value, grpc.StatusCode.UNAUTHENTICATED, "NO_TOKEN")
+        for token in ("first", "second", "third"):
+            assert (await stub.Tokenize(request, metadata=bearer(token))).ids
+            with pytest.raises(grpc.aio.AioRpcError) as caught:  # a user is no admin
+                await admin.Profile(admin_service_pb2.ProfileRequest(seconds=1), metadata=bearer(token))
+            refused(caught.value, grpc.StatusCode.UNAUTHENTICATED, "NO_TOKEN")
+        assert (await admin.Profile(admin_service_pb2.ProfileRequest(seconds=0.01), metadata=bearer("root"))) is not None
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        assert (await health.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.SERVING
+    async with Client(guarded.address) as client:
+        with pytest.raises(ServerError, match="UNAUTHENTICATED"):
+            await client.complete("x", max_tokens=1)
+    async with Client(guarded.address, token="second") as client:
+        assert (await client.complete("x", max_tokens=1)).usage.num_completion_tokens == 1
+
+
+async def test_what_is_too_large_is_refused(guarded: Server) -> None:
+    async with grpc.aio.insecure_channel(guarded.address) as channel:
+        stub: Any = generation.GenerationServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Tokenize(pb.TokenizeRequest(prompt=pb.Prompt(text="x" * (4 * 2**20))), metadata=bearer("first"))
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [("127.0.0.1", True), ("127.8.9.1", True), ("::1", True), ("localhost", True), ("unix:/tmp/x", True), ("0.0.0.0", False), ("::", False),
+     ("10.0.0.1", False), ("example.org", False), ("localhost.example.org", False), ("", False)],
+)  # fmt: skip
+def test_other_machines_need_a_token_or_tls(host: str, local: bool) -> None:
+    assert is_local(host) == local
+    if local:
+        ServerParams(host)
+    else:
+        with pytest.raises(forerun.InvalidRequest, match="can be reached from other machines"):
+            ServerParams(host)
+        ServerParams(host, tokens=("x",))
+        ServerParams(host, is_insecure=True)
+
+
+# TLS
+
+
+class Authority:
+    """A certificate authority, and files of what it issued."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.ca, self._folder, self._name = trustme.CA(), folder, name
+        self.file = folder / f"{name}-ca.pem"
+        self.ca.cert_pem.write_to_path(self.file)
+
+    def issue(self, who: str, **kwargs: Any) -> tuple[str, str]:
+        """Certificate and key files."""
+        issued, files = self.ca.issue_cert("localhost", **kwargs), [self._folder / f"{self._name}-{who}.{kind}" for kind in ("pem", "key")]
+        files[0].write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+        issued.private_key_pem.write_to_path(files[1])
+        return str(files[0]), str(files[1])
+
+
+async def test_tls_and_who_the_client_is(tmp_path: Path) -> None:
+    ours, theirs = Authority(tmp_path, "ours"), Authority(tmp_path, "theirs")
+    certificate, key = ours.issue("server")
+    good, bad = ours.issue("client"), theirs.issue("client")
+    old = ours.issue("old", not_after=datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1))
+    with serving("--ssl-cert-file", certificate, "--ssl-key-file", key, "--ssl-client-ca-file", str(ours.file)) as server:
+        address = server.address.replace("127.0.0.1", "localhost")
+        async with Client(address, ca_file=ours.file, certificate_file=good[0], key_file=good[1]) as client:
+            assert (await client.model_info()).name == "demo"
+        for files in (bad, old, (None, None)):
+            async with Client(address, ca_file=ours.file, certificate_file=files[0], key_file=files[1]) as client:
+                with pytest.raises((ServerError, forerun.DeadlineExceeded)):
+                    await client.model_info(timeout_seconds=1)
+        async with Client(address) as client:
+            with pytest.raises((ServerError, forerun.DeadlineExceeded)):
+                await client.model_info(timeout_seconds=1)
+        # New files are used by the next handshake; files that are no pair leave those before in use.
+        certificate_of_theirs, key_of_theirs = theirs.issue("server")
+        Path(certificate).write_bytes(Path(certificate_of_theirs).read_bytes())
+        Path(key).write_bytes(Path(key_of_theirs).read_bytes())
+        async with Client(address, ca_file=theirs.file, certificate_file=good[0], key_file=good[1]) as client:
+            assert (await client.model_info()).name == "demo"
+
+
+# From start to end
+
+
+async def test_a_unix_socket(tmp_path: Path) -> None:
+    with serving(host=f"unix:{tmp_path}/socket") as server:
+        async with Client(f"unix:{tmp_path}/socket") as client:
+            assert (await client.complete(PROMPT, max_tokens=3)).usage.num_completion_tokens == 3
+        assert server.end() == 0
+
+
+@pytest.mark.parametrize("event_loop", ["asyncio", "trio"])
+async def test_draining_finishes_what_runs_and_begins_nothing(event_loop: str) -> None:
+    options: dict[str, Any] = {"max_tokens": 1500, "ignore_eos": True, "seed": 1, "temperature": 0.5}
+    with serving("--event-loop", event_loop) as server:
+        async with grpc.aio.insecure_channel(server.address) as channel, Client(server.address) as client:
+            health: Any = health_pb2_grpc.HealthStub(channel)
+            watch = health.Watch(health_pb2.HealthCheckRequest())
+            assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+            results: list[forerun.Result] = []
+            begun: list[Any] = []
+            going = anyio.Event()
+
+            async def run() -> None:
+                async with client.generate(PROMPT, **options) as stream:
+                    begun.append(stream)
+                    if len(begun) == 4:
+                        going.set()
+                    async for _ in stream:
+                        pass
+                results.append(stream.result)
+
+            async with anyio.create_task_group() as group:
+                for _ in range(4):
+                    group.start_soon(run)
+                await going.wait()
+                server.process.send_signal(signal.SIGTERM)
+                assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+                stub: Any = generation.GenerationServiceStub(channel)
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await stub.Generate(pb.GenerateRequest(prompt=pb.Prompt(text="x"))).read()
+                found = refused(caught.value, grpc.StatusCode.UNAVAILABLE, "DRAINING")
+                assert found["RetryInfo"].retry_delay.ToMilliseconds() > 0
+                assert not results
+            assert [len(result.token_ids) for result in results] == [1500] * 4
+            assert len({result.token_ids for result in results}) == 1
+        assert await anyio.to_thread.run_sync(lambda: server.process.wait(20)) == 0
+
+
+@pytest.mark.parametrize("event_loop", ["asyncio", "trio"])
+async def test_a_second_signal_ends_it_at_once(event_loop: str) -> None:
+    with serving("--event-loop", event_loop) as server:
+        async with Client(server.address) as client, client.generate(PROMPT, max_tokens=4000, ignore_eos=True) as stream:
+            await anext(stream)
+            server.process.send_signal(signal.SIGTERM)
+            while not any("draining" in line for line in server.lines):
+                await anyio.sleep(0.01)
+            server.process.send_signal(signal.SIGTERM)
+            with pytest.raises(forerun.ForerunError):
+                async for _ in stream:
+                    pass
+        assert await anyio.to_thread.run_sync(lambda: server.process.wait(10)) == 0
+
+
+async def test_an_order_to_drain(tmp_path: Path) -> None:
+    with serving("--admin-key", "root") as server:
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            admin: Any = admin_service_pb2_grpc.AdminServiceStub(channel)
+            await admin.Drain(admin_service_pb2.DrainRequest(), metadata=bearer("root"))
+        assert await anyio.to_thread.run_sync(lambda: server.process.wait(20)) == 0
+
+
+async def test_while_the_model_is_loaded_it_is_not_serving() -> None:
+    slow = "import time; from forerun.actors import engine; load = engine.load_model\n"
+    slow += "def later(*args, **kwargs):\n    time.sleep(2)\n    return load(*args, **kwargs)\nengine.load_model = later\n" + CODE
+    with serving(code=slow) as first:  # to know a port that is free
+        pass
+    port = first.address.rpartition(":")[2]
+    command = ("--port", port)
+    with subprocess.Popen([sys.executable, "-c", slow, "serve", *command], stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            assert "listening" in process.stderr.readline()
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel, Client(f"127.0.0.1:{port}") as client:
+                health: Any = health_pb2_grpc.HealthStub(channel)
+                assert (await health.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.NOT_SERVING
+                stub: Any = generation.GenerationServiceStub(channel)
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await stub.Generate(pb.GenerateRequest(prompt=pb.Prompt(text="x"))).read()
+                assert "RetryInfo" in refused(caught.value, grpc.StatusCode.UNAVAILABLE, "LOADING")
+                assert (await client.complete("x", max_tokens=2)).usage.num_completion_tokens == 2  # it tries again, as it was told
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("--host", "0.0.0.0"), "give TLS files or an API key, or say --insecure"),
+        (("--ssl-cert-file", "x"), "needs --ssl-key-file"),
+        (("--ssl-cert-file", "nowhere", "--ssl-key-file", "nowhere"), "nowhere: No such file"),
+        (("--port", "70000"), "between 0 and 65535"),
+        (("--event-loop", "curio"), "must be one of asyncio, trio"),
+        (("--api-key", "a b"), "printable ASCII"),
+        (("-m", "nowhere"), "no such model"),
+        (("-np", "0"), "num_slots: must be between"),
+    ],
+)  # fmt: skip
+def test_a_server_that_cannot_start_says_why(args: tuple[str, ...], says: str) -> None:
+    done = subprocess.run([sys.executable, "-c", CODE, "serve", "--port", "0", *args], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_port_that_is_taken() -> None:
+    with serving() as server:
+        port = server.address.rpartition(":")[2]
+        done = subprocess.run([sys.executable, "-c", CODE, "serve", "--port", port], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1
+        assert "cannot listen on" in done.stderr
+
+
+async def test_the_client_hears_deadlines_of_scopes_around_it(guarded: Server) -> None:
+    async with Client(guarded.address, token="first") as client:
+        with pytest.raises((forerun.DeadlineExceeded, TimeoutError)):
+            with anyio.fail_after(0.2):
+                await client.complete(PROMPT, max_tokens=4000, ignore_eos=True)
+        with pytest.raises(forerun.InvalidRequest, match="options"):
+            client.generate("x", max_tokens=-1)
+        with pytest.raises(forerun.InvalidRequest, match="options"):
+            client.generate("x", **cast(Any, {"no_such": 1}))
+    async with Client("127.0.0.1:9") as client:
+        with pytest.raises(ServerError, match="UNAVAILABLE"):
+            await client.complete("x", timeout_seconds=1)

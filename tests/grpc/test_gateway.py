@@ -1,0 +1,176 @@
+"""The HTTP gateway, as OpenAI's own client and as bare HTTP see it."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any, cast
+
+import anyio
+import forerun
+import openai
+import pytest
+from forerun.client import Client
+
+from tests.grpc.serving import Server, serving
+
+pytestmark = pytest.mark.anyio
+
+PROMPT = "def read_lines(path):\n"
+CHAT: Any = [{"role": "system", "content": "be brief"}, {"role": "user", "content": [{"type": "text", "text": "write a loop"}]}]
+PLAIN: Any = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "write a loop"}]
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[Server]:
+    with serving("--http", "0", "--api-key", "secret") as server:
+        yield server
+
+
+def post(url: str, body: bytes | None, **headers: str) -> tuple[int, Any, Any]:
+    """Status, headers and JSON."""
+    request = urllib.request.Request(url, body, {name.replace("_", "-"): value for name, value in headers.items()})
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return answer.status, answer.headers, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers, json.loads(error.read())
+
+
+async def test_openais_client_streams_a_chat(server: Server) -> None:
+    how: Any = {"model": "demo", "max_tokens": 30, "temperature": 0.7, "seed": 3, "extra_body": {"ignore_eos": True}}
+    async with forerun.open_engine("demo") as engine:
+        expected = await engine.complete(PLAIN, max_tokens=30, temperature=0.7, seed=3, ignore_eos=True, num_logprobs=2)
+    async with openai.AsyncOpenAI(base_url=f"{server.http}/v1", api_key="x", max_retries=0) as client:
+        assert [model.id async for model in client.models.list()] == ["demo"]
+        chunks = [
+            chunk
+            async for chunk in await client.chat.completions.create(
+                messages=CHAT, stream=True, stream_options={"include_usage": True}, **how
+            )
+        ]
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == expected.text
+        assert chunks[0].choices[0].delta.role == "assistant"
+        assert chunks[-2].choices[0].finish_reason == "length"
+        assert chunks[-1].usage is not None
+        assert (chunks[-1].usage.prompt_tokens, chunks[-1].usage.completion_tokens) == (expected.usage.num_prompt_tokens, 30)
+        whole = cast(Any, await client.chat.completions.create(messages=CHAT, logprobs=True, top_logprobs=2, **how))
+        assert whole.choices[0].message.content == expected.text
+        logprobs = whole.choices[0].logprobs
+        assert logprobs is not None
+        assert [each.logprob for each in logprobs.content or []] == [each.logprob for each in expected.logprobs]
+        assert len((logprobs.content or [])[0].top_logprobs) == 2
+
+
+async def test_completions(server: Server) -> None:
+    async with forerun.open_engine("demo") as engine:
+        expected = await engine.complete(PROMPT, max_tokens=40, stop=["return"])
+        ids = await engine.tokenize(PROMPT)
+    async with openai.AsyncOpenAI(base_url=f"{server.http}/v1", api_key="x", max_retries=0) as client:
+        for prompt in (PROMPT, [PROMPT], list(ids)):
+            done = await client.completions.create(model="demo", prompt=prompt, max_tokens=40, stop=["return"])
+            assert done.choices[0].text == expected.text
+        stream = await client.completions.create(model="demo", prompt=PROMPT, max_tokens=40, stop="return", stream=True)
+        assert "".join([chunk.choices[0].text async for chunk in stream]) == expected.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "boss", "content": "x"}]}, "prompt[0].role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"n": 2}, "n"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"frobnicate": 1}, "frobnicate"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": [1]}, "logit_bias"),
+        ({"stop": 7}, "stop"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream": True, "max_tokens": 10**7}, "max_tokens"),
+        ({"top_logprobs": 50, "logprobs": True}, "num_logprobs"),
+        ({"stop_token_ids": ["x"]}, "stop_token_ids"),
+    ],
+)
+def test_what_cannot_be_is_said_in_openais_words(server: Server, fields: dict[str, Any], param: str) -> None:
+    body = json.dumps({"model": "demo", "messages": PLAIN} | fields).encode()
+    status, _, answer = post(f"{server.http}/v1/chat/completions", body, content_type="application/json")
+    assert status == 400
+    assert (answer["error"]["type"], answer["error"]["param"]) == ("invalid_request_error", param)
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{", b"null", b"\xff\xfe", b"[" * 100_000, b'{"messages": 1e999}'])
+def test_bodies_that_are_no_request(server: Server, body: bytes) -> None:
+    status, _, answer = post(f"{server.http}/v1/chat/completions", body, content_type="application/json")
+    assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
+
+
+def test_a_page_in_a_browser_is_not_let_in(server: Server) -> None:
+    body = json.dumps({"messages": PLAIN, "max_tokens": 1}).encode()
+    url = f"{server.http}/v1/chat/completions"
+    assert post(url, body, content_type="text/plain")[0] == 415  # what a page may send without asking
+    assert post(url, body, content_type="application/json", host="rebound.example.org")[0] == 403
+    assert post(url, body, content_type="application/json", host="localhost:1")[0] == 200
+    assert post(url, b" " * (4 * 2**20 + 1), content_type="application/json")[0] == 413
+
+
+async def test_a_token_is_asked_for(guarded: Server) -> None:
+    for key in ("wrong", "secre", "secrett"):
+        async with openai.AsyncOpenAI(base_url=f"{guarded.http}/v1", api_key=key, max_retries=0) as client:
+            with pytest.raises(openai.AuthenticationError):
+                await client.chat.completions.create(model="demo", messages=PLAIN)
+    for path in ("/v1/models", "/metrics"):
+        assert post(guarded.http + path, None)[0] == 401
+    assert post(f"{guarded.http}/health", None)[0] == 200
+    async with openai.AsyncOpenAI(base_url=f"{guarded.http}/v1", api_key="secret", max_retries=0) as client:
+        assert (await client.chat.completions.create(model="demo", messages=PLAIN, max_tokens=1)).usage
+
+
+async def test_who_hangs_up_gives_memory_back(server: Server) -> None:
+    async with (
+        openai.AsyncOpenAI(base_url=f"{server.http}/v1", api_key="x", max_retries=0) as client,
+        Client(server.address) as grpc_client,
+    ):
+        how: Any = {"model": "demo", "messages": PLAIN, "max_tokens": 3500, "extra_body": {"ignore_eos": True}}
+        stream = await client.chat.completions.create(stream=True, **how)
+        await anext(aiter(stream))
+        await stream.close()
+        with anyio.move_on_after(0.3):
+            await client.chat.completions.create(**how)
+        with anyio.fail_after(5):
+            while (await grpc_client.loads()).num_requests_running:
+                await anyio.sleep(0.02)
+
+
+async def test_metrics_count_what_was_done(guarded: Server) -> None:
+    def figures() -> dict[str, float]:
+        request = urllib.request.Request(f"{guarded.http}/metrics", headers={"authorization": "Bearer secret"})
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            lines = [line.rpartition(" ") for line in answer.read().decode().splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, _, value in lines}
+
+    before = figures()
+    async with Client(guarded.address, token="secret") as client:
+        result = await client.complete(PROMPT, max_tokens=60, ignore_eos=True)
+    after = figures()
+    labels = 'model_name="demo"'
+
+    def grown(name: str, more: str = "") -> float:
+        found = name + "{" + ",".join(filter(None, [more, labels])) + "}"
+        return after[found] - before.get(found, 0.0)
+
+    assert grown("forerun:generation_tokens_total") == 60
+    assert grown("forerun:prompt_tokens_total") == result.usage.num_prompt_tokens
+    assert grown("forerun:request_success_total", 'finished_reason="length"') == 1
+    assert grown("forerun:time_to_first_token_seconds_count") == 1
+    assert grown("forerun:inter_token_latency_seconds_count") > 0
+    for name, each in result.speculation.drafters.items():
+        assert grown("forerun:spec_decode_num_draft_tokens_total", f'drafter="{name}"') == each.num_draft_tokens
+        assert grown("forerun:spec_decode_num_accepted_tokens_total", f'drafter="{name}"') == each.num_accepted_tokens
+    assert after["forerun:num_requests_running{" + labels + "}"] == 0
+    assert 0 <= after["forerun:kv_cache_usage_perc{" + labels + "}"] <= 1

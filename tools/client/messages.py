@@ -1,0 +1,77 @@
+"""The messages of forerun.v1 from and to the words of core/vocabulary.py, as a client needs them."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from forerun.core.speculation import DrafterName, DrafterStatistics, Speculation
+from forerun.core.vocabulary import Delta, FinishReason, Prompt, Result, SamplingParams, Started, Timings, TokenLogprob, Usage, check_prompt
+from forerun.v1 import generation_service_pb2 as pb
+
+SCALARS = tuple(name for name in SamplingParams.__slots__ if name != "logit_bias")
+FINISH_REASONS = {
+    pb.FINISH_REASON_STOP: FinishReason.STOP,
+    pb.FINISH_REASON_LENGTH: FinishReason.LENGTH,
+    pb.FINISH_REASON_CANCELLED: FinishReason.CANCELLED,
+}
+
+
+def prompt_message(prompt: Prompt) -> pb.Prompt:
+    """InvalidRequest when it is no prompt."""
+    prompt = check_prompt(prompt)
+    if isinstance(prompt, str):
+        return pb.Prompt(text=prompt)
+    if prompt and isinstance(prompt[0], int):
+        return pb.Prompt(token_ids=pb.TokenIds(ids=cast("list[int]", prompt)))
+    messages = [pb.ChatMessage(role=each["role"], content=each["content"]) for each in cast("list[dict[str, str]]", prompt)]
+    return pb.Prompt(chat=pb.Chat(messages=messages))
+
+
+def generate_message(prompt: Prompt, options: dict[str, Any]) -> pb.GenerateRequest:
+    """ValueError or TypeError from protobuf when a number does not fit its field."""
+    given = {name: value for name, value in options.items() if value is not None}
+    sampling = pb.SamplingParams(**{name: given.pop(name) for name in SCALARS if name in given})
+    for token, bias in given.pop("logit_bias", {}).items():
+        sampling.logit_bias[token] = bias
+    stop = given.pop("stop", [])
+    return pb.GenerateRequest(prompt=prompt_message(prompt), sampling=sampling, stop=[stop] if isinstance(stop, str) else stop, **given)
+
+
+def started_of(message: pb.Started) -> Started:
+    numbers = {name: getattr(message.sampling, name) for name in SCALARS}
+    return Started(
+        message.request_id,
+        SamplingParams(**numbers, logit_bias=tuple(message.sampling.logit_bias.items())),
+        message.max_tokens,
+        message.num_prompt_tokens,
+        message.num_cached_tokens,
+        message.queue_seconds,
+    )
+
+
+def delta_of(message: pb.Delta) -> Delta:
+    logprobs = tuple(TokenLogprob(each.logprob, tuple((top.token_id, top.logprob) for top in each.top)) for each in message.logprobs)
+    return Delta(message.text, tuple(message.token_ids), cast("DrafterName | None", message.source or None), logprobs)
+
+
+def result_of(message: pb.Finished, request_id: str, sampling: SamplingParams, deltas: list[Delta]) -> Result:
+    usage, timings = message.usage, message.timings
+    matched = message.WhichOneof("matched")
+    drafters: dict[DrafterName, DrafterStatistics] = {
+        cast(DrafterName, each.drafter): DrafterStatistics(
+            each.num_drafts, each.num_draft_tokens, each.num_accepted_tokens, tuple(each.num_accepted_tokens_per_pos)
+        )
+        for each in message.speculation.drafters
+    }
+    return Result(
+        request_id,
+        "".join(delta.text for delta in deltas),
+        tuple(token for delta in deltas for token in delta.token_ids),
+        FINISH_REASONS[message.reason],
+        None if matched is None else getattr(message, matched),
+        sampling,
+        Usage(usage.num_prompt_tokens, usage.num_completion_tokens, usage.num_cached_tokens),
+        Timings(timings.queue_seconds, timings.prefill_seconds, timings.decode_seconds),
+        Speculation(message.speculation.num_rounds, drafters, message.speculation.is_synthetic),
+        tuple(logprob for delta in deltas for logprob in delta.logprobs),
+    )
