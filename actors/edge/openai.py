@@ -95,9 +95,8 @@ def _messages(messages: Any, violations: list[tuple[str, str]]) -> Prompt:
     for i, message in enumerate(cast("list[Any]", messages)):
         content: Any = cast("dict[str, Any]", message).get("content") if isinstance(message, dict) else None
         if isinstance(content, list):
-            parts = cast("list[Any]", content)
-            if all(isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts):
-                content = "".join(part["text"] for part in parts)
+            texts = [_text_part(part) for part in cast("list[Any]", content)]
+            content = None if None in texts else "".join(cast("list[str]", texts))
         if not isinstance(content, str):
             violations.append((f"messages[{i}].content", "must be text, or parts that are text"))
             continue
@@ -106,14 +105,21 @@ def _messages(messages: Any, violations: list[tuple[str, str]]) -> Prompt:
     return found
 
 
-def _prompt(prompt: Any, violations: list[tuple[str, str]]) -> Prompt:
-    if isinstance(prompt, list):
-        parts = cast("list[Any]", prompt)
-        prompt = parts[0] if len(parts) == 1 and isinstance(parts[0], str | list) else parts
-    if not isinstance(prompt, str | list):
+def _text_part(part: Any) -> str | None:
+    """The text of a part of a message, if that is what it is."""
+    fields = cast("dict[str, Any]", part) if isinstance(part, dict) else {}
+    text = fields.get("text")
+    return text if fields.get("type") == "text" and isinstance(text, str) else None
+
+
+def _prompt(given: object, violations: list[tuple[str, str]]) -> Prompt:
+    if isinstance(given, list):
+        parts = cast("list[Any]", given)
+        return cast(Prompt, parts[0]) if len(parts) == 1 and isinstance(parts[0], str | list) else parts
+    if not isinstance(given, str):
         violations.append(("prompt", "must be one text, or one list of token ids"))
         return []
-    return cast(Prompt, prompt)
+    return given
 
 
 class Words:

@@ -6,8 +6,6 @@ lent the page new, beyond what the others know of it. Who wants to write into a 
 
 from __future__ import annotations
 
-from collections import deque
-
 import numpy as np
 
 from ...core.errors import InternalBug
@@ -32,7 +30,7 @@ class Arena:
         self.mtp = np.zeros((2, 1, *shape), np.float32)
         self.num_pages = num_pages
         self._references = [0] * num_pages
-        self._free = deque(range(num_pages))
+        self._free = list(reversed(range(num_pages)))  # the last given back goes first: those never used stay with the system
 
     @property
     def num_free(self) -> int:
@@ -42,7 +40,7 @@ class Arena:
         """New pages, with one reference each and nothing of their former holders in them. InternalBug when there are too few."""
         if count > len(self._free):
             raise InternalBug(f"{count} pages wanted of {len(self._free)}")
-        pages = [self._free.popleft() for _ in range(count)]
+        pages = [self._free.pop() for _ in range(count)]
         for page in pages:
             self._references[page] = 1
         self.trunk[:, :, pages] = 0

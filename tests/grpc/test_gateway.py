@@ -6,7 +6,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import anyio
 import forerun
@@ -29,6 +29,11 @@ def guarded() -> Iterator[Server]:
         yield server
 
 
+def client_of(server: Server, key: str) -> Any:
+    """OpenAI's own."""
+    return openai.AsyncOpenAI(base_url=f"{server.http}/v1", api_key=key, max_retries=0)
+
+
 def post(url: str, body: bytes | None, **headers: str) -> tuple[int, Any, Any]:
     """Status, headers and JSON."""
     request = urllib.request.Request(url, body, {name.replace("_", "-"): value for name, value in headers.items()})
@@ -43,7 +48,7 @@ async def test_openais_client_streams_a_chat(server: Server) -> None:
     how: Any = {"model": "demo", "max_tokens": 30, "temperature": 0.7, "seed": 3, "extra_body": {"ignore_eos": True}}
     async with forerun.open_engine("demo") as engine:
         expected = await engine.complete(PLAIN, max_tokens=30, temperature=0.7, seed=3, ignore_eos=True, num_logprobs=2)
-    async with openai.AsyncOpenAI(base_url=f"{server.http}/v1", api_key="x", max_retries=0) as client:
+    async with client_of(server, "x") as client:
         assert [model.id async for model in client.models.list()] == ["demo"]
         chunks = [
             chunk
@@ -56,9 +61,9 @@ async def test_openais_client_streams_a_chat(server: Server) -> None:
         assert chunks[-2].choices[0].finish_reason == "length"
         assert chunks[-1].usage is not None
         assert (chunks[-1].usage.prompt_tokens, chunks[-1].usage.completion_tokens) == (expected.usage.num_prompt_tokens, 30)
-        whole = cast(Any, await client.chat.completions.create(messages=CHAT, logprobs=True, top_logprobs=2, **how))
+        whole = await client.chat.completions.create(messages=CHAT, logprobs=True, top_logprobs=2, **how)
         assert whole.choices[0].message.content == expected.text
-        logprobs = whole.choices[0].logprobs
+        logprobs: Any = whole.choices[0].logprobs
         assert logprobs is not None
         assert [each.logprob for each in logprobs.content or []] == [each.logprob for each in expected.logprobs]
         assert len((logprobs.content or [])[0].top_logprobs) == 2
@@ -68,7 +73,7 @@ async def test_completions(server: Server) -> None:
     async with forerun.open_engine("demo") as engine:
         expected = await engine.complete(PROMPT, max_tokens=40, stop=["return"])
         ids = await engine.tokenize(PROMPT)
-    async with openai.AsyncOpenAI(base_url=f"{server.http}/v1", api_key="x", max_retries=0) as client:
+    async with client_of(server, "x") as client:
         for prompt in (PROMPT, [PROMPT], list(ids)):
             done = await client.completions.create(model="demo", prompt=prompt, max_tokens=40, stop=["return"])
             assert done.choices[0].text == expected.text
@@ -121,19 +126,19 @@ def test_a_page_in_a_browser_is_not_let_in(server: Server) -> None:
 
 async def test_a_token_is_asked_for(guarded: Server) -> None:
     for key in ("wrong", "secre", "secrett"):
-        async with openai.AsyncOpenAI(base_url=f"{guarded.http}/v1", api_key=key, max_retries=0) as client:
+        async with client_of(guarded, key) as client:
             with pytest.raises(openai.AuthenticationError):
                 await client.chat.completions.create(model="demo", messages=PLAIN)
     for path in ("/v1/models", "/metrics"):
         assert post(guarded.http + path, None)[0] == 401
     assert post(f"{guarded.http}/health", None)[0] == 200
-    async with openai.AsyncOpenAI(base_url=f"{guarded.http}/v1", api_key="secret", max_retries=0) as client:
+    async with client_of(guarded, "secret") as client:
         assert (await client.chat.completions.create(model="demo", messages=PLAIN, max_tokens=1)).usage
 
 
 async def test_who_hangs_up_gives_memory_back(server: Server) -> None:
     async with (
-        openai.AsyncOpenAI(base_url=f"{server.http}/v1", api_key="x", max_retries=0) as client,
+        client_of(server, "x") as client,
         Client(server.address) as grpc_client,
     ):
         how: Any = {"model": "demo", "messages": PLAIN, "max_tokens": 3500, "extra_body": {"ignore_eos": True}}
