@@ -76,6 +76,8 @@ logger = logging.getLogger("forerun")
 MAILBOX = 2048
 #: Positions that each slot has pages for by default, when the context is longer.
 PAGED_CONTEXT = 8192
+#: Tokens that the prompts of those who wait may have by default.
+QUEUE_TOKENS = 4_000_000
 #: Bytes of checkpoints kept by default.
 PREFIX_BYTES = 256 * 2**20
 #: Bytes of checkpoints kept in files by default, where a folder is given.
@@ -122,6 +124,7 @@ class EngineParams:
     queue_size: int
     overlap: bool
     preempt_after_seconds: float = math.inf
+    queue_tokens: float = math.inf
     folder: PrefixFolder | None = None
     executor: Executor = field(default_factory=Threads)
     instrument: Callable[[Actor], None] = lambda actor: None
@@ -175,7 +178,7 @@ class Engine:
         executor = params.executor if params.overlap else InPlace()
 
         def memory_manager(mailbox: Mailbox) -> Actor:
-            limits = params.queue_size, params.preempt_after_seconds
+            limits = params.queue_size, params.queue_tokens, params.preempt_after_seconds
             self._memory = MemoryManager(mailbox, executor, pool, model.fingerprint, params.folder, *limits, trace)
             return self._memory
 
@@ -524,6 +527,7 @@ async def open_engine(
     num_slots: int = 8,
     num_pages: int | None = None,
     queue_size: int = 256,
+    queue_tokens: int = QUEUE_TOKENS,
     prefix_bytes: int = PREFIX_BYTES,
     prefix_folder: str | Path | None = None,
     folder_bytes: int = FOLDER_BYTES,
@@ -539,18 +543,20 @@ async def open_engine(
 
     `spec_type` is `none` or a comma list of DRAFTERS; by default `ngram-suffix`, and `draft-mtp` if the model has that head. What else
     can be said of speculation: SpeculationParams.
-    `num_slots` requests run at once, `queue_size` more wait. They share `num_pages` pages of 64 positions, by default as many as all of
-    them need for the context, or for PAGED_CONTEXT positions if that is less. `prefix_bytes` of checkpoints let requests go on from what
-    others with the same beginning have computed (and the same `cache_salt`); 0 keeps none. What does not fit goes into at most
-    `folder_bytes` of files in `prefix_folder`, if there is one, and so does everything at the end. `recurrent_store` is `log`, or
-    `snapshots`: the same tokens, more memory for a draft. For a request that has waited `preempt_after_seconds` (None: however long) the
-    newest that have run as long are pre-empted, once each, and go on later with the same tokens. `overlap=False` does one thing at a
-    time, in the event loop: the same tokens, for comparison. A model loaded here computes on `backend` with `num_threads`: see load_model.
+    `num_slots` requests run at once, `queue_size` more wait, with prompts of `queue_tokens` in all. They share `num_pages` pages of 64
+    positions, by default as many as all of them need for the context, or for PAGED_CONTEXT positions if that is less. `prefix_bytes` of
+    checkpoints let requests go on from what others with the same beginning have computed (and the same `cache_salt`); 0 keeps none. What
+    does not fit goes into at most `folder_bytes` of files in `prefix_folder`, if there is one, and so does everything at the end.
+    `recurrent_store` is `log`, or `snapshots`: the same tokens, more memory for a draft. For a request that has waited
+    `preempt_after_seconds` (None: however long) the newest that have run as long are pre-empted, once each, and go on later with the same
+    tokens. `overlap=False` does one thing at a time, in the event loop: the same tokens, for comparison. A model loaded here computes on
+    `backend` with `num_threads`: see load_model.
     Leaving the block ends what still runs with EngineClosed.
     Raises ModelFileError, InvalidRequest, SavedSequenceError if `prefix_folder` cannot be used; at the end, EngineDead if an actor
     failed beyond repair and the block did not raise."""
     sizes: dict[str, object] = {
-        "num_slots": num_slots, "queue_size": queue_size, "prefix_bytes": prefix_bytes, "folder_bytes": folder_bytes,
+        "num_slots": num_slots, "queue_size": queue_size, "queue_tokens": queue_tokens, "prefix_bytes": prefix_bytes,
+        "folder_bytes": folder_bytes,
     }  # fmt: skip
     if violations := check_ranges(sizes | {"num_pages": num_pages, "preempt_after_seconds": preempt_after_seconds}) or [
         (name, "must be given") for name in sizes if sizes[name] is None
@@ -579,7 +585,8 @@ async def open_engine(
     if prefix_folder is not None:
         folder = await anyio.to_thread.run_sync(PrefixFolder, Path(prefix_folder), model.fingerprint, folder_bytes)
     patience = math.inf if preempt_after_seconds is None else preempt_after_seconds
-    async with run_engine(model, EngineParams(replace(params, types=types), memory, queue_size, overlap, patience, folder)) as engine:
+    every = EngineParams(replace(params, types=types), memory, queue_size, overlap, patience, queue_tokens, folder)
+    async with run_engine(model, every) as engine:
         yield engine
 
 

@@ -11,6 +11,7 @@ actors that compute.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections import deque
@@ -52,6 +53,7 @@ class MemoryManager(Actor):
         fingerprint: str,
         folder: PrefixFolder | None,
         queue_size: int,
+        queue_tokens: float,
         preempt_after_seconds: float,
         trace: Trace,
     ) -> None:
@@ -59,7 +61,7 @@ class MemoryManager(Actor):
         self._pool, self._fingerprint, self._folder, self._trace = pool, fingerprint, folder, trace
         self._looked_up: Envelope | None = None  # the last whose prompt was looked for in the folder
         self._queue: deque[tuple[Envelope, Admit, float]] = deque()  # and since when
-        self._queue_size, self._patience = queue_size, preempt_after_seconds
+        self._queue_size, self._queue_tokens, self._patience = queue_size, queue_tokens, preempt_after_seconds
         self._lent: dict[int, float] = {}  # to those that may be pre-empted, and since when; the newest last
         self._pressing: Envelope | None = None  # the one that others were last pre-empted for
         self._preempted_at = -math.inf
@@ -98,9 +100,12 @@ class MemoryManager(Actor):
             if self._folder is None or (entry := self._pool.prefixes.overdue()) is None:
                 break
             await self._archive(self._folder, entry)
-        for each in [each for each in self._queue if not each[1].is_replay][self._queue_size :]:
-            self._queue.remove(each)
-            each[0].fail(Overloaded(f"{self._queue_size} requests are waiting already", RETRY_AFTER_SECONDS))
+        waiting = [each for each in self._queue if not each[1].is_replay]
+        sizes = itertools.accumulate(len(admit.prompt) for _, admit, _ in waiting)
+        for place, (each, num_tokens) in enumerate(zip(waiting, sizes, strict=True)):
+            if place >= self._queue_size or num_tokens > self._queue_tokens:
+                self._queue.remove(each)
+                each[0].fail(Overloaded(f"{place} requests are waiting already", RETRY_AFTER_SECONDS))
         self.wake_at = min(self._preempt(now), now + LOOK_SECONDS if self._queue else math.inf)
         self._trace.count("slots used", self._pool.num_used)
         self._trace.count("pages used", self._pool.num_pages - self._pool.num_pages_free)

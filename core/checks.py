@@ -43,6 +43,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "num_prompt": (1, 100_000),
     "num_runs": (1, 1000),
     "queue_size": (0, 100_000),
+    "queue_tokens": (0, 1_000_000_000),
     "num_pages": (1, 100_000_000),
     "prefix_bytes": (0, 2**60),
     "folder_bytes": (0, 2**60),

@@ -28,8 +28,10 @@ def add_parser(commands: Any) -> None:
     flags.option(parser, "-np", "--parallel", type=int, default=8, help="requests that run at once (default: 8)")
     flags.option(parser, "-c", "--ctx-size", type=int, help="positions that all of them have together (default: 8192 each, or the context)")
     flags.option(parser, "--queue-size", type=int, default=256, help="requests that may wait for memory (default: 256)")
+    flags.option(parser, "--queue-tokens", type=int, default=4_000_000, help="tokens their prompts may have together (default: 4000000)")
     flags.option(parser, "--stall-timeout", type=float, default=30.0, help="seconds after which who does not read is dropped (default: 30)")
     flags.option(parser, "--state-folder", type=Path, help="where AdminService saves requests")
+    parser.add_argument("--otel", action="store_true", help="export OpenTelemetry spans, where OTEL_EXPORTER_OTLP_ENDPOINT says")
     flags.option(parser, "--event-loop", default="asyncio", help="asyncio or trio (default: asyncio)")
     flags.add_speculation(parser)
 
@@ -56,11 +58,14 @@ def run(args: argparse.Namespace) -> None:
     params = ServerParams(args.host, args.port, _tokens(args), args.admin_key, tls, args.insecure, args.stall_timeout)
     num_pages = None if args.ctx_size is None else max(1, -(-args.ctx_size // PAGE))
     run_server(
-        lambda: flags.engine(args, num_slots=args.parallel, num_pages=num_pages, queue_size=args.queue_size),
+        lambda: flags.engine(
+            args, num_slots=args.parallel, num_pages=num_pages, queue_size=args.queue_size, queue_tokens=args.queue_tokens
+        ),
         args.model,
         params,
         event_loop=args.event_loop,
         state_folder=args.state_folder,
         http_port=args.http,
+        is_traced=args.otel,
         announce=lambda text: print(f"forerun: {text}", file=sys.stderr, flush=True),  # noqa: T201
     )

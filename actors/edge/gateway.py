@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import anyio
 import uvicorn
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -45,8 +46,8 @@ WAITING = 4
 class HttpReader:
     """Hands an answer over to whoever writes the response, in asyncio."""
 
-    def __init__(self, served: Served, owner: str, stall_seconds: float) -> None:
-        self.owner = owner
+    def __init__(self, served: Served, headers: Headers, stall_seconds: float) -> None:
+        self.owner, self.traceparent = headers.get("authorization", ""), headers.get("traceparent", "")
         self._served, self._stall_seconds = served, stall_seconds
         self._sender, self.pieces = anyio.create_memory_object_stream[Started | Delta | Result](WAITING)
 
@@ -170,7 +171,7 @@ class Gateway:
         engine, request_id = self._served.begin(), self._served.new_id()
         wanted.options["request_id"] = request_id
         words = Words(wanted, request_id, self._served.model_name, engine.model.vocabulary)
-        reader = HttpReader(self._served, request.headers.get("authorization", ""), self._params.stall_seconds)
+        reader = HttpReader(self._served, request.headers, self._params.stall_seconds)
 
         async def work() -> None:
             await self._served.relay(engine.generate(wanted.prompt, **wanted.options), reader)

@@ -21,7 +21,7 @@ REQUEST_BUCKETS = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50
 
 
 class Metrics(Collector):
-    """Sees every request of the edge (a Meter), and asks the engine how it is when it is asked itself."""
+    """Watches every request of the edge (a Meter, and the Watch of each), and asks the engine how it is when it is asked itself."""
 
     def __init__(self, served: Served) -> None:
         self._served = served
@@ -51,7 +51,13 @@ class Metrics(Collector):
         self._registry.register(self)
         served.meters.append(self)
 
-    # A Meter
+    # A Meter, and a Watch
+
+    def begun(self, request_id: str, traceparent: str) -> Metrics:
+        return self
+
+    def failed(self, error: BaseException) -> None:
+        self._ended.labels(self._served.model_name, "error" if isinstance(error, Exception) else "abort").inc()
 
     def delta(self, delta: Delta, seconds: float, is_first: bool) -> None:
         if is_first:

@@ -14,6 +14,7 @@ import grpc
 import grpc.aio
 from google.protobuf import message_factory
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.message import DecodeError
 
 from ...core.errors import ForerunError, InvalidRequest
 from . import wire
@@ -39,7 +40,8 @@ class RpcCall:
 
     def __init__(self, context: grpc.aio.ServicerContext[Any, Any], served: Served, stall_seconds: float) -> None:
         self._context, self._served, self._stall_seconds = context, served, stall_seconds
-        self.owner = _metadata(context.invocation_metadata(), "authorization")
+        metadata = context.invocation_metadata()
+        self.owner, self.traceparent = _metadata(metadata, "authorization"), _metadata(metadata, "traceparent")
 
     @property
     def time_left(self) -> float | None:
@@ -76,13 +78,16 @@ def _handler(method: MethodDescriptor, work: Callable[[Any, Any], Awaitable[Any]
     make = grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
     of: type[Any] = message_factory.GetMessageClass(method.input_type)
 
-    async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+    async def handle(raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         name = _metadata(context.invocation_metadata(), "x-request-id")
         if re.fullmatch(r"[!-~]{1,128}", name):
             await context.send_initial_metadata((("x-request-id", name),))
         call = RpcCall(context, served, stall_seconds)
         try:
+            request = of.FromString(raw)
             return await served.home.enter(lambda: work(request, call))
+        except DecodeError:
+            answer = status_of(InvalidRequest([("request", f"is not a {method.input_type.full_name}")]))
         except InvalidRequest as error:
             answer = status_of(wire.with_paths(error))
         except ForerunError as error:
@@ -96,7 +101,8 @@ def _handler(method: MethodDescriptor, work: Callable[[Any, Any], Awaitable[Any]
             answer = BUG
         return await abort(context, answer)
 
-    return cast(Any, make)(handle, request_deserializer=of.FromString, response_serializer=_serialize)
+    # Without a deserializer: gRPC would log what is no message, and answer UNKNOWN.
+    return cast(Any, make)(handle, response_serializer=_serialize)
 
 
 def _serialize(message: Any) -> bytes:
@@ -105,7 +111,10 @@ def _serialize(message: Any) -> bytes:
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], status: Status) -> None:
     """Ends the call with a status and its details."""
-    await context.abort(status.code, status.message, (("grpc-status-details-bin", status.details),))
+    try:
+        await context.abort(status.code, status.message, (("grpc-status-details-bin", status.details),))
+    except grpc.aio.InternalError:  # there is no call any more
+        raise asyncio.CancelledError from None
 
 
 def _metadata(metadata: Any, key: str) -> str:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...core.errors import InvalidRequest
 from ..engine import Engine
 from .home import AsyncioHome, Home, TrioHome
-from .served import Served
+from .served import Meter, Served
 from .server import GrpcServer, ServerParams
 
 if TYPE_CHECKING:
@@ -31,21 +32,29 @@ def run_server(
     event_loop: str = "asyncio",
     state_folder: Path | None = None,
     http_port: int | None = None,
+    is_traced: bool = False,
     announce: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Serves what `open_engine` opens until SIGTERM or SIGINT: then what runs is finished and nothing new begins; a second signal cancels
-    what runs. `http_port` is the gateway's, None for no gateway. `announce` is told in a line each what is going on. InvalidRequest
+    what runs. `http_port` is the gateway's, None for no gateway; `is_traced`
+    exports OpenTelemetry spans. `announce` is told in a line each what is going on. InvalidRequest
     when the address cannot be had; EngineDead when the engine fails beyond repair; and what `open_engine` raises."""
     if event_loop not in EVENT_LOOPS:
         raise InvalidRequest([("event_loop", f"must be one of {', '.join(EVENT_LOOPS)}")])
     home = AsyncioHome() if event_loop == "asyncio" else TrioHome()
-    asyncio.run(_serve(open_engine, Served(home, model_name, state_folder), params, http_port, announce))
+    served = Served(home, model_name, state_folder)
+    if is_traced:
+        served.meters.append(_telemetry(model_name))
+    asyncio.run(_serve(open_engine, served, params, http_port, announce))
 
 
 @asynccontextmanager
-async def serve(engine: Engine, params: ServerParams | None = None, *, state_folder: Path | None = None) -> AsyncGenerator[str]:
-    """Serves an engine that runs in asyncio, over gRPC, inside the block; yields the address. InvalidRequest when it cannot be had."""
-    served = Served(AsyncioHome(), engine.model.name, state_folder)
+async def serve(
+    engine: Engine, params: ServerParams | None = None, *, state_folder: Path | None = None, meters: Sequence[Meter] = ()
+) -> AsyncGenerator[str]:
+    """Serves an engine that runs in asyncio, over gRPC, inside the block; yields the address. `meters` watch requests. InvalidRequest when
+    the address cannot be had."""
+    served = Served(AsyncioHome(), engine.model.name, state_folder, meters=list(meters))
     served.loaded(engine)
     server = GrpcServer(served, params or ServerParams())
     await server.start()
@@ -112,6 +121,14 @@ async def _serve(
                 await life
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
+
+
+def _telemetry(model_name: str) -> Meter:
+    try:
+        from .telemetry import Telemetry, exporting
+    except ImportError as error:
+        raise InvalidRequest([("otel", f"needs {error.name}: pip install 'forerun[otel]'")]) from None
+    return Telemetry(model_name, exporting(metadata.version("forerun")))
 
 
 def _gateway(served: Served, params: ServerParams, port: int) -> Gateway:

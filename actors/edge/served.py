@@ -18,8 +18,8 @@ from .home import Home
 from .statuses import NotFound, Starting
 
 
-class Meter(Protocol):
-    """Watches requests of the edge; see metrics.py."""
+class Watch(Protocol):
+    """Watches one request of the edge."""
 
     def delta(self, delta: Delta, seconds: float, is_first: bool) -> None:
         """`seconds` after the one before, or after the request came."""
@@ -27,11 +27,24 @@ class Meter(Protocol):
 
     def finished(self, result: Result, seconds: float) -> None: ...
 
+    def failed(self, error: BaseException) -> None:
+        """Instead of finished; also when the reader has left."""
+        ...
+
+
+class Meter(Protocol):
+    """Watches all of them; see metrics.py and telemetry.py."""
+
+    def begun(self, request_id: str, traceparent: str) -> Watch:
+        """A request came, within the caller's trace if it named one (W3C Trace Context)."""
+        ...
+
 
 class Reader(Protocol):
     """Who gets an answer. Each method returns once it is handed over, Stalled if that takes too long. Cancelled: it may have been."""
 
     owner: str  # the token it came with
+    traceparent: str
 
     async def started(self, started: Started) -> None: ...
 
@@ -93,23 +106,29 @@ class Served:
 
     async def relay(self, stream: Stream, reader: Reader) -> None:
         """Hands an answer to its reader. Cancelled or failed: the request is cancelled, and its memory free when this returns."""
-        request_id = stream.request_id
-        async with stream:
-            with self.running(request_id, reader.owner, stream):
-                before = begun = time.perf_counter()
-                started = await stream.started()
-                if started is not None:
-                    await reader.started(started)
-                is_first = True
-                async for delta in stream:
-                    now = time.perf_counter()
-                    for meter in self.meters:
-                        meter.delta(delta, now - before, is_first)
-                    before, is_first = now, False
-                    await reader.delta(delta)
-                for meter in self.meters:
-                    meter.finished(stream.result, time.perf_counter() - begun)
-                await reader.finished(stream.result)
+        watches = [meter.begun(stream.request_id, reader.traceparent) for meter in self.meters]
+        before = begun = time.perf_counter()
+        try:
+            async with stream:
+                with self.running(stream.request_id, reader.owner, stream):
+                    started = await stream.started()
+                    if started is not None:
+                        await reader.started(started)
+                    is_first = True
+                    async for delta in stream:
+                        now = time.perf_counter()
+                        for watch in watches:
+                            watch.delta(delta, now - before, is_first)
+                        before, is_first = now, False
+                        await reader.delta(delta)
+                    for watch in watches:
+                        watch.finished(stream.result, time.perf_counter() - begun)
+                    watches.clear()
+                    await reader.finished(stream.result)
+        except BaseException as error:
+            for watch in watches:
+                watch.failed(error)
+            raise
 
     def find(self, request_id: str, owner: str | None) -> Stream:
         """A request of `owner`, or of anybody if None. NotFound if there is none."""

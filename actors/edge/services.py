@@ -27,6 +27,7 @@ class Call(Protocol):
     """One call, as a service sees it."""
 
     owner: str  # who calls: the token, or nobody's name
+    traceparent: str  # of the caller's trace, if it names one
 
     @property
     def time_left(self) -> float | None:
@@ -42,7 +43,7 @@ class Answer:
     """Reads an answer for a call: each piece is one `response` message."""
 
     def __init__(self, call: Call, model_name: str, response: Callable[..., Any]) -> None:
-        self.owner = call.owner
+        self.owner, self.traceparent = call.owner, call.traceparent
         self._call, self._model_name, self._response = call, model_name, response
 
     async def started(self, started: Started) -> None:

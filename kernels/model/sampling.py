@@ -90,7 +90,9 @@ def logprobs(logits: F32, token: int, num_top: int) -> TokenLogprob:
     """Of logits [V], as the model has them."""
     x = logits.astype(np.float64)
     x -= x.max() + np.log(np.exp(x - x.max()).sum())
-    top = np.argsort(-x, kind="stable")[:num_top]
+    lowest = np.partition(x, len(x) - num_top)[len(x) - num_top] if 0 < num_top < len(x) else -np.inf
+    candidates = np.flatnonzero(x >= lowest)  # all of the lowest that counts: the first of equals comes first
+    top = candidates[np.argsort(-x[candidates], kind="stable")[:num_top]]
     return TokenLogprob(float(x[token]), tuple((int(each), float(x[each])) for each in top))
 
 

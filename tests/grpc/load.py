@@ -5,15 +5,14 @@ python -m tests.grpc.load stalled                  # what 16 clients that do not
 python -m tests.grpc.load kills [--times 200]      # clients killed in mid-stream
 python -m tests.grpc.load fuzz [--times 20000]     # random and hostile requests
 python -m tests.grpc.load rate                     # deltas a second of the edge alone: an engine that is always ahead
+python -m tests.grpc.load latency                  # milliseconds from such an engine to the client, at some deltas a second and stream
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import random
-import signal
 import statistics
 import subprocess
 import sys
@@ -46,7 +45,7 @@ def rss(server: Server) -> float:
 
 async def is_quiet(client: Client) -> bool:
     """Whether within some seconds nothing runs, waits or is lent."""
-    for _ in range(200):
+    for _ in range(600):
         loads = await client.loads()
         if loads.num_requests_running == loads.num_requests_waiting == loads.num_slots_used == 0:
             return True
@@ -128,30 +127,35 @@ async def stalled(server: Server) -> None:
 
         async def one(i: int) -> None:
             nonlocal tokens
-            tokens += len((await client.complete(PROMPT, max_tokens=200, temperature=0.8, seed=i, ignore_eos=True)).token_ids)
+            result = await client.complete(PROMPT, max_tokens=200, temperature=0.8, seed=i, ignore_eos=True)
+            tokens += len(result.token_ids)
 
         async with anyio.create_task_group() as group:
             for i in range(16):
                 group.start_soon(one, i)
         return tokens / (time.perf_counter() - begin)
 
-    request = pb.GenerateRequest(prompt=pb.Prompt(text=PROMPT), max_tokens=3500, num_logprobs=20, ignore_eos=True)
+    request = pb.GenerateRequest(prompt=pb.Prompt(text=PROMPT), max_tokens=3500, ignore_eos=True)
+    window = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024)]  # full soon
     ratios: list[float] = []
     async with Client(server.address) as client:
         await rate(client)
         for _ in range(5):
             alone = await rate(client)
-            async with grpc.aio.insecure_channel(server.address) as channel:
+            async with grpc.aio.insecure_channel(server.address, options=window) as channel:
                 calls = [cast(Any, generation.GenerationServiceStub(channel)).Generate(request) for _ in range(16)]
                 for call in calls:
                     await call.read()
-                await anyio.sleep(3)  # they are full
-                beside = await rate(client)
-                begin = time.perf_counter()
+                done, before = 0, -1
+                while done != before:  # until they are full
+                    await anyio.sleep(1)
+                    done, before = (await client.loads()).actors[2].num_received, done
+                assert (await client.loads()).num_requests_running == 16
+                beside, begin = await rate(client), time.perf_counter()
                 dropped = await is_quiet(client)
                 ratios.append(beside / alone)
                 print(f"alone {alone:.0f} tokens/s, beside 16 that stall {beside:.0f}: {ratios[-1]:.3f}; all dropped {dropped} "
-                      f"after {time.perf_counter() - begin:.1f} s more")  # fmt: skip
+                      f"after {time.perf_counter() - begin:.1f} s more", flush=True)  # fmt: skip
     print(f"median {statistics.median(ratios):.3f} of the rate alone")
 
 
@@ -171,14 +175,13 @@ anyio.run(main)
 
 async def kills(server: Server, times: int) -> None:
     for i in range(times):
-        process = subprocess.Popen([sys.executable, "-c", VICTIM, server.address], stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        for _ in range(1 + i % 5):
-            process.stdout.read(2)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        with subprocess.Popen([sys.executable, "-c", VICTIM, server.address], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.read(1 + i % 5)
+            process.kill()
     async with Client(server.address) as client:
-        print(f"{times} clients killed; everything given back: {await is_quiet(client)}")
+        assert await is_quiet(client), await client.loads()
+    print(f"{times} clients killed; everything was given back")
 
 
 # Hostile requests
@@ -242,9 +245,11 @@ async def fuzz(server: Server, times: int) -> None:
                 if i % 100 == 0:
                     await anyio.sleep(0.01)
     async with Client(server.address) as client:
-        alive = len((await client.complete(PROMPT, max_tokens=10, ignore_eos=True)).token_ids) == 10
-        print(f"{times} requests: {dict(found.most_common())}")
-        print(f"leaks: {leaks[:5]} ({len(leaks)}); alive and quiet after: {alive and await is_quiet(client)}")
+        assert len((await client.complete(PROMPT, max_tokens=10, ignore_eos=True)).token_ids) == 10
+        assert await is_quiet(client), await client.loads()
+    assert not leaks, leaks[:5]
+    assert not [status for status in found if status.startswith(("INTERNAL", "UNKNOWN"))], found
+    print(f"{times} requests: {dict(found.most_common())}; no fault, nothing of our insides shown, all given back")
 
 
 # The edge alone
@@ -258,7 +263,8 @@ class Ahead:
         self.request_id = str(id(self))
 
     def generate(self, prompt: Any, **options: Any) -> Any:
-        return Ahead(options["max_tokens"])
+        """A prompt that is a number: so many seconds between deltas, whose text is when they were made."""
+        return Paced(float(prompt), options["max_tokens"]) if prompt != "x" else Ahead(options["max_tokens"])
 
     async def ended(self) -> None:
         await anyio.sleep_forever()
@@ -291,6 +297,18 @@ class Ahead:
         return forerun.Result(
             self.request_id, "", (), forerun.FinishReason.LENGTH, None, forerun.SamplingParams(), usage, timings, forerun.Speculation()
         )
+
+
+class Paced(Ahead):
+    def __init__(self, seconds: float, num_deltas: int) -> None:
+        super().__init__(num_deltas)
+        self._seconds, self._due = seconds, anyio.current_time() + seconds * random.random()
+
+    async def __anext__(self) -> forerun.Delta:
+        await anyio.sleep_until(self._due)
+        self._due += self._seconds
+        delta = await super().__anext__()
+        return forerun.Delta(str(time.perf_counter_ns()), delta.token_ids, None)
 
 
 @asynccontextmanager
@@ -327,13 +345,34 @@ async def rate(server: Server, num_deltas: int = 2000) -> None:
     print(f"deltas a second over 16 streams: median {statistics.median(rates[1:]):.0f}, {min(rates[1:]):.0f} to {max(rates[1:]):.0f}")
 
 
+async def latency(server: Server) -> None:
+    for num_streams, each in ((16, 20), (64, 20), (16, 100)):
+        late: list[float] = []
+        request = pb.GenerateRequest(prompt=pb.Prompt(text=str(1 / each)), max_tokens=each * 8)
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            stub: Any = generation.GenerationServiceStub(channel)
+
+            async def one(stub: Any = stub, request: pb.GenerateRequest = request, late: list[float] = late) -> None:
+                async for event in stub.Generate(request):
+                    if event.WhichOneof("event") == "delta":
+                        late.append((time.perf_counter_ns() - int(event.delta.text)) / 1e6)
+
+            async with anyio.create_task_group() as group:
+                for _ in range(num_streams):
+                    group.start_soon(one)
+        late.sort()
+        middle, last = late[len(late) // 2], late[int(len(late) * 0.99)]
+        print(f"{num_streams} streams of {each} deltas a second: median {middle:.2f} ms, p99 {last:.2f} ms")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("streams", "stalled", "kills", "fuzz", "rate"))
+    parser.add_argument("what", choices=("streams", "stalled", "kills", "fuzz", "rate", "latency"))
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--times", type=int)
     parser.add_argument("--event-loop", default="asyncio")
+    parser.add_argument("--threads", default="2", help="that compute")
     args = parser.parse_args()
     works: dict[str, Callable[[Server], Awaitable[None]]] = {
         "streams": lambda server: streams(server, args.seconds, args.streams),
@@ -341,10 +380,13 @@ def main() -> None:
         "kills": lambda server: kills(server, args.times or 200),
         "fuzz": lambda server: fuzz(server, args.times or 20_000),
         "rate": rate,
+        "latency": latency,
     }
-    code = f"from tests.grpc.load import serve_ahead; serve_ahead({args.event_loop!r})" if args.what == "rate" else CODE
+    is_stub = args.what in ("rate", "latency")
+    code = f"from tests.grpc.load import serve_ahead; serve_ahead({args.event_loop!r})" if is_stub else CODE
     slots = "32" if args.what == "stalled" else "16"
-    with serving("--event-loop", args.event_loop, "-np", slots, "--stall-timeout", "10", "--queue-size", "2000", code=code) as server:
+    how = ("--event-loop", args.event_loop, "-np", slots, "-t", args.threads, "--stall-timeout", "15", "--queue-size", "2000")
+    with serving(*how, code=code) as server:
         asyncio.run(cast(Any, works[args.what](server)))
         print("exit code", server.end())
         print(*[line for line in server.lines if not line.startswith("forerun: ")][:20], sep="\n")

@@ -63,10 +63,9 @@ async def test_openais_client_streams_a_chat(server: Server) -> None:
         assert (chunks[-1].usage.prompt_tokens, chunks[-1].usage.completion_tokens) == (expected.usage.num_prompt_tokens, 30)
         whole = await client.chat.completions.create(messages=CHAT, logprobs=True, top_logprobs=2, **how)
         assert whole.choices[0].message.content == expected.text
-        logprobs: Any = whole.choices[0].logprobs
-        assert logprobs is not None
-        assert [each.logprob for each in logprobs.content or []] == [each.logprob for each in expected.logprobs]
-        assert len((logprobs.content or [])[0].top_logprobs) == 2
+        content: list[Any] = whole.choices[0].logprobs.content
+        assert [each.logprob for each in content] == [each.logprob for each in expected.logprobs]
+        assert len(content[0].top_logprobs) == 2
 
 
 async def test_completions(server: Server) -> None:

@@ -13,6 +13,8 @@ import grpc
 import grpc.aio
 import numpy as np
 import pytest
+from forerun.actors.edge import ServerParams, serve
+from forerun.actors.edge.telemetry import Telemetry
 from forerun.client import Client, ServerError
 from forerun.v1 import admin_service_pb2, admin_service_pb2_grpc
 from forerun.v1 import generation_service_pb2 as pb
@@ -24,6 +26,9 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (  # py
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from tests.grpc.serving import Server, refused
 
@@ -365,3 +370,34 @@ def test_extremes_in_every_field(server: Server, fields: dict[str, Any]) -> None
             assert events[0] == "started"
         except grpc.RpcError as error:
             refused(error, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
+
+
+# Telemetry
+
+
+async def test_requests_are_spans_of_their_callers_trace() -> None:
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    trace_id, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    async with forerun.open_engine("demo") as engine:
+        async with serve(engine, ServerParams(port=0), meters=[Telemetry("demo", provider)]) as address:
+            async with grpc.aio.insecure_channel(address) as channel:
+                stub: Any = generation.GenerationServiceStub(channel)
+                request = pb.GenerateRequest(prompt=pb.Prompt(text="secret words"), max_tokens=7, ignore_eos=True)
+                await stub.Generate(request, metadata=(("traceparent", f"00-{trace_id}-{parent}-01"),)).read()
+                async for _ in stub.Generate(request, metadata=(("traceparent", f"00-{trace_id}-{parent}-01"),)):
+                    pass
+                bad = pb.GenerateRequest(prompt=pb.Prompt(text="x"), max_tokens=4096)
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await stub.Generate(bad).read()
+    spans = exporter.get_finished_spans()
+    done = [span for span in spans if "gen_ai.usage.output_tokens" in (span.attributes or {})]
+    assert len(done) in (1, 2)  # the call whose reader left may have been done
+    for span in done:
+        assert span.parent is not None
+        assert (f"{span.parent.trace_id:032x}", f"{span.parent.span_id:016x}") == (trace_id, parent)
+        attributes = dict(span.attributes or {})
+        assert (attributes["gen_ai.usage.output_tokens"], attributes["gen_ai.response.finish_reasons"]) == (7, ("length",))
+        assert cast(float, attributes["gen_ai.server.time_to_first_token"]) > 0
+        assert "secret" not in span.to_json()
+    assert [dict(span.attributes or {})["error.type"] for span in spans if span.parent is None] == ["InvalidRequest"]

@@ -182,8 +182,9 @@ async def test_a_slow_reader_holds_up_itself_alone_and_loses_nothing(model: str)
         assert first.token_ids + tuple(token for delta in rest for token in delta.token_ids) == alone
 
 
-async def test_more_requests_than_slots_wait_their_turn_and_beyond_the_queue_are_refused(model: str) -> None:
-    async with forerun.open_engine(model, num_slots=2, queue_size=3) as engine:
+@pytest.mark.parametrize("limits", [{"queue_size": 3}, {"queue_tokens": 17}])
+async def test_more_requests_than_slots_wait_their_turn_and_beyond_the_queue_are_refused(model: str, limits: Any) -> None:
+    async with forerun.open_engine(model, num_slots=2, **limits) as engine:
         outcomes: list[str] = []
 
         async def one() -> None:
