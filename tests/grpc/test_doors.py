@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import signal
 import subprocess
 import sys
@@ -273,3 +274,36 @@ async def test_the_client_hears_deadlines_of_scopes_around_it(guarded: Server) -
     async with Client("127.0.0.1:9") as client:
         with pytest.raises(ServerError, match="UNAVAILABLE"):
             await client.complete("x", timeout_seconds=1)
+
+
+# The command line
+
+
+def forerun_(*args: str) -> str:
+    done = subprocess.run([sys.executable, "-W", "error", "-c", CODE, *args], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_server_is_asked_from_the_command_line(guarded: Server) -> None:
+    where = ("-a", guarded.address, "--api-key", "third")
+    answer = json.loads(forerun_("client", "generate", *where, "--chat", "hello", "-n", "4", "--ignore-eos", "--format", "json"))
+    assert answer["usage"]["num_completion_tokens"] == 4
+    ids = forerun_("client", "tokenize", *where, PROMPT).strip()
+    assert forerun_("client", "detokenize", *where, ids) == PROMPT + "\n"
+    answers = {forerun_("client", "generate", *where, *prompt, "-n", "4") for prompt in (("-p", PROMPT), ("--prompt-ids", ids))}
+    assert len(answers) == 1
+    assert 'name: "demo"' in forerun_("client", "info", *where)
+    assert "num_slots: 8" in forerun_("client", "loads", *where)
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, "client", "loads", "-a", guarded.address], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (1, "forerun: UNAUTHENTICATED: a bearer token is needed\n")
+    watch = [sys.executable, "-c", CODE, "trace", *where, "--actor", "target decoder", "--events", "20"]
+    with subprocess.Popen(watch, stdout=subprocess.PIPE, text=True) as watching:
+        while watching.poll() is None:  # it sees what comes once it has begun
+            forerun_("client", "generate", *where, "-p", PROMPT, "-n", "2")
+        assert watching.stdout is not None
+        lines = watching.stdout.read().splitlines()
+    assert len(lines) == 20
+    assert any("target decoder: Verify ok" in line for line in lines)
