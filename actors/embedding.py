@@ -47,7 +47,8 @@ class Embedding:
         self._ends: tuple[int, ...] = ()
         self._lease: Lease | None = None
         self._num_computed = self._num_given = self._num_losses = 0
-        self._is_open = False
+        self._is_open = self._was_preempted = False
+        self._memory_life = 0  # in which the lease was lent
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -90,9 +91,12 @@ class Embedding:
             try:
                 position, rows = await self._compute()
             except (ActorRestarted, LeaseLost) as error:
-                self._num_losses += 1
-                if self._num_losses > MAX_LOSSES:
-                    raise RequestFailed("memory was lost again and again") from error
+                if isinstance(error, LeaseLost) and self._memory_life == self._memory.life:
+                    self._was_preempted = True  # which happens once
+                else:
+                    self._num_losses += 1
+                    if self._num_losses > MAX_LOSSES:
+                        raise RequestFailed("memory was lost again and again") from error
                 await self._give_back()
             else:
                 if position == self._num_given:  # else it was given before memory was lost
@@ -108,7 +112,10 @@ class Embedding:
                 self._lease = lease
 
             # No ends: with nothing in it, for the rows of what is cached are gone.
-            keep(await self._memory.ask(Admit(self._flow, self._prompt, (), "", len(self._prompt), 1, self._num_losses > 0), undo=keep))
+            is_replay = self._was_preempted or self._num_losses > 0
+            admit = Admit(self._flow, self._prompt, (), "", len(self._prompt), 1, is_replay, self._was_preempted)
+            self._memory_life = self._memory.life
+            keep(await self._memory.ask(admit, undo=keep))
         assert self._lease is not None
         lease, position = self._lease.number, self._num_computed
         end = next(end for end in self._ends if end > position)

@@ -262,7 +262,7 @@ class Engine:
         violations += check_stop(_stops(options.get("stop"))) + check_logit_bias(tuple((options.get("logit_bias") or {}).items()))
         if violations:
             raise InvalidRequest(violations)
-        return self._begin(check_prompt(prompt), options, None)
+        return self._begin(check_prompt(prompt, self.model.context), options, None)
 
     def restore(self, path: str | Path, *, timeout_seconds: float | None = None, request_id: str | None = None) -> Stream:
         """Goes on with a request that `Stream.save` put into a file, under its own options, and with the tokens it would have had. The
@@ -317,7 +317,7 @@ class Engine:
         if violations := check_ranges({"timeout_seconds": timeout_seconds}) + self._check_id(request_id):
             raise InvalidRequest(violations)
         self._check_open()
-        prompt, name, stop_ids = check_prompt(prompt), request_id or self._new_id(), self.model.defaults.stop_ids
+        prompt, name, stop_ids = check_prompt(prompt, self.model.context), request_id or self._new_id(), self.model.defaults.stop_ids
 
         async def encode() -> tuple[int, ...]:
             ids = await self._encode(name, prompt)
@@ -421,14 +421,17 @@ class Engine:
     async def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
         """The ids that `generate` takes a prompt for. InvalidRequest if it cannot be a prompt; RequestFailed, EngineClosed, EngineDead.
         Cancelled: nothing is left behind."""
-        return await self._encode("tokenize", check_prompt(prompt))
+        return await self._encode("tokenize", check_prompt(prompt, self.model.context))
 
     async def detokenize(self, token_ids: list[int]) -> str:
-        """The text of ids, special tokens as they are written; bytes that are no text become U+FFFD. InvalidRequest when an id is
-        not in the vocabulary, or the model has no tokenizer. Cancelled: the work is finished all the same."""
+        """The text of at most as many ids as the context has positions; special tokens have none, and bytes that are no text become
+        U+FFFD. InvalidRequest when there are more, an id is not in the vocabulary, or the model has no tokenizer. Cancelled: the work is
+        finished all the same."""
         vocabulary = self.model.vocabulary
         if vocabulary is None:
             raise InvalidRequest([("ids", "this model has no tokenizer")])
+        if len(token_ids) > self.model.context:
+            raise InvalidRequest([("ids", f"must be at most {self.model.context}")])
         if bad := [token for token in token_ids if not 0 <= token < self.model.num_token_ids]:
             raise InvalidRequest([("ids", f"token id {bad[0]} is not below the vocabulary's {self.model.num_token_ids}")])
         return await anyio.to_thread.run_sync(lambda: Detokenizer(vocabulary).push(tuple(token_ids), is_last=True))
@@ -494,7 +497,7 @@ class Engine:
         pool, prefixes = self._pool, self._pool.prefixes.statistics(len(self._params.folder or ()))
         num_pages_used = pool.num_pages - pool.num_pages_free
         return EngineStatistics(
-            len(self._jobs) - num_waiting,
+            len(self._jobs) + len(self._embeddings) - num_waiting,
             num_waiting,
             pool.num_revoked,
             pool.num_used,

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import codecs
 import logging
+from collections.abc import Callable
 from typing import Any, cast
 
 import anyio
 from tokenizers import Tokenizer
 
 from ..core.actor import Actor, Executor
-from ..core.channel import Envelope, Mailbox
-from ..core.errors import ActorStuck, ForerunError, InternalBug, InvalidRequest, RequestFailed
+from ..core.channel import RETRY_AFTER_SECONDS, Envelope, Mailbox
+from ..core.errors import ActorStuck, ForerunError, InternalBug, InvalidRequest, Overloaded, RequestFailed
 from ..core.messages import Encode
 from ..core.vocabulary import Message
 from . import chat_template
@@ -26,6 +27,8 @@ logger = logging.getLogger("forerun")
 CHARACTERS_PER_SECOND = 1e6
 #: prompts taken out of the mailbox at a time
 NUM_AT_ONCE = 64
+#: a text of more characters is long: encoding takes some 250 bytes a character, so few are encoded at a time, and few may wait for that
+LONG, NUM_LONG, MAX_LONG = 100_000, 2, 16
 #: chats rendered at a time, each in a process of its own
 NUM_RENDERERS = 4
 
@@ -109,6 +112,7 @@ class TokenizerActor(Actor):
         async with anyio.create_task_group() as group:
             self._group = group
             self._room, self._renderers = anyio.Semaphore(NUM_AT_ONCE), anyio.CapacityLimiter(NUM_RENDERERS)
+            self._long, self._num_long = anyio.Semaphore(NUM_LONG), 0
             await super().run()
 
     async def handle(self, batch: list[Envelope]) -> None:
@@ -145,10 +149,21 @@ class TokenizerActor(Actor):
         if vocabulary is None:
             raise InvalidRequest([("prompt", "this model has no tokenizer.json, only token ids can be given")])
         if isinstance(prompt, str):
-            return await self.compute(lambda: vocabulary.encode(prompt), len(prompt) / CHARACTERS_PER_SECOND)
+            return await self._encoded(lambda: vocabulary.encode(prompt), len(prompt))
         if vocabulary.chat_template is None:
             raise InvalidRequest([("prompt", "this model has no chat template, give text or token ids")])
         async with self._renderers:
             parts = await chat_template.render(vocabulary.chat_template, prompt, vocabulary.specials)
-        length = sum(len(text) for _, text in parts)
-        return await self.compute(lambda: vocabulary.encode_rendered(parts), length / CHARACTERS_PER_SECOND)
+        return await self._encoded(lambda: vocabulary.encode_rendered(parts), sum(len(text) for _, text in parts))
+
+    async def _encoded(self, work: Callable[[], tuple[int, ...]], length: int) -> tuple[int, ...]:
+        if length <= LONG:
+            return await self.compute(work, length / CHARACTERS_PER_SECOND)
+        if self._num_long == MAX_LONG:
+            raise Overloaded(f"{MAX_LONG} long prompts are being encoded already", RETRY_AFTER_SECONDS)
+        self._num_long += 1
+        try:
+            async with self._long:
+                return await self.compute(work, length / CHARACTERS_PER_SECOND)
+        finally:
+            self._num_long -= 1

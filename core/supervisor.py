@@ -125,7 +125,7 @@ class Supervisor:
                 group.reset()
             for child in group.children:
                 self.num_restarts[child.mailbox.name] += 1
-                self._trace.notice(child.mailbox.name, f"restarted after {error!r:.200}")
+                self._trace.notice(child.mailbox.name, f"restarted after {type(error).__name__}")
                 child.mailbox.restart(ActorRestarted(f"the {name} failed"))
 
     async def _live(self, group: Group) -> tuple[str, Exception]:

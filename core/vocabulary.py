@@ -30,19 +30,29 @@ Prompt = str | list[int] | list[Message]
 ROLES = ("system", "user", "assistant", "tool")
 
 
-def check_prompt(prompt: object) -> Prompt:
-    """The prompt, with its ids as plain ints; InvalidRequest lists all that is wrong with its form."""
+#: messages a chat may have, and violations that are looked for: what somebody else sends must not keep others waiting
+MAX_MESSAGES, MAX_VIOLATIONS = 4096, 32
+
+
+def check_prompt(prompt: object, most: int) -> Prompt:
+    """The prompt, with its ids as plain ints, `most` of them; InvalidRequest lists what is wrong with its form."""
     violations: list[tuple[str, str]] = []
     if isinstance(prompt, str):
         violations += check_text("prompt", prompt)
     elif not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray) or not prompt:
         violations.append(("prompt", "must be text, token ids or chat messages, and not empty"))
+    elif len(cast("Sequence[object]", prompt)) > (MAX_MESSAGES if isinstance(prompt[0], Mapping) else most):
+        violations.append(("prompt", f"must have at most {most} token ids, or {MAX_MESSAGES} messages"))
+    elif all(type(part) is int for part in cast("Sequence[object]", prompt)):
+        return list(cast("Sequence[int]", prompt))
     elif all(isinstance(part, Mapping) for part in cast("Sequence[object]", prompt)):
         for i, message in enumerate(cast("Sequence[Mapping[str, object]]", prompt)):
             if message.get("role") not in ROLES:
                 violations.append((f"prompt[{i}].role", f"must be one of {', '.join(ROLES)}"))
             violations += check_text(f"prompt[{i}].content", message.get("content"))
             violations += [(f"prompt[{i}].{key}", "is not part of a message") for key in message if key not in ("role", "content")]
+            if len(violations) > MAX_VIOLATIONS:
+                break
     else:
         parts = cast("Sequence[object]", prompt)
         if all(isinstance(part, SupportsIndex) and not isinstance(part, bool) for part in parts):

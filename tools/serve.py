@@ -43,6 +43,8 @@ def _tokens(args: argparse.Namespace) -> tuple[str, ...]:
             tokens += args.api_key_file.read_text().split()
         except OSError as error:
             raise InvalidRequest([("--api-key-file", f"{args.api_key_file}: {error.strerror}")]) from error
+    if not tokens and (args.api_key is not None or args.api_key_file is not None):
+        raise InvalidRequest([("--api-key", "was given, but there is no key in it")])
     return tuple(tokens)
 
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import aclosing, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import anyio
 import uvicorn
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -25,10 +26,12 @@ from .home import ended
 from .openai import Asked, Words, asked
 from .rpc import BUG, is_one_of
 from .served import Served
-from .server import ServerParams, is_local
+from .server import GRACE_SECONDS, MAX_CALLS, ServerParams, Tls, is_local
 from .statuses import Stalled, Status, status_of
 
 logger = logging.getLogger("forerun")
+
+T = TypeVar("T")
 
 #: gRPC status name -> HTTP status, and OpenAI's type of error
 HTTP = {
@@ -39,6 +42,10 @@ HTTP = {
     "UNAVAILABLE": (503, "server_error"),
     "DEADLINE_EXCEEDED": (504, "server_error"),
 }
+#: Seconds between two looks at the TLS files.
+RELOAD_SECONDS = 5.0
+#: To whom nobody listens.
+GONE = Response(status_code=499)
 #: Deltas that wait for the network before the request does.
 WAITING = 4
 
@@ -87,6 +94,7 @@ class Gateway:
                 Route("/v1/chat/completions", self._guarded(lambda request: self._complete(request, is_chat=True)), methods=["POST"]),
                 Route("/v1/completions", self._guarded(lambda request: self._complete(request, is_chat=False)), methods=["POST"]),
                 Route("/v1/models", self._guarded(self._models)),
+                Route("/v1/models/{name:path}", self._guarded(self._model)),
                 Route("/metrics", self._guarded(self._show_metrics)),
                 Route("/health", self._health),
             ]
@@ -96,9 +104,17 @@ class Gateway:
             tls = {"ssl_certfile": params.tls.certificate, "ssl_keyfile": params.tls.key}
             if params.tls.client_ca is not None:
                 tls |= {"ssl_ca_certs": str(params.tls.client_ca), "ssl_cert_reqs": ssl.CERT_REQUIRED}
-        config = uvicorn.Config(app, host, port, log_config=None, access_log=False, lifespan="off", server_header=False, **tls)
+        config = uvicorn.Config(
+            app, host, port, log_config=None, access_log=False, lifespan="off", server_header=False, limit_concurrency=MAX_CALLS,
+            timeout_graceful_shutdown=round(GRACE_SECONDS), **tls,
+        )  # fmt: skip
+        try:
+            config.load()
+        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+            raise InvalidRequest([("tls", f"the files cannot be used: {error}")]) from error
+        logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # what is to be said is said here; it tells of calls that it cancels itself
         self._server = _Uvicorn(config)
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self.address = f"{'https' if tls else 'http'}://{host}:{port}"
 
     async def start(self) -> None:
@@ -108,40 +124,74 @@ class Gateway:
         except SystemExit:  # uvicorn has logged why
             raise InvalidRequest([("http", f"cannot listen on {self.address}")]) from None
         self.address = f"{self.address.rpartition(':')[0]}:{sockets[0].getsockname()[1]}"
-        self._task = asyncio.create_task(self._server.serve(sockets))
+        self._tasks = [asyncio.create_task(self._server.serve(sockets))]
+        if self._params.tls is not None:
+            self._tasks.append(asyncio.create_task(self._reload(self._params.tls, self._server.config.ssl)))
 
-    async def stop(self) -> None:
-        """Takes no more requests; what was answered already is sent."""
+    async def _reload(self, tls: Tls, context: ssl.SSLContext | None) -> None:
+        """Looks for files that have changed: unlike gRPC, nothing asks at a handshake."""
+        assert context is not None
+        before = tls.read()
+        while True:
+            await asyncio.sleep(RELOAD_SECONDS)
+            try:
+                found = await anyio.to_thread.run_sync(tls.read)
+                if found != before:
+                    context.load_cert_chain(tls.certificate, tls.key)
+                    before = found
+            except (ForerunError, OSError) as error:
+                logger.warning("the TLS files are not read again: %s", error)
+
+    async def stop(self, at_once: asyncio.Event) -> None:
+        """Takes no more requests; what was answered already is sent, for some seconds at most, or until it is to stop `at_once`."""
         self._server.should_exit = True
-        if self._task is not None:
-            await self._task
+        if self._tasks:
+            forcing = asyncio.create_task(at_once.wait())
+            await asyncio.wait([self._tasks[0], forcing], return_when=asyncio.FIRST_COMPLETED)
+            self._server.force_exit = True
+            for task in (forcing, *self._tasks):
+                task.cancel()
+                await ended(task)
 
     # Who may come in
 
     def _guarded(self, answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def guarded(request: Request) -> Response:
-            given = request.headers.get("authorization", "")
-            if self._tokens and not is_one_of(given, self._tokens):
-                return _error(401, "invalid_request_error", "a bearer token is needed", "invalid_api_key")
-            # A page in a browser of this machine is somebody else: it cannot send JSON without asking, nor choose this Host.
-            host = urlsplit("//" + request.headers.get("host", "")).hostname or ""
-            if self._checks_host and not is_local(host):
-                return _error(403, "invalid_request_error", "the Host header names another machine", "forbidden")
-            try:
-                return await answer(request)
-            except ForerunError as error:
-                return _refusal(status_of(error), error)
-            except Exception:
-                logger.exception("%s failed", request.url.path)
-                return _refusal(BUG)
+            response = await self._let_in(request, answer)
+            name = request.headers.get("x-request-id", "")
+            response.headers["x-request-id"] = name if re.fullmatch("[!-~]{1,128}", name) else self._served.new_id()
+            return response
 
         return guarded
 
+    async def _let_in(self, request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
+        if self._tokens and not is_one_of(request.headers.get("authorization", ""), self._tokens):
+            return _error(401, "invalid_request_error", "a bearer token is needed", "invalid_api_key")
+        # A page in a browser of this machine is somebody else: it cannot send JSON without asking, nor choose this Host.
+        if self._checks_host and not is_local(_host(request)):
+            return _error(403, "invalid_request_error", "the Host header names another machine", "forbidden")
+        try:
+            return await answer(request)
+        except ForerunError as error:
+            return _refusal(status_of(error), error)
+        except ClientDisconnect:
+            return GONE
+        except Exception:
+            logger.exception("%s failed", request.url.path)
+            return _refusal(BUG)
+
     # What there is
 
+    def _described(self) -> dict[str, Any]:
+        return {"id": self._served.model_name, "object": "model", "created": int(self._served.started_at), "owned_by": "forerun"}
+
     async def _models(self, request: Request) -> Response:
-        model = {"id": self._served.model_name, "object": "model", "created": int(self._served.started_at), "owned_by": "forerun"}
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse({"object": "list", "data": [self._described()]})
+
+    async def _model(self, request: Request) -> Response:
+        if request.path_params["name"] != self._served.model_name:
+            return _error(404, "invalid_request_error", "there is no such model", "model_not_found")
+        return JSONResponse(self._described())
 
     async def _health(self, request: Request) -> Response:
         try:
@@ -159,10 +209,14 @@ class Gateway:
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
             return _error(415, "invalid_request_error", "the Content-Type must be application/json", "unsupported_media_type")
         raw = bytearray()
-        async for part in request.stream():
-            raw += part
-            if len(raw) > self._params.message_bytes:
-                return _error(413, "invalid_request_error", f"more than {self._params.message_bytes} bytes", "too_large")
+        try:
+            async with asyncio.timeout(self._params.stall_seconds):
+                async for part in request.stream():
+                    raw += part
+                    if len(raw) > self._params.message_bytes:
+                        return _error(413, "invalid_request_error", f"more than {self._params.message_bytes} bytes", "too_large")
+        except TimeoutError:
+            return _error(408, "invalid_request_error", "the body did not come", "timeout")
         try:
             body = json.loads(raw)
         except (ValueError, RecursionError):
@@ -177,20 +231,19 @@ class Gateway:
             await self._served.relay(engine.generate(wanted.prompt, **wanted.options), reader)
 
         pieces = self._pieces(reader, work)
-        first = await anext(pieces)  # errors of the request are its status, while that can still be said
-        if wanted.is_streamed:
-            events = _events(words, wanted, first, pieces)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        async with aclosing(pieces):
-            gone = asyncio.create_task(_disconnected(request))
-            read = asyncio.create_task(_last(first, pieces))
-            try:
-                await asyncio.wait([gone, read], return_when=asyncio.FIRST_COMPLETED)
-                return JSONResponse(words.whole(await read)) if read.done() else Response(status_code=499)
-            finally:
-                for task in (gone, read):
-                    task.cancel()
-                await asyncio.gather(gone, read, return_exceptions=True)
+        gone = asyncio.create_task(_disconnected(request))
+        try:
+            # Errors of the request are its status, while that can still be said.
+            first = await _unless(gone, anext(pieces))
+            if first is not None and wanted.is_streamed:
+                events = _events(words, wanted, first, pieces)
+                return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+            async with aclosing(pieces):
+                result = await _unless(gone, _last(first, pieces)) if first is not None else None
+                return JSONResponse(words.whole(result)) if result is not None else GONE
+        finally:
+            gone.cancel()
+            await ended(gone)
 
     async def _pieces(self, reader: HttpReader, work: Callable[[], Awaitable[None]]) -> AsyncGenerator[Started | Delta | Result]:
         """What `work` hands over, until the result. Closed or cancelled: the work has been cancelled and has ended."""
@@ -213,6 +266,25 @@ async def _last(first: Started | Delta | Result, pieces: AsyncGenerator[Started 
         if isinstance(piece, Result):
             return piece
     raise AssertionError("an answer ends with its result")
+
+
+async def _unless(gone: asyncio.Task[None], work: Awaitable[T]) -> T | None:
+    """What `work` returns; None if the caller went away before. In any case neither is left to itself."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait([gone, task], return_when=asyncio.FIRST_COMPLETED)
+        return await task if task.done() else None
+    finally:
+        task.cancel()
+        await ended(task)
+
+
+def _host(request: Request) -> str:
+    """The host that a request names, without the port; none if that makes no sense."""
+    try:
+        return urlsplit("//" + request.headers.get("host", "")).hostname or ""
+    except ValueError:
+        return ""
 
 
 async def _disconnected(request: Request) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from ...core.errors import InvalidRequest
-from ...core.vocabulary import Delta, FinishReason, Prompt, Result, TokenLogprob
+from ...core.vocabulary import MAX_MESSAGES, Delta, FinishReason, Prompt, Result, TokenLogprob
 from ..stream import Options
 from ..tokenizer import Vocabulary
 
@@ -91,16 +91,21 @@ def _messages(messages: Any, violations: list[tuple[str, str]]) -> Prompt:
     if not isinstance(messages, list) or not messages:
         violations.append(("messages", "must be a list of messages, and not empty"))
         return []
+    if len(cast("list[Any]", messages)) > MAX_MESSAGES:
+        violations.append(("messages", f"must be at most {MAX_MESSAGES}"))
+        return []
     found: list[Any] = []
     for i, message in enumerate(cast("list[Any]", messages)):
-        content: Any = cast("dict[str, Any]", message).get("content") if isinstance(message, dict) else None
+        fields = cast("dict[str, Any]", message) if isinstance(message, dict) else {}
+        role, content = fields.get("role"), fields.get("content")
         if isinstance(content, list):
             texts = [_text_part(part) for part in cast("list[Any]", content)]
             content = None if None in texts else "".join(cast("list[str]", texts))
+        elif content is None and role == "assistant" and not fields.get("tool_calls"):
+            content = ""  # it answered nothing
         if not isinstance(content, str):
             violations.append((f"messages[{i}].content", "must be text, or parts that are text"))
             continue
-        role: Any = cast("dict[str, Any]", message).get("role")
         found.append({"role": "system" if role == "developer" else role, "content": content})
     return found
 

@@ -143,7 +143,7 @@ class Gate(grpc.aio.ServerInterceptor):
         async def deny(_: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
             await abort(context, DENIED)
 
-        return cast(Any, grpc.unary_unary_rpc_method_handler)(deny)
+        return cast(Any, grpc.stream_stream_rpc_method_handler)(deny)  # which waits for no message
 
 
 def is_one_of(given: str, allowed: Sequence[bytes]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
@@ -14,14 +15,12 @@ from ...core.errors import InvalidRequest
 from ..engine import Engine
 from .home import AsyncioHome, Home, TrioHome
 from .served import Meter, Served
-from .server import GrpcServer, ServerParams
+from .server import GRACE_SECONDS, GrpcServer, ServerParams
 
 if TYPE_CHECKING:
     from .gateway import Gateway
 
 EVENT_LOOPS = ("asyncio", "trio")
-#: Seconds that streams may take to send what the engine has finished already.
-GRACE_SECONDS = 5.0
 
 
 def run_server(
@@ -82,6 +81,8 @@ async def _serve(
             await engine.ended()
 
     def signalled() -> None:
+        if drain.is_set() and not loaded.is_set():
+            os._exit(1)  # a model is read in a thread, which nothing else ends
         (stop if drain.is_set() else drain).set()
 
     def ordered() -> None:  # by AdminService
@@ -116,7 +117,7 @@ async def _serve(
             life.cancel()
             await server.stop(0)
             if gateway is not None:
-                await gateway.stop()
+                await gateway.stop(stop)
             with suppress(asyncio.CancelledError):
                 await life
             for number in (signal.SIGTERM, signal.SIGINT):

@@ -24,6 +24,10 @@ logger = logging.getLogger("forerun")
 DEFAULT_PORT = 50051
 #: Bytes a request may have.
 MESSAGE_BYTES = 4 * 2**20
+#: Calls at once.
+MAX_CALLS = 4096
+#: Seconds that streams may take to send what the engine has finished already, once it is to stop.
+GRACE_SECONDS = 5.0
 #: Seconds a stream may wait for its reader.
 STALL_SECONDS = 30.0
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
@@ -33,6 +37,7 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # clients ping every 10 s while a long prompt is computed
     ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.max_concurrent_streams", 1024),  # of one connection; more wait
 )
 
 
@@ -110,7 +115,8 @@ class GrpcServer:
         """InvalidRequest when TLS files cannot be read, or the address cannot be had."""
         self._served = served
         options = [*CHANNEL_OPTIONS, ("grpc.max_receive_message_length", params.message_bytes), *params.options]
-        self._server = grpc.aio.server(interceptors=[Gate(params.tokens, params.admin_token)], options=options)
+        gate = Gate(params.tokens, params.admin_token)
+        self._server = grpc.aio.server(interceptors=[gate], options=options, maximum_concurrent_rpcs=MAX_CALLS)
         services: list[Service] = [GenerationService(served), ModelService(served), TraceService(served)]
         if params.admin_token:
             services.append(AdminService(served))

@@ -12,12 +12,15 @@ from typing import Any, Protocol
 import anyio
 from forerun.v1 import admin_service_pb2, generation_service_pb2, model_service_pb2, trace_service_pb2
 
-from ...core.errors import InvalidRequest, SavedSequenceError
+from ...core.channel import RETRY_AFTER_SECONDS
+from ...core.errors import InvalidRequest, Overloaded, SavedSequenceError
 from ...core.trace import Counter, Event, Span
 from ...core.vocabulary import Delta, Result, Started
 from . import wire
 from .served import Served
 
+#: Calls of Watch at once: each costs the engine's loop something for every event.
+MAX_WATCHERS = 16
 #: Seconds events are gathered for before they are sent: many small messages cost more than few.
 WATCH_SECONDS = 0.05
 STATE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
@@ -156,7 +159,7 @@ class TraceService:
     descriptor = trace_service_pb2.DESCRIPTOR.services_by_name["TraceService"]
 
     def __init__(self, served: Served) -> None:
-        self._served = served
+        self._served, self._num_watchers = served, 0
 
     async def watch(self, request: trace_service_pb2.WatchRequest, call: Call) -> None:
         actors, request_id = frozenset(request.actors), request.request_id
@@ -166,12 +169,18 @@ class TraceService:
             flow = None if not isinstance(event, Span | Counter) else event.flow
             return (not actors or of in actors) and (not request_id or (flow is not None and flow.request == request_id))
 
-        with self._served.engine.trace() as events:
-            while taken := await events.take():
-                wanted = [wire.event_message(event) for event in taken if is_wanted(event)]
-                if wanted:
-                    await call.write(trace_service_pb2.WatchResponse(events=wanted, num_missed=events.num_missed))
-                await anyio.sleep(WATCH_SECONDS)
+        if self._num_watchers == MAX_WATCHERS:
+            raise Overloaded(f"{MAX_WATCHERS} watch already", RETRY_AFTER_SECONDS)
+        self._num_watchers += 1
+        try:
+            with self._served.engine.trace() as events:
+                while taken := await events.take():
+                    wanted = [wire.event_message(event) for event in taken if is_wanted(event)]
+                    if wanted:
+                        await call.write(trace_service_pb2.WatchResponse(events=wanted, num_missed=events.num_missed))
+                    await anyio.sleep(WATCH_SECONDS)
+        finally:
+            self._num_watchers -= 1
 
 
 class AdminService:

@@ -107,12 +107,13 @@ class Status:
 
 def status_of(error: ForerunError) -> Status:
     """The answer to a request that ended with `error`."""
-    reason, message = next(TEXTS[kind] for kind in type(error).__mro__ if kind in TEXTS)
+    told = error.__cause__ if isinstance(error, RequestFailed) and isinstance(error.__cause__, ActorRestarted) else error
+    reason, message = next((TEXTS[kind] for kind in type(told).__mro__ if kind in TEXTS), TEXTS[RequestFailed])
     violations: list[tuple[str, str]] = []
     retry_after: float | None = None
     if isinstance(error, InvalidRequest):
         found = error.violations
-        violations = [(field[:VIOLATION_CHARACTERS], _plain(problem)) for field, problem in found[:MAX_VIOLATIONS]]
+        violations = [(_plain(field), _plain(problem)) for field, problem in found[:MAX_VIOLATIONS]]
         message += ": " + "; ".join(f"{field} {problem}" for field, problem in violations[:3])
     if isinstance(error, Overloaded):
         retry_after = error.retry_after_seconds

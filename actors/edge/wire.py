@@ -9,7 +9,7 @@ from forerun.v1 import trace_service_pb2
 
 from ...core.errors import InvalidRequest
 from ...core.trace import Counter, Event, Span
-from ...core.vocabulary import Delta, FinishReason, Message, Prompt, Result, SamplingParams, Started, TokenLogprob
+from ...core.vocabulary import MAX_MESSAGES, Delta, FinishReason, Message, Prompt, Result, SamplingParams, Started, TokenLogprob
 from ..stream import Options
 
 #: fields of SamplingParams that are one number
@@ -31,6 +31,8 @@ def prompt_of(prompt: pb.Prompt) -> Prompt:
         case "token_ids":
             return list(prompt.token_ids.ids)
         case "chat":
+            if len(prompt.chat.messages) > MAX_MESSAGES:
+                raise InvalidRequest([("prompt.chat.messages", f"must be at most {MAX_MESSAGES}")])
             return [Message(role=message.role, content=message.content) for message in prompt.chat.messages]
         case _:
             raise InvalidRequest([("prompt", "must be text, token_ids or chat")])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import http.client
 import json
 import signal
+import ssl
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -64,6 +67,10 @@ async def test_nobody_is_let_in_without_a_token(guarded: Server) -> None:
                 await admin.Profile(admin_service_pb2.ProfileRequest(seconds=1), metadata=bearer(token))
             refused(caught.value, grpc.StatusCode.UNAUTHENTICATED, "NO_TOKEN")
         assert (await admin.Profile(admin_service_pb2.ProfileRequest(seconds=0.01), metadata=bearer("root"))) is not None
+        unsent = cast(Any, channel.stream_stream("/forerun.v1.GenerationService/Generate"))(timeout=5)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:  # nobody's message is waited for
+            await unsent.read()
+        refused(caught.value, grpc.StatusCode.UNAUTHENTICATED, "NO_TOKEN")
         health: Any = health_pb2_grpc.HealthStub(channel)
         assert (await health.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.SERVING
     async with Client(guarded.address) as client:
@@ -121,12 +128,15 @@ async def test_tls_and_who_the_client_is(tmp_path: Path) -> None:
     certificate, key = ours.issue("server")
     good, bad = ours.issue("client"), theirs.issue("client")
     old = ours.issue("old", not_after=datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1))
-    with serving("--ssl-cert-file", certificate, "--ssl-key-file", key, "--ssl-client-ca-file", str(ours.file)) as server:
+    files = ("--ssl-cert-file", certificate, "--ssl-key-file", key, "--ssl-client-ca-file", str(ours.file))
+    with serving(*files, "--http", "0") as server:
         address = server.address.replace("127.0.0.1", "localhost")
         async with Client(address, ca_file=ours.file, certificate_file=good[0], key_file=good[1]) as client:
             assert (await client.model_info()).name == "demo"
-        for files in (bad, old, (None, None)):
-            async with Client(address, ca_file=ours.file, certificate_file=files[0], key_file=files[1]) as client:
+        for name, pair in (("good", good), ("bad", bad), ("old", old), ("none", None)):
+            assert https(server, ours.file, pair) == (200 if name == "good" else None)
+        for pair in (bad, old, (None, None)):
+            async with Client(address, ca_file=ours.file, certificate_file=pair[0], key_file=pair[1]) as client:
                 with pytest.raises((ServerError, forerun.DeadlineExceeded)):
                     await client.model_info(timeout_seconds=1)
         async with Client(address) as client:
@@ -138,6 +148,22 @@ async def test_tls_and_who_the_client_is(tmp_path: Path) -> None:
         Path(key).write_bytes(Path(key_of_theirs).read_bytes())
         async with Client(address, ca_file=theirs.file, certificate_file=good[0], key_file=good[1]) as client:
             assert (await client.model_info()).name == "demo"
+        with anyio.fail_after(15):
+            while https(server, theirs.file, good) != 200:
+                await anyio.sleep(0.5)
+        assert server.end() == 0
+
+
+def https(server: Server, authority: Path, pair: tuple[str, str] | None) -> int | None:
+    """The gateway's answer to one who trusts an authority and has a certificate; None if they do not shake hands."""
+    context = ssl.create_default_context(cafile=authority)
+    if pair is not None:
+        context.load_cert_chain(*pair)
+    try:
+        with urllib.request.urlopen(server.http.replace("127.0.0.1", "localhost") + "/v1/models", context=context, timeout=5) as answer:
+            return answer.status
+    except (OSError, http.client.HTTPException):
+        return None
 
 
 # From start to end
@@ -232,6 +258,13 @@ async def test_while_the_model_is_loaded_it_is_not_serving() -> None:
                 assert (await client.complete("x", max_tokens=2)).usage.num_completion_tokens == 2  # it tries again, as it was told
         finally:
             process.kill()
+    with subprocess.Popen([sys.executable, "-c", slow, "serve", *command], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert "listening" in process.stderr.readline()
+        for _ in range(2):
+            process.send_signal(signal.SIGTERM)
+            await anyio.sleep(0.2)
+        assert process.wait(1) == 1
 
 
 @pytest.mark.parametrize(
@@ -243,6 +276,8 @@ async def test_while_the_model_is_loaded_it_is_not_serving() -> None:
         (("--port", "70000"), "between 0 and 65535"),
         (("--event-loop", "curio"), "must be one of asyncio, trio"),
         (("--api-key", "a b"), "printable ASCII"),
+        (("--api-key", ","), "there is no key in it"),
+        (("--api-key-file", "/dev/null"), "there is no key in it"),
         (("-m", "nowhere"), "no such model"),
         (("-np", "0"), "num_slots: must be between"),
     ],
@@ -271,6 +306,16 @@ async def test_the_client_hears_deadlines_of_scopes_around_it(guarded: Server) -
             client.generate("x", max_tokens=-1)
         with pytest.raises(forerun.InvalidRequest, match="options"):
             client.generate("x", **cast(Any, {"no_such": 1}))
+    client = Client(guarded.address, token="first")
+    async with anyio.create_task_group() as group:
+
+        async def read() -> None:
+            with pytest.raises(ServerError, match="CANCELLED"):
+                await client.complete(PROMPT, max_tokens=4000, ignore_eos=True)
+
+        group.start_soon(read)
+        await anyio.sleep(0.3)
+        await client.aclose()
     async with Client("127.0.0.1:9") as client:
         with pytest.raises(ServerError, match="UNAVAILABLE"):
             await client.complete("x", timeout_seconds=1)

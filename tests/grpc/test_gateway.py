@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import socket
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -112,6 +115,52 @@ def test_what_cannot_be_is_said_in_openais_words(server: Server, fields: dict[st
 def test_bodies_that_are_no_request(server: Server, body: bytes) -> None:
     status, _, answer = post(f"{server.http}/v1/chat/completions", body, content_type="application/json")
     assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status"),
+    [(b'{"\\ud800": 1}', {}, 400), (b"{}", {"host": "["}, 403), (b'{"messages": [{"role": "assistant", "content": null}]}', {}, 200)],
+)
+def test_oddities(server: Server, body: bytes, headers: dict[str, str], status: int) -> None:
+    sent = {**json.loads(body), "max_tokens": 1} if status == 200 else None
+    raw = json.dumps(sent).encode() if sent else body
+    found, answer, _ = post(f"{server.http}/v1/chat/completions", raw, content_type="application/json", **headers)
+    assert found == status
+    assert len(answer["x-request-id"]) == 24
+
+
+async def test_one_model(server: Server) -> None:
+    async with client_of(server, "x") as client:
+        assert (await client.models.retrieve("demo")).id == "demo"
+        with pytest.raises(openai.NotFoundError):
+            await client.models.retrieve("another/one")
+
+
+async def test_who_hangs_up_while_it_waits_keeps_no_place() -> None:
+    with serving("-np", "1", "--http", "0") as server:
+        async with client_of(server, "x") as client, Client(server.address) as other:
+            async with other.generate(PROMPT, max_tokens=4000, ignore_eos=True):
+                with anyio.move_on_after(0.5):
+                    await client.chat.completions.create(model="demo", messages=PLAIN, max_tokens=1)
+                with anyio.fail_after(5):
+                    while (await other.loads()).num_requests_waiting:
+                        await anyio.sleep(0.02)
+
+
+@pytest.mark.parametrize("num_signals", [1, 2])
+def test_a_body_that_never_comes_does_not_hold_up_the_end(num_signals: int) -> None:
+    with serving("--http", "0") as server:
+        host, port = server.http.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+            )
+            time.sleep(0.3)
+            for _ in range(num_signals):
+                server.process.send_signal(signal.SIGTERM)
+                time.sleep(0.3)
+            assert server.process.wait(1 if num_signals == 2 else 10) == 0
+    assert len(server.lines) == 4  # nothing but ours
 
 
 def test_a_page_in_a_browser_is_not_let_in(server: Server) -> None:

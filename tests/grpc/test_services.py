@@ -14,8 +14,10 @@ import grpc.aio
 import numpy as np
 import pytest
 from forerun.actors.edge import ServerParams, serve
+from forerun.actors.edge.statuses import status_of
 from forerun.actors.edge.telemetry import Telemetry
 from forerun.client import Client, ServerError
+from forerun.core.errors import PositionLost, WorkFailed
 from forerun.v1 import admin_service_pb2, admin_service_pb2_grpc
 from forerun.v1 import generation_service_pb2 as pb
 from forerun.v1 import generation_service_pb2_grpc as generation
@@ -177,6 +179,29 @@ async def test_hidden_rows(server: Server) -> None:
         await quiet(client)
 
 
+async def test_who_waits_to_be_embedded_is_counted() -> None:
+    async with forerun.open_engine("demo", num_slots=1) as engine, serve(engine, ServerParams(port=0)) as address:
+        async with Client(address) as client, client.generate(PROMPT, max_tokens=3000, ignore_eos=True):
+            async with anyio.create_task_group() as group:
+                for _ in range(3):
+                    group.start_soon(client.embed, PROMPT)
+                with anyio.fail_after(5):
+                    while (loads := await client.loads()).num_requests_waiting < 3:
+                        await anyio.sleep(0.01)
+                assert loads.num_requests_running == 1
+                group.cancel_scope.cancel()
+
+
+def test_a_fault_has_its_reason() -> None:
+    for cause, reason in ((None, "REQUEST_FAILED"), (WorkFailed("the target failed"), "ACTOR_RESTARTED")):
+        error = forerun.RequestFailed("secret")
+        error.__cause__ = cause
+        status = status_of(error)
+        assert (status.code, status.reason) == (grpc.StatusCode.INTERNAL, reason)
+        assert b"secret" not in status.details
+    assert status_of(PositionLost("secret")).code is grpc.StatusCode.INTERNAL
+
+
 async def test_a_request_is_ended_by_its_sender_alone(server: Server) -> None:
     async with Client(server.address, token="mine") as client, Client(server.address, token="another's") as other:
         async with client.generate(PROMPT, max_tokens=4000, ignore_eos=True) as stream:
@@ -298,6 +323,8 @@ BAD: list[tuple[dict[str, Any], set[str]]] = [
     ({"prompt": {"token_ids": {"ids": [4096]}}}, {"prompt"}),
     ({"prompt": {"token_ids": {"ids": [1] * 4097}}}, {"prompt"}),
     ({"prompt": {"chat": {"messages": []}}}, {"prompt"}),
+    ({"prompt": {"chat": {"messages": [{}] * 5000}}}, {"prompt.chat.messages"}),
+    ({"prompt": {"token_ids": {"ids": [1] * 1_000_000}}}, {"prompt"}),
     ({"prompt": {"chat": {"messages": [{"role": "boss", "content": "x"}]}}}, {"prompt.chat.messages[0].role"}),
     ({"max_tokens": 0}, {"max_tokens"}),
     ({"max_tokens": 2**32 - 1}, {"max_tokens"}),

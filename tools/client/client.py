@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
@@ -114,10 +115,10 @@ class Client:
         call = self.start(
             self._generation.Embed, pb.EmbedRequest(prompt=messages.prompt_message(prompt), format=number_format), timeout_seconds
         )
+        parts: list[npt.NDArray[Any]] = []
         try:
-            parts = [np.frombuffer(part.rows, kind).reshape(part.num_rows, part.row_size) async for part in call]
-        except grpc.aio.AioRpcError as error:
-            raise our_error(error) from None
+            while (part := await heard(call.read())) is not grpc.aio.EOF:
+                parts.append(np.frombuffer(part.rows, kind).reshape(part.num_rows, part.row_size))
         finally:
             call.cancel()
         return np.concatenate(parts)
@@ -138,10 +139,8 @@ class Client:
         """What happens inside the server from now on, until the iteration is left; close it with contextlib.aclosing."""
         call = self.start(self._trace.Watch, trace_service_pb2.WatchRequest(actors=actors, request_id=request_id), None)
         try:
-            async for response in call:
+            while (response := await heard(call.read())) is not grpc.aio.EOF:
                 yield response
-        except grpc.aio.AioRpcError as error:
-            raise our_error(error) from None
         finally:
             call.cancel()
 
@@ -170,14 +169,13 @@ async def retried(once: Callable[[], Awaitable[T]], deadline: float, num_retries
     """What `once` returns, done again while the server is about to have room, and there is time. Raises our errors."""
     while True:
         try:
-            return await once()
-        except grpc.aio.AioRpcError as error:
-            ours = our_error(error)
+            return await heard(once())
+        except ForerunError as ours:
             pause = getattr(ours, "retry_after_seconds", None)
             if isinstance(ours, ServerError) and ours.code == "UNAVAILABLE" and pause is None:
                 pause = RETRY_SECONDS  # nobody listens
             if pause is None or num_retries == 0 or anyio.current_time() + pause >= deadline:
-                raise ours from None
+                raise
             num_retries -= 1
         await anyio.sleep(pause)
 
@@ -225,10 +223,7 @@ class AnswerStream:
             raise StopAsyncIteration
         if self._call is None:
             raise RuntimeError("use `async with`")
-        try:
-            response = self._first.pop() if self._first else await self._call.read()
-        except grpc.aio.AioRpcError as error:
-            raise our_error(error) from None
+        response = self._first.pop() if self._first else await heard(self._call.read())
         if response is grpc.aio.EOF:
             raise ServerError("the stream ended early", "UNKNOWN", "")
         if response.WhichOneof("event") == "finished":
@@ -245,6 +240,19 @@ class AnswerStream:
         if self._result is None:
             raise RuntimeError("the stream has not ended")
         return self._result
+
+
+async def heard(answer: Awaitable[T]) -> T:
+    """What comes; raises our errors. A call that somebody else has ended, by closing the client, is one of them, and cancels nobody."""
+    try:
+        return await answer
+    except grpc.aio.AioRpcError as error:
+        raise our_error(error) from None
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise ServerError("the call was ended here", "CANCELLED", "") from None
 
 
 def our_error(error: grpc.aio.AioRpcError) -> ForerunError:

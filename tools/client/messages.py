@@ -18,7 +18,7 @@ FINISH_REASONS = {
 
 def prompt_message(prompt: Prompt) -> pb.Prompt:
     """InvalidRequest when it is no prompt."""
-    prompt = check_prompt(prompt)
+    prompt = check_prompt(prompt, 2**32)
     if isinstance(prompt, str):
         return pb.Prompt(text=prompt)
     if prompt and isinstance(prompt[0], int):
