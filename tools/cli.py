@@ -15,7 +15,7 @@ from typing import Any
 import anyio
 
 from .. import ForerunError, InvalidRequest, Prompt, Result
-from . import client_command, flags, serve
+from . import chat, client_command, flags, serve
 from .bench import TEXT, BenchParams, bench, table
 from .convert import OUT_TYPES, convert, info
 
@@ -33,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     flags.add_speculation(generate)
     generate.add_argument("--no-overlap", action="store_true", help="one thing at a time: the same tokens, for comparison")
     generate.add_argument("--format", choices=("text", "json"), default="text", help="text as it comes, or one JSON object")
+    chat.add_parser(commands)
     serve.add_parser(commands)
     client_command.add_parsers(commands)
     measured = commands.add_parser("bench", help="measure a model on this machine", allow_abbrev=False)
@@ -129,6 +130,8 @@ def main() -> None:
             )
             measured = anyio.run(bench, args.model, params)
             write(json.dumps([figure.to_json() for figure in measured]) + "\n" if args.json else table(measured) + "\n")
+        elif args.command == "chat":
+            anyio.run(chat.chat, args, write, figures)
         elif args.command == "serve":
             serve.run(args)
         elif args.command == "client":

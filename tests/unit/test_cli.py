@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
+from forerun import Message, open_engine
 
 
 def forerun(*args: str, env: dict[str, str] | None = None, stdin: str = "") -> Any:
@@ -42,6 +44,24 @@ def test_every_way_to_give_a_prompt(tmp_path: Path, checkpoints: dict[str, Path]
 def test_the_plain_loop_says_the_same() -> None:
     args = ("generate", "-p", "import os", "-n", "20", "--temp", "0.8", "--seed", "3")
     assert forerun(*args).stdout == forerun(*args, "--no-overlap").stdout
+
+
+def test_a_conversation_goes_on_from_what_was_said() -> None:
+    how: dict[str, Any] = {"max_tokens": 12, "temperature": 0.8, "seed": 3}
+    flags = ("--system", "be brief", "-n", "12", "--temp", "0.8", "--seed", "3")
+    done = forerun("chat", *flags, stdin=f"write a loop\n\nand another\n{'x ' * 6000}\n/clear\nwrite a loop\n")
+    assert done.returncode == 0
+    assert "exceed the context of 4096" in done.stderr or "leave no room" in done.stderr
+    assert "/clear begins anew" in done.stderr
+
+    async def expected() -> str:
+        beginning: list[Message] = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "write a loop"}]
+        async with open_engine("demo") as engine:
+            first = (await engine.complete(beginning, **how)).text
+            more: list[Message] = [*beginning, {"role": "assistant", "content": first}, {"role": "user", "content": "and another"}]
+            return "".join(text + "\n" for text in (first, (await engine.complete(more, **how)).text, first))
+
+    assert done.stdout == anyio.run(expected)
 
 
 def test_an_environment_twin_is_a_default_and_a_flag_wins() -> None:
