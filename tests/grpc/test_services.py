@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
+from contextlib import aclosing
 from typing import Any, cast
 
 import anyio
@@ -247,31 +248,27 @@ async def test_who_does_not_read_is_dropped_and_holds_nobody_up(server: Server) 
 
 async def test_what_happens_inside_is_watched(server: Server) -> None:
     async with Client(server.address) as client:
-        seen: list[Any] = []
-        results: list[Any] = []
-        ready = anyio.Event()
+        names: set[str] = set()
 
-        async def watch() -> None:
-            responses = client.watch(actors=("target decoder",))
-            pending = asyncio.ensure_future(anext(responses))
-            await anyio.sleep(0.3)  # the call is under way
-            ready.set()
-            seen.extend((await pending).events)
-            await responses.aclose()
+        async def first_spans() -> list[Any]:
+            async with aclosing(client.watch(actors=("target decoder",))) as responses:
+                async for response in responses:
+                    if spans := [event.span for event in response.events if event.WhichOneof("kind") == "span"]:
+                        return spans
+            return []
 
-        async with anyio.create_task_group() as group:
-            group.start_soon(watch)
-            await ready.wait()
-            results.append(await client.complete(PROMPT, max_tokens=5))
-        spans = [event.span for event in seen if event.WhichOneof("kind") == "span"]
+        watching = asyncio.create_task(first_spans())
+        while not watching.done():  # it sees what comes once it is under way
+            names.add((await client.complete(PROMPT, max_tokens=5)).request_id)
+        spans = await watching
         assert {span.actor for span in spans} == {"target decoder"}
-        assert {span.request_id for span in spans} == {results[0].request_id}
-        assert spans[0].message == "Prefill"
+        assert {span.message for span in spans} <= {"Prefill", "Verify", "Forget"}
+        assert {span.request_id for span in spans} <= names
         assert all(span.enqueued_ns <= span.started_ns <= span.finished_ns for span in spans)
 
 
 async def test_a_request_is_saved_and_goes_on(server: Server) -> None:
-    options: dict[str, Any] = {"max_tokens": 300, "temperature": 0.8, "seed": 5, "ignore_eos": True}
+    options: dict[str, Any] = {"max_tokens": 600, "temperature": 0.8, "seed": 5, "ignore_eos": True}
     async with grpc.aio.insecure_channel(server.address) as channel, Client(server.address) as client:
         admin: Any = admin_service_pb2_grpc.AdminServiceStub(channel)
         expected = await client.complete(PROMPT, **options)
@@ -283,7 +280,7 @@ async def test_a_request_is_saved_and_goes_on(server: Server) -> None:
             assert saved.num_bytes > 1000
         responses = [each async for each in admin.LoadState(admin_service_pb2.LoadStateRequest(name="one"), metadata=ADMIN)]
         tokens = tuple(token for each in responses for token in each.delta.token_ids)
-        assert len(tokens) < 300
+        assert len(tokens) < 600
         assert expected.token_ids[-len(tokens) :] == tokens
         assert expected.token_ids[: len(first.token_ids)] == first.token_ids
         for name in ("../one", "", ".one", "a/b", "x" * 101):
@@ -296,13 +293,13 @@ async def test_a_request_is_saved_and_goes_on(server: Server) -> None:
 async def test_a_profile_says_where_time_went(server: Server) -> None:
     async with grpc.aio.insecure_channel(server.address) as channel, Client(server.address) as client:
         admin: Any = admin_service_pb2_grpc.AdminServiceStub(channel)
-        pending = admin.Profile(admin_service_pb2.ProfileRequest(seconds=1), metadata=ADMIN)
+        pending = admin.Profile(admin_service_pb2.ProfileRequest(seconds=3), metadata=ADMIN)
         asking = asyncio.ensure_future(pending)
-        await anyio.sleep(0.2)
+        await anyio.sleep(0.5)
         result = await client.complete(PROMPT, max_tokens=20)
         entries = {(each.actor, each.message): each for each in (await asking).entries}
         assert entries["target decoder", "Verify"].count == result.speculation.num_rounds
-        assert 0 < entries["target decoder", "Verify"].longest_seconds <= entries["target decoder", "Verify"].handled_seconds < 1
+        assert 0 < entries["target decoder", "Verify"].longest_seconds <= entries["target decoder", "Verify"].handled_seconds < 3
 
 
 async def test_the_name_a_caller_gives_comes_back(server: Server) -> None:
