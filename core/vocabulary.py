@@ -101,7 +101,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
 
     def __post_init__(self) -> None:
-        values = {name: getattr(self, name) for name in SamplingParams.__slots__ if name != "logit_bias"}
+        values = {name: getattr(self, name) for name in SAMPLING_NUMBERS}
         missing = [(name, "must be given") for name in values if values[name] is None]
         if violations := check_ranges(values) + missing + check_logit_bias(self.logit_bias):
             raise InvalidRequest(violations)
@@ -109,6 +109,10 @@ class SamplingParams:
     @property
     def needs_history(self) -> bool:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+#: fields of SamplingParams that are one number
+SAMPLING_NUMBERS: tuple[str, ...] = tuple(name for name in SamplingParams.__slots__ if name != "logit_bias")
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import re
 import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import aclosing, contextmanager
@@ -21,10 +20,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from ...core.errors import ForerunError, InvalidRequest
-from ...core.vocabulary import Delta, Result, Started
+from ...core.vocabulary import Delta, Result, Started, check_request_id
 from .home import ended
 from .openai import Asked, Words, asked
-from .rpc import BUG, is_one_of
+from .rpc import BUG, bears_one_of
 from .served import Served
 from .server import GRACE_SECONDS, MAX_CALLS, ServerParams, Tls, is_local
 from .statuses import Stalled, Status, status_of
@@ -44,8 +43,6 @@ HTTP = {
 }
 #: Seconds between two looks at the TLS files.
 RELOAD_SECONDS = 5.0
-#: To whom nobody listens.
-GONE = Response(status_code=499)
 #: Deltas that wait for the network before the request does.
 WAITING = 4
 
@@ -86,9 +83,8 @@ class Gateway:
 
     def __init__(self, served: Served, params: ServerParams, port: int, metrics: Callable[[], bytes] | None) -> None:
         self._served, self._params, self._metrics = served, params, metrics
-        self._tokens = [f"Bearer {token}".encode() for token in params.tokens]
         host = params.host if not params.host.startswith("unix:") else "127.0.0.1"
-        self._checks_host = is_local(host) and not self._tokens
+        self._checks_host = is_local(host) and not params.tokens
         app = Starlette(
             routes=[
                 Route("/v1/chat/completions", self._guarded(lambda request: self._complete(request, is_chat=True)), methods=["POST"]),
@@ -159,13 +155,14 @@ class Gateway:
         async def guarded(request: Request) -> Response:
             response = await self._let_in(request, answer)
             name = request.headers.get("x-request-id", "")
-            response.headers["x-request-id"] = name if re.fullmatch("[!-~]{1,128}", name) else self._served.new_id()
+            response.headers["x-request-id"] = name if not check_request_id(name) else self._served.new_id()
             return response
 
         return guarded
 
     async def _let_in(self, request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
-        if self._tokens and not is_one_of(request.headers.get("authorization", ""), self._tokens):
+        tokens = self._params.tokens
+        if tokens and not bears_one_of(request.headers.get("authorization", ""), tokens):
             return _error(401, "invalid_request_error", "a bearer token is needed", "invalid_api_key")
         # A page in a browser of this machine is somebody else: it cannot send JSON without asking, nor choose this Host.
         if self._checks_host and not is_local(_host(request)):
@@ -175,7 +172,7 @@ class Gateway:
         except ForerunError as error:
             return _refusal(status_of(error), error)
         except ClientDisconnect:
-            return GONE
+            return _gone()
         except Exception:
             logger.exception("%s failed", request.url.path)
             return _refusal(BUG)
@@ -240,7 +237,7 @@ class Gateway:
                 return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
             async with aclosing(pieces):
                 result = await _unless(gone, _last(first, pieces)) if first is not None else None
-                return JSONResponse(words.whole(result)) if result is not None else GONE
+                return JSONResponse(words.whole(result)) if result is not None else _gone()
         finally:
             gone.cancel()
             await ended(gone)
@@ -341,6 +338,11 @@ def _refusal(status: Status, error: ForerunError | None = None) -> Response:
 
 def _error(number: int, kind: str, message: str, code: str) -> Response:
     return JSONResponse(_error_body(kind, message, None, code), number)
+
+
+def _gone() -> Response:
+    """To whom nobody listens. A new one each time, for headers are added to it."""
+    return Response(status_code=499)
 
 
 class _Uvicorn(uvicorn.Server):

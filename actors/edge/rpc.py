@@ -17,6 +17,7 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError
 
 from ...core.errors import ForerunError, InvalidRequest
+from ...core.vocabulary import check_request_id
 from . import wire
 from .served import Served
 from .statuses import Left, Stalled, Status, status_of
@@ -80,7 +81,7 @@ def _handler(method: MethodDescriptor, work: Callable[[Any, Any], Awaitable[Any]
 
     async def handle(raw: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         name = _metadata(context.invocation_metadata(), "x-request-id")
-        if re.fullmatch(r"[!-~]{1,128}", name):
+        if not check_request_id(name):
             await context.send_initial_metadata((("x-request-id", name),))
         call = RpcCall(context, served, stall_seconds)
         try:
@@ -127,16 +128,15 @@ class Gate(grpc.aio.ServerInterceptor):
     """Asks for a bearer token with every call but health's. `tokens` open all but AdminService, which has its own."""
 
     def __init__(self, tokens: Sequence[str], admin_token: str | None) -> None:
-        self._tokens = [f"Bearer {token}".encode() for token in tokens]
-        self._admin = [f"Bearer {admin_token}".encode()] if admin_token else []
+        self._tokens, self._admin = tuple(tokens), (admin_token,) if admin_token else ()
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails) -> Any:
         method = handler_call_details.method
         given = _metadata(cast(Any, handler_call_details.invocation_metadata), "authorization")
         if method.startswith(ADMIN):
-            is_let_in = is_one_of(given, self._admin)
+            is_let_in = bears_one_of(given, self._admin)
         else:
-            is_let_in = method.startswith(HEALTH) or not self._tokens or is_one_of(given, self._tokens + self._admin)
+            is_let_in = method.startswith(HEALTH) or not self._tokens or bears_one_of(given, self._tokens + self._admin)
         if is_let_in:
             return await continuation(handler_call_details)
 
@@ -146,7 +146,7 @@ class Gate(grpc.aio.ServerInterceptor):
         return cast(Any, grpc.stream_stream_rpc_method_handler)(deny)  # which waits for no message
 
 
-def is_one_of(given: str, allowed: Sequence[bytes]) -> bool:
-    """In a time that says nothing about them."""
-    raw = given.encode(errors="replace")
-    return sum(hmac.compare_digest(raw, each) for each in allowed) > 0
+def bears_one_of(authorization: str, tokens: Sequence[str]) -> bool:
+    """Whether that header has one of the tokens; in a time that says nothing about them."""
+    given = authorization.encode(errors="replace")
+    return sum(hmac.compare_digest(given, f"Bearer {token}".encode()) for token in tokens) > 0

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -75,7 +74,6 @@ class ServerParams:
     is_insecure: bool = False
     stall_seconds: float = STALL_SECONDS
     message_bytes: int = MESSAGE_BYTES
-    options: Sequence[tuple[str, Any]] = field(default_factory=tuple[tuple[str, Any], ...])
 
     def __post_init__(self) -> None:
         violations: list[tuple[str, str]] = []
@@ -114,7 +112,7 @@ class GrpcServer:
     def __init__(self, served: Served, params: ServerParams) -> None:
         """InvalidRequest when TLS files cannot be read, or the address cannot be had."""
         self._served = served
-        options = [*CHANNEL_OPTIONS, ("grpc.max_receive_message_length", params.message_bytes), *params.options]
+        options = [*CHANNEL_OPTIONS, ("grpc.max_receive_message_length", params.message_bytes)]
         gate = Gate(params.tokens, params.admin_token)
         self._server = grpc.aio.server(interceptors=[gate], options=options, maximum_concurrent_rpcs=MAX_CALLS)
         services: list[Service] = [GenerationService(served), ModelService(served), TraceService(served)]

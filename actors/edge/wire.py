@@ -9,13 +9,22 @@ from forerun.v1 import trace_service_pb2
 
 from ...core.errors import InvalidRequest
 from ...core.trace import Counter, Event, Span
-from ...core.vocabulary import MAX_MESSAGES, Delta, FinishReason, Message, Prompt, Result, SamplingParams, Started, TokenLogprob
+from ...core.vocabulary import (
+    MAX_MESSAGES,
+    SAMPLING_NUMBERS,
+    Delta,
+    FinishReason,
+    Message,
+    Prompt,
+    Result,
+    SamplingParams,
+    Started,
+    TokenLogprob,
+)
 from ..stream import Options
 
-#: fields of SamplingParams that are one number
-SCALARS = tuple(name for name in SamplingParams.__slots__ if name != "logit_bias")
 #: what our checks call a field -> where it is in a GenerateRequest, where that differs
-PATHS = {name: f"sampling.{name}" for name in (*SCALARS, "logit_bias")}
+PATHS = {name: f"sampling.{name}" for name in (*SAMPLING_NUMBERS, "logit_bias")}
 FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
@@ -41,7 +50,7 @@ def prompt_of(prompt: pb.Prompt) -> Prompt:
 def options_of(request: pb.GenerateRequest) -> Options:
     """What a request asks for; the engine checks it."""
     sampling = request.sampling
-    options: dict[str, Any] = {name: getattr(sampling, name) for name in SCALARS if sampling.HasField(cast(Any, name))}
+    options: dict[str, Any] = {name: getattr(sampling, name) for name in SAMPLING_NUMBERS if sampling.HasField(cast(Any, name))}
     options |= {name: getattr(request, name) for name in ("max_tokens", "num_logprobs") if request.HasField(cast(Any, name))}
     options |= {"stop": list(request.stop), "stop_ids": list(request.stop_ids), "ignore_eos": request.ignore_eos}
     return cast(Options, options | {"logit_bias": dict(sampling.logit_bias), "cache_salt": request.cache_salt})
@@ -55,7 +64,7 @@ def with_paths(error: InvalidRequest) -> InvalidRequest:
 
 
 def sampling_message(sampling: SamplingParams) -> pb.SamplingParams:
-    numbers: dict[str, Any] = {name: getattr(sampling, name) for name in SCALARS}
+    numbers: dict[str, Any] = {name: getattr(sampling, name) for name in SAMPLING_NUMBERS}
     return pb.SamplingParams(**numbers, logit_bias=dict(sampling.logit_bias))
 
 

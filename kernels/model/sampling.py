@@ -43,7 +43,7 @@ def choose(logits: F32, params: SamplingParams, position: int, history: History 
     x = (x - x.max()) / max(params.temperature, 1e-6)  # which is greedy but for ties, and does not overflow
     kept: Places | None = None
     if 0 < params.top_k < len(x):
-        kept = np.flatnonzero(x >= np.partition(x, -params.top_k)[-params.top_k])
+        kept = _highest(x, params.top_k)
     if params.top_p < 1:
         kept = _nucleus(x, kept, params.top_p)
     if params.min_p > 0:
@@ -62,8 +62,7 @@ def _nucleus(x: F64, kept: Places | None, top_p: float) -> Places:
     values = x[places]
     shares, num_sorted = _softmax(values), 256
     while True:
-        least = -np.inf if num_sorted >= len(values) else np.partition(values, -num_sorted)[-num_sorted]
-        some = np.flatnonzero(values >= least)
+        some = _highest(values, num_sorted)
         order = some[np.argsort(-values[some], kind="stable")]
         reached = np.cumsum(shares[order])
         if num_sorted >= len(values) or reached[-1] >= top_p:
@@ -90,10 +89,14 @@ def logprobs(logits: F32, token: int, num_top: int) -> TokenLogprob:
     """Of logits [V], as the model has them."""
     x = logits.astype(np.float64)
     x -= x.max() + np.log(np.exp(x - x.max()).sum())
-    lowest = np.partition(x, len(x) - num_top)[len(x) - num_top] if 0 < num_top < len(x) else -np.inf
-    candidates = np.flatnonzero(x >= lowest)  # all of the lowest that counts: the first of equals comes first
-    top = candidates[np.argsort(-x[candidates], kind="stable")[:num_top]]
+    some = _highest(x, num_top) if num_top else np.zeros(0, np.intp)
+    top = some[np.argsort(-x[some], kind="stable")[:num_top]]
     return TokenLogprob(float(x[token]), tuple((int(each), float(x[each])) for each in top))
+
+
+def _highest(x: F32 | F64, number: int) -> Places:
+    """The places of so many of the highest values, and of all that equal the lowest of these; in order of place."""
+    return np.flatnonzero(x >= (np.partition(x, -number)[-number] if number < len(x) else -np.inf))
 
 
 def share(logits: F32, token: int) -> float:

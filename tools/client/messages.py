@@ -5,10 +5,21 @@ from __future__ import annotations
 from typing import Any, cast
 
 from forerun.core.speculation import DrafterName, DrafterStatistics, Speculation
-from forerun.core.vocabulary import Delta, FinishReason, Prompt, Result, SamplingParams, Started, Timings, TokenLogprob, Usage, check_prompt
+from forerun.core.vocabulary import (
+    SAMPLING_NUMBERS,
+    Delta,
+    FinishReason,
+    Prompt,
+    Result,
+    SamplingParams,
+    Started,
+    Timings,
+    TokenLogprob,
+    Usage,
+    check_prompt,
+)
 from forerun.v1 import generation_service_pb2 as pb
 
-SCALARS = tuple(name for name in SamplingParams.__slots__ if name != "logit_bias")
 FINISH_REASONS = {
     pb.FINISH_REASON_STOP: FinishReason.STOP,
     pb.FINISH_REASON_LENGTH: FinishReason.LENGTH,
@@ -30,7 +41,7 @@ def prompt_message(prompt: Prompt) -> pb.Prompt:
 def generate_message(prompt: Prompt, options: dict[str, Any]) -> pb.GenerateRequest:
     """ValueError or TypeError from protobuf when a number does not fit its field."""
     given = {name: value for name, value in options.items() if value is not None}
-    sampling = pb.SamplingParams(**{name: given.pop(name) for name in SCALARS if name in given})
+    sampling = pb.SamplingParams(**{name: given.pop(name) for name in SAMPLING_NUMBERS if name in given})
     for token, bias in given.pop("logit_bias", {}).items():
         sampling.logit_bias[token] = bias
     stop = given.pop("stop", [])
@@ -38,7 +49,7 @@ def generate_message(prompt: Prompt, options: dict[str, Any]) -> pb.GenerateRequ
 
 
 def started_of(message: pb.Started) -> Started:
-    numbers = {name: getattr(message.sampling, name) for name in SCALARS}
+    numbers = {name: getattr(message.sampling, name) for name in SAMPLING_NUMBERS}
     return Started(
         message.request_id,
         SamplingParams(**numbers, logit_bias=tuple(message.sampling.logit_bias.items())),
