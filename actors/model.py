@@ -8,11 +8,11 @@ from typing import Any, Protocol, cast
 
 from ..core.checks import check_ranges
 from ..core.errors import InvalidRequest, ModelFileError
-from ..kernels.backends import AnyBackend, make_backend, make_head, make_trunk
+from ..kernels.backends import AnyBackend, make_backend, make_head, make_memory, make_trunk
 from ..kernels.formats.gguf import GgufFile
 from ..kernels.model.config import load_config, read_json
 from ..kernels.model.gguf_names import GgufCheckpoint, find_sidecar, gguf_config
-from ..kernels.model.memory import MemoryMaker, ModelMemory
+from ..kernels.model.memory import MemoryMaker
 from ..kernels.model.weights import FolderCheckpoint, ModelWeights, Progress, load_weights
 from .hub import REPOSITORY, fetch
 from .mtp_drafter import DraftHead
@@ -102,8 +102,8 @@ class LoadedModel:
     def has_mtp(self) -> bool:
         return self.weights.mtp is not None
 
-    def memory(self) -> ModelMemory:
-        return ModelMemory(self.weights.config)
+    def memory(self) -> MemoryMaker:
+        return make_memory(self.weights.config, self.backend)
 
     def target(self) -> Target:
         return make_trunk(self.weights, self.backend)
@@ -114,9 +114,9 @@ class LoadedModel:
 
 def load_model(name: str, progress: Progress | None = None, *, backend: str | None = None, num_threads: int | None = None) -> LoadedModel:
     """Loads a model: the name of a shipped one, a Hugging Face folder, a GGUF file (its draft head may be in another beside it:
-    find_sidecar), or `ORG/REPO` or `ORG/REPO:QUANT` of a hub (see fetch). `backend` is `cpu` (C kernels, by default) or
-    `reference` (NumPy); `num_threads` by default as many as there are physical cores. ModelFileError names the file and what was
-    expected; InvalidRequest when there is no such backend."""
+    find_sidecar), or `ORG/REPO` or `ORG/REPO:QUANT` of a hub (see fetch). `backend` is `cpu` (C kernels, by default), `cuda` (an
+    NVIDIA device, with CuPy) or `reference` (NumPy); `num_threads` by default as many as there are physical cores. ModelFileError
+    names the file and what was expected; InvalidRequest when there is no such backend."""
     path = SHIPPED.get(name) or Path(name)
     if not path.exists() and REPOSITORY.fullmatch(name):
         path = fetch(name)

@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
-
 from ..core.actor import Actor, Executor
 from ..core.channel import Envelope, Mailbox
 from ..core.errors import InternalBug, LeaseLost, PositionLost
@@ -135,14 +133,9 @@ class MtpDrafter(Actor):
         if sequence.num_known != position:
             raise InternalBug(f"asked to draft from {position}, but {sequence.num_known} are known")
         start, tokens = sequence.num_exact, (*sequence.behind, *next_token)
-        hidden: F32
         try:
             memory = self._pool[lease]
-            if start == 0:
-                first = np.zeros((1, self._head.hidden), np.float32)
-                hidden = np.concatenate([first, memory.hidden.read(0, len(tokens) - 1)])
-            else:
-                hidden = memory.hidden.read(start - 1, len(tokens))
+            hidden = memory.hidden.before(start, len(tokens))
         except LeaseLost:
             del self._sequences[lease]
             return None

@@ -8,6 +8,12 @@ from functools import cache
 from ..core.errors import InvalidRequest
 from .cpu.graph import CpuHead, CpuTrunk
 from .cpu.matrices import CpuBackend
+from .cuda.device import CudaDevice
+from .cuda.graph import CudaHead, CudaTrunk
+from .cuda.matrices import CudaBackend
+from .cuda.memory import CudaMemory
+from .model.config import ModelConfig
+from .model.memory import MemoryMaker, ModelMemory
 from .model.mtp import HeadBase, MtpHead
 from .model.trunk import Trunk, TrunkBase
 from .model.weights import ModelWeights
@@ -15,9 +21,9 @@ from .reference import ReferenceBackend
 
 logger = logging.getLogger("forerun")
 
-#: cpu: C kernels. reference: NumPy, to compare with.
-BACKENDS = ("cpu", "reference")
-AnyBackend = CpuBackend | ReferenceBackend
+#: cpu: C kernels. cuda: an NVIDIA device. reference: NumPy, to compare with.
+BACKENDS = ("cpu", "cuda", "reference")
+AnyBackend = CpuBackend | CudaBackend | ReferenceBackend
 
 
 def make_backend(name: str | None, num_threads: int | None) -> AnyBackend:
@@ -26,6 +32,11 @@ def make_backend(name: str | None, num_threads: int | None) -> AnyBackend:
         raise InvalidRequest([("backend", f"must be one of {', '.join(BACKENDS)}, got {name!r:.50}")])
     if name == "reference":
         return ReferenceBackend()
+    if name == "cuda":
+        try:
+            return CudaBackend(CudaDevice())
+        except OSError as error:
+            raise InvalidRequest([("backend", str(error))]) from error
     try:
         return CpuBackend(num_threads)
     except OSError as error:
@@ -42,8 +53,24 @@ def _say_slow(problem: str) -> None:
 
 def make_trunk(weights: ModelWeights, backend: AnyBackend) -> TrunkBase:
     """`weights` were loaded for `backend`."""
-    return CpuTrunk(weights, backend) if isinstance(backend, CpuBackend) else Trunk(weights, backend)
+    match backend:
+        case CpuBackend():
+            return CpuTrunk(weights, backend)
+        case CudaBackend():
+            return CudaTrunk(weights, backend)
+        case ReferenceBackend():
+            return Trunk(weights, backend)
 
 
 def make_head(weights: ModelWeights, backend: AnyBackend) -> HeadBase:
-    return CpuHead(weights, backend) if isinstance(backend, CpuBackend) else MtpHead(weights, backend)
+    match backend:
+        case CpuBackend():
+            return CpuHead(weights, backend)
+        case CudaBackend():
+            return CudaHead(weights, backend)
+        case ReferenceBackend():
+            return MtpHead(weights, backend)
+
+
+def make_memory(config: ModelConfig, backend: AnyBackend) -> MemoryMaker:
+    return CudaMemory(config, backend.device) if isinstance(backend, CudaBackend) else ModelMemory(config)

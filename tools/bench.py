@@ -15,7 +15,7 @@ import numpy as np
 from .. import Engine, InvalidRequest, open_engine
 from ..actors.model import LoadedModel, load_model
 from ..core.checks import check_ranges
-from ..kernels.model.memory import SequenceMemory
+from ..kernels.model.memory import alone
 from ..kernels.model.trunk import Rows
 from .llama_cpp import LlamaCpp, Run
 
@@ -129,7 +129,7 @@ async def bench(path: str, params: BenchParams) -> list[Figure]:
 def rows_of(model: LoadedModel, num_runs: int) -> list[Figure]:
     """What a verify of so many rows takes, in verifies of one row, and one row's milliseconds; after 64 positions."""
     target, seconds = model.target(), {rows: list[float]() for rows in ROWS}
-    memory = SequenceMemory.alone(model.weights.config, 64 + (num_runs + 2) * 3 * sum(ROWS), max(ROWS))
+    memory = alone(model.memory(), 64 + (num_runs + 2) * 3 * sum(ROWS), max(ROWS))
     target.prefill(Rows(memory, 0, tuple(range(64))), is_last=False)
     position = 64
     for i in range(num_runs + 1):

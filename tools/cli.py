@@ -17,6 +17,7 @@ import anyio
 from .. import ForerunError, InvalidRequest, Prompt, Result
 from . import chat, client_command, flags, serve
 from .bench import TEXT, BenchParams, bench, table
+from .bench_cuda import bench_cuda
 from .convert import OUT_TYPES, convert, info
 
 
@@ -44,6 +45,10 @@ def _parser() -> argparse.ArgumentParser:
     measured.add_argument("--runs", type=int, default=5, help="runs of each kind, in turn (default: 5)")
     measured.add_argument(
         "--spec-type", action="append", help="a way to speculate, as in generate; may be given again (default: draft-mtp)"
+    )
+    measured.add_argument("--device", choices=("cuda",), help="instead: kernels and whole rounds on an NVIDIA device; needs no model")
+    measured.add_argument(
+        "--size", action="append", help="with --device: random weights of such a size and type; may be given again (default: 0.8B:bf16)"
     )
     measured.add_argument("--vs", choices=("llama.cpp",), help="runs it in turn on the same GGUF file (needs the extra `bench`)")
     measured.add_argument("--json", action="store_true", help="every run's figure, instead of a table")
@@ -124,6 +129,8 @@ def main() -> None:
             write(info(args.path) + "\n")
         elif args.command == "convert":
             convert(args.folder, args.out, args.outtype)
+        elif args.command == "bench" and args.device == "cuda":
+            bench_cuda(write, args.size or ["0.8B:bf16"])
         elif args.command == "bench":
             params = BenchParams(
                 args.prompt_tokens, args.predict, args.runs, args.spec_type or ["draft-mtp"], args.prompt, args.threads, args.vs is not None

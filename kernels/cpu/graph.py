@@ -169,7 +169,7 @@ class CpuHead(HeadBase):
         program, before, out = graph
         spans = [self._spans.mtp(rows.memory, rows.position, len(rows.tokens)) for rows in batch]
         tokens = [token for rows in batch for token in rows.tokens]
-        hidden, outputs = np.concatenate([rows.hidden for rows in batch]), np.empty((num_outputs, self.hidden), np.float32)
+        hidden, outputs = self.hidden_of(batch), np.empty((num_outputs, self.hidden), np.float32)
         rotary = self._rotary([p for rows in batch for p in range(rows.position, rows.position + len(rows.tokens))])
         program.run(len(tokens), {before: hidden, out: outputs, **given}, tokens, rotary, spans)
         return outputs

@@ -50,11 +50,15 @@ def _scales_k4(raw: U8) -> tuple[F32, F32]:
     return scales.astype(np.float32), minima.astype(np.float32)
 
 
+def _nibbles(packed: U8) -> U8:
+    """Quants of Q4_K [blocks, 128] as [blocks, 8, 32]: the low nibbles of 32 bytes, then the high ones."""
+    packed = packed.reshape(-1, 4, 1, 32)
+    return np.concatenate([packed & 15, packed >> 4], axis=2, dtype=np.uint8).reshape(-1, 8, 32)
+
+
 def _q4_k(blocks: U8) -> F32:
     scales, minima = _scales_k4(blocks[:, 4:16])
-    packed = blocks[:, 16:].reshape(-1, 4, 1, 32)
-    quants = np.concatenate([packed & 15, packed >> 4], axis=2).reshape(-1, 8, 32)
-    return _with_minima(blocks, scales, minima, quants.astype(np.float32))
+    return _with_minima(blocks, scales, minima, _nibbles(blocks[:, 16:]).astype(np.float32))
 
 
 def _q5_k(blocks: U8) -> F32:
@@ -120,6 +124,17 @@ class Stored:
     def __getitem__(self, at: int | slice | tuple[slice, ...]) -> Stored:
         """Part of the outer dimensions."""
         return Stored(self.type, self.inputs, self.raw[at])
+
+
+def unpack_q4_k(tensor: Stored) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.float16], U8, U8, U8]:
+    """What a matrix [outputs, inputs] of Q4_K is made of: d and dmin [outputs, blocks], scales and minima [outputs, blocks, 8] from 0 to
+    63, quants [outputs, inputs] from 0 to 15. A value is d * scale * quant - dmin * minimum."""
+    blocks = np.ascontiguousarray(tensor.raw).reshape(-1, 144)
+    scales, minima = (part.astype(np.uint8) for part in _scales_k4(blocks[:, 4:16]))
+    d, dmin = (np.ascontiguousarray(blocks[:, i : i + 2]).view("<f2") for i in (0, 2))
+    rows, per_row = tensor.shape[0], tensor.inputs // 256
+    quants = _nibbles(blocks[:, 16:]).reshape(rows, -1)
+    return d.reshape(rows, per_row), dmin.reshape(rows, per_row), scales.reshape(rows, per_row, 8), minima.reshape(rows, per_row, 8), quants
 
 
 def quantise(values: F32, kind: str) -> U8:

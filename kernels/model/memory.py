@@ -40,6 +40,14 @@ class HiddenRows:
             raise PositionLost(f"hidden rows {position} to {position + num_rows} are gone")
         return rows
 
+    def before(self, position: int, num_rows: int) -> F32 | None:
+        """What an MTP head pairs tokens at `position`... with: the rows of the positions before them, zeros before position 0. None where
+        the head finds them itself. PositionLost as in `read`."""
+        if position > 0:
+            return self.read(position - 1, num_rows)
+        first = np.zeros((1, self._rows.shape[1]), np.float32)
+        return np.concatenate([first, self.read(0, num_rows - 1)])
+
 
 class SequenceMemory:
     """All of one sequence: room in the pages of `table` for `capacity` positions, and for `max_rows` rows in one verify."""
@@ -53,12 +61,6 @@ class SequenceMemory:
         self.max_checkpoint_bytes = 0
         self.checkpoints: list[Checkpoint] = []  # taken while the prompt was computed
         self.frozen: Snapshot | None = None  # all of it, on its way to a file
-
-    @staticmethod
-    def alone(config: ModelConfig, capacity: int, max_rows: int, store: StoreName = "log") -> SequenceMemory:
-        """Memory of a sequence that shares with nobody."""
-        arena = Arena(num_pages(capacity, max_rows), config.num_attention, config.kv_heads, config.head_dim)
-        return SequenceMemory(config, arena, arena.take(arena.num_pages), capacity, max_rows, store)
 
     def check(self, position: int, num_rows: int, *, is_chunk: bool) -> None:
         """PositionLost unless `num_rows` rows can be computed from `position`. Changes nothing."""
@@ -121,6 +123,12 @@ class MemoryMaker(Protocol):
     def arena(self, num_pages: int) -> Arena: ...
 
     def memory(self, arena: Arena, table: list[int], capacity: int, max_rows: int, store: StoreName) -> SequenceMemory: ...
+
+
+def alone(make: MemoryMaker, capacity: int, max_rows: int, store: StoreName = "log") -> SequenceMemory:
+    """Memory of a sequence that shares with nobody."""
+    arena = make.arena(num_pages(capacity, max_rows))
+    return make.memory(arena, arena.take(arena.num_pages), capacity, max_rows, store)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,12 +29,12 @@ CHUNK_ROWS = 16
 @dataclass(frozen=True, slots=True)
 class MtpRows:
     """Consecutive rows of one sequence's MTP cache: tokens from an absolute position, and for each the hidden row of the
-    position before it, [R, hidden]."""
+    position before it, [R, hidden]; None: the target's, where the memory has them."""
 
     memory: SequenceMemory
     position: int
     tokens: tuple[int, ...]
-    hidden: F32
+    hidden: F32 | None
 
 
 class HeadBase(ABC):
@@ -51,6 +51,12 @@ class HeadBase(ABC):
         # One layer and the vocabulary's head.
         operations = weights.num_parameters / (len(weights.layers) + 1) + self.hidden * num_drafted
         self._seconds_a_row = operations / backend.operations_per_second
+
+    @staticmethod
+    def hidden_of(batch: Sequence[MtpRows]) -> F32:
+        """The hidden rows of all [R, hidden], in batch order."""
+        given = (rows.hidden if rows.hidden is not None else rows.memory.hidden.before(rows.position, len(rows.tokens)) for rows in batch)
+        return np.concatenate([rows for rows in given if rows is not None])
 
     @abstractmethod
     def forward(self, batch: Sequence[MtpRows]) -> F32:
@@ -88,7 +94,7 @@ class MtpHead(HeadBase):
     def forward(self, batch: Sequence[MtpRows]) -> F32:
         graph, backend, eps, w = self._graph, self._graph.backend, self._graph.config.rms_eps, self.mtp
         embedded = backend.embed(graph.weights.embedding, [token for rows in batch for token in rows.tokens])
-        hidden = np.concatenate([rows.hidden for rows in batch])
+        hidden = self.hidden_of(batch)
         both = [backend.rms_norm(embedded, w.embedding_norm, eps), backend.rms_norm(hidden, w.hidden_norm, eps)]
         spans = [(rows.memory.mtp, rows.position, len(rows.tokens)) for rows in batch]
         is_chunk = len(hidden) >= CHUNK_ROWS

@@ -24,13 +24,20 @@ class Arena:
     """`num_pages` pages: keys and values of the trunk's attention layers [2, layers, pages, KV, PAGE, D], and of the MTP head's one."""
 
     def __init__(self, num_pages: int, layers: int, kv_heads: int, head_dim: int) -> None:
+        self.num_pages = num_pages
+        self._allocate(num_pages, layers, kv_heads, head_dim)
+        self._references = [0] * num_pages
+        self._free = list(reversed(range(num_pages)))  # the last given back goes first: those never used stay with the system
+
+    def _allocate(self, num_pages: int, layers: int, kv_heads: int, head_dim: int) -> None:
         shape = (num_pages, kv_heads, PAGE, head_dim)
         # Zeros are taken from the system untouched: a page costs memory once it is written.
         self.trunk = np.zeros((2, layers, *shape), np.float32)
         self.mtp = np.zeros((2, 1, *shape), np.float32)
-        self.num_pages = num_pages
-        self._references = [0] * num_pages
-        self._free = list(reversed(range(num_pages)))  # the last given back goes first: those never used stay with the system
+
+    def _clear(self, pages: list[int]) -> None:
+        self.trunk[:, :, pages] = 0
+        self.mtp[:, :, pages] = 0
 
     @property
     def num_free(self) -> int:
@@ -43,8 +50,7 @@ class Arena:
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
             self._references[page] = 1
-        self.trunk[:, :, pages] = 0
-        self.mtp[:, :, pages] = 0
+        self._clear(pages)
         return pages
 
     def share(self, pages: list[int]) -> None:

@@ -30,19 +30,16 @@ StoreName = Literal["log", "snapshots"]
 Replay = Callable[["RecurrentLog", int], None]
 
 
-class RecurrentStore(ABC):
-    """States [layers, Hv, dk, dv] and windows [layers, width - 1, channels]: at `base_position`, and after each of the
-    `num_rows` rows computed since, of which there are at most `max_rows`. A backend that computes all layers in one call works on
-    the arrays themselves, between `begin` and `moved_to`, `extend` or `advance`."""
+class RecurrentPositions(ABC):
+    """What any store holds: `base_position`, and the `num_rows` positions after it of the rows computed since, of which there are at most
+    `max_rows`. A backend that computes all layers in one call works on the arrays themselves, between `begin` and `moved_to`, `extend`
+    or `advance`."""
 
     def __init__(self, config: ModelConfig, max_rows: int) -> None:
         self.config, self.max_rows = config, max_rows
         self.base_position, self.num_rows = 0, 0
-        self.states: F32
         self._is_whole = True  # False while a state is being moved: what fails then has lost it
         self.window = config.conv_width - 1
-        # Pre-convolution columns: the window at the base, then one column a row. A window at base + n starts at column n.
-        self.all_columns = np.zeros((config.num_delta, self.window + max_rows, config.channels), np.float32)
 
     def check(self, position: int) -> None:
         """PositionLost unless the store can go to `position` exactly. Changes nothing."""
@@ -64,6 +61,34 @@ class RecurrentStore(ABC):
         """The states and windows at `position` are in place; no rows after it are."""
         self.base_position, self.num_rows, self._is_whole = position, 0, True
 
+    def extend(self, num_rows: int) -> None:
+        """Every layer has computed its `num_rows` rows."""
+        self.num_rows = num_rows
+
+    def advance(self, num_rows: int) -> None:
+        """Every layer has moved over its chunk."""
+        self.base_position += num_rows
+        self._is_whole = True
+
+    @abstractmethod
+    def read(self) -> tuple[F32, F32]:
+        """Copies of the states [layers, Hv, dk, dv] and windows [layers, width - 1, channels] at the base."""
+
+    @abstractmethod
+    def restore(self, position: int, state: F32, columns: F32) -> None:
+        """Makes what `read` gave the base at `position`, whatever was here before."""
+
+
+class RecurrentStore(RecurrentPositions):
+    """States [layers, Hv, dk, dv] and windows [layers, width - 1, channels] in NumPy's arrays."""
+
+    states: F32
+
+    def __init__(self, config: ModelConfig, max_rows: int) -> None:
+        super().__init__(config, max_rows)
+        # Pre-convolution columns: the window at the base, then one column a row. A window at base + n starts at column n.
+        self.all_columns = np.zeros((config.num_delta, self.window + max_rows, config.channels), np.float32)
+
     def seek(self, position: int, replay: Replay) -> None:
         """Makes `position` the base, with no rows after it. PositionLost when it is not held exactly."""
         self.check(position)
@@ -79,10 +104,6 @@ class RecurrentStore(ABC):
         self.all_columns[layer, self.window : self.window + len(new)] = new
         return self.all_columns[layer, : self.window + len(new)]
 
-    def extend(self, num_rows: int) -> None:
-        """Every layer has computed its `num_rows` rows."""
-        self.num_rows = num_rows
-
     def chunk(self, layer: int, x: DeltaInputs, backend: Backend) -> F32:
         """Moves one layer's base over a whole prefill chunk. Nothing can go back into a chunk. Outputs [C, Hv, dv]."""
         self._is_whole = False
@@ -94,17 +115,10 @@ class RecurrentStore(ABC):
         self.all_columns[layer, : self.window] = columns[-self.window :]
         return columns
 
-    def advance(self, num_rows: int) -> None:
-        """Every layer has moved over its chunk."""
-        self.base_position += num_rows
-        self._is_whole = True
-
     def read(self) -> tuple[F32, F32]:
-        """Copies of the states [layers, Hv, dk, dv] and windows [layers, width - 1, channels] at the base."""
         return self.base.copy(), self.all_columns[:, : self.window].copy()
 
     def restore(self, position: int, state: F32, columns: F32) -> None:
-        """Makes what `read` gave the base at `position`, whatever was here before."""
         self.moved_to(position)
         self.all_columns[:, : self.window] = columns
         self.base[...] = state

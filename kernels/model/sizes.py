@@ -37,23 +37,27 @@ def memory_sizes(config: ModelConfig, max_rows: int, store: StoreName) -> Memory
     return MemorySizes(states + (c.conv_width - 1) * column, max_rows * row, page)
 
 
-def _config(hidden: int, layers: int, heads: tuple[int, int], delta_heads: tuple[int, int]) -> ModelConfig:
-    """What of a published configuration decides about memory: every fourth layer attends, heads of 256 and 128."""
+def _config(
+    hidden: int, intermediate: int, layers: int, heads: tuple[int, int], delta_heads: tuple[int, int], is_tied: bool
+) -> ModelConfig:  # fmt: skip
+    """A published configuration: every fourth layer attends, heads of 256 and 128."""
     full = tuple(i % 4 == 3 for i in range(layers))
     return ModelConfig(
-        family="qwen3_5", vocabulary=248_320, hidden=hidden, intermediate=1, is_full_attention=full, is_moe=(False,) * layers,
+        family="qwen3_5", vocabulary=248_320, hidden=hidden, intermediate=intermediate, is_full_attention=full, is_moe=(False,) * layers,
         heads=heads[0], kv_heads=heads[1], head_dim=256, rotary_dim=64, rope_theta=1e7, rms_eps=1e-6, key_heads=delta_heads[0],
-        value_heads=delta_heads[1], key_dim=128, value_dim=128, conv_width=4, context=262_144, is_tied=False, num_mtp_layers=1,
+        value_heads=delta_heads[1], key_dim=128, value_dim=128, conv_width=4, context=262_144, is_tied=is_tied, num_mtp_layers=1,
         moe=None,
     )  # fmt: skip
 
 
-#: The family's published text configurations (Hugging Face, config.json).
+#: The family's published text configurations (Hugging Face, config.json); of the mixture of experts what decides about memory.
 PUBLISHED = {
-    "0.8B": _config(1024, 24, (8, 2), (16, 16)),
-    "9B": _config(4096, 32, (16, 4), (16, 32)),
-    "27B": _config(5120, 64, (24, 4), (16, 48)),
-    "35B-A3B": _config(2048, 40, (16, 2), (16, 32)),
+    "0.8B": _config(1024, 3584, 24, (8, 2), (16, 16), True),
+    "2B": _config(2048, 6144, 24, (8, 2), (16, 16), True),
+    "4B": _config(2560, 9216, 32, (16, 4), (16, 32), True),
+    "9B": _config(4096, 12288, 32, (16, 4), (16, 32), False),
+    "27B": _config(5120, 17408, 64, (24, 4), (16, 48), False),
+    "35B-A3B": _config(2048, 1, 40, (16, 2), (16, 32), False),
 }
 
 

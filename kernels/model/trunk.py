@@ -140,8 +140,8 @@ class TrunkBase(ABC):
     def replay(self, log: RecurrentLog, num_rows: int) -> None:
         """See recurrent.Replay."""
 
-    @staticmethod
-    def _keep(batch: Sequence[Rows], hidden: F32) -> None:
+    def _keep(self, batch: Sequence[Rows], hidden: F32) -> None:
+        """Puts post-norm hidden rows where their sequences keep them."""
         start = 0
         for rows in batch:
             rows.memory.hidden.write(rows.position, hidden[start : start + len(rows.tokens)])

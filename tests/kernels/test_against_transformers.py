@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from forerun.core.protocol import CHUNK
-from forerun.kernels.backends import AnyBackend, make_head, make_trunk
-from forerun.kernels.model.memory import SequenceMemory
+from forerun.kernels.backends import AnyBackend, make_head, make_memory, make_trunk
+from forerun.kernels.model.memory import SequenceMemory, alone
 from forerun.kernels.model.mtp import MtpRows
 from forerun.kernels.model.trunk import Rows, TrunkBase
 from forerun.kernels.model.weights import ModelWeights
@@ -54,7 +54,7 @@ def prefill_all(trunk: TrunkBase, memory: SequenceMemory, ids: list[int]) -> Any
 @pytest.mark.parametrize("rows_a_verify", [1, 4])
 def test_trunk(weights: ModelWeights, backend: AnyBackend, recorded: Any, length: int, rows_a_verify: int) -> None:
     trunk = make_trunk(weights, backend)
-    memory = SequenceMemory.alone(weights.config, length + STEPS, 8)
+    memory = alone(make_memory(weights.config, backend), length + STEPS, 8)
     logits = [prefill_all(trunk, memory, prompt(length))]
     tokens = recorded[f"tokens_{length}"].tolist()
     for i in range(0, STEPS, rows_a_verify):
@@ -65,7 +65,7 @@ def test_trunk(weights: ModelWeights, backend: AnyBackend, recorded: Any, length
 @pytest.mark.parametrize("length", LENGTHS)
 def test_the_step_form_alone_computes_a_prompt(weights: ModelWeights, backend: AnyBackend, recorded: Any, length: int) -> None:
     trunk = make_trunk(weights, backend)
-    memory = SequenceMemory.alone(weights.config, length, 8)
+    memory = alone(make_memory(weights.config, backend), length, 8)
     logits = [trunk.verify([Rows(memory, i, (token,))])[0] for i, token in enumerate(prompt(length))]
     assert_close(np.concatenate(logits), recorded[f"logits_{length}"][:length])
 
@@ -73,7 +73,7 @@ def test_the_step_form_alone_computes_a_prompt(weights: ModelWeights, backend: A
 def test_mtp_warm_up_over_a_prompt(weights: ModelWeights, backend: AnyBackend, recorded: Any) -> None:
     trunk, head = make_trunk(weights, backend), make_head(weights, backend)
     ids = prompt(65) + recorded["tokens_65"].tolist()
-    memory = SequenceMemory.alone(weights.config, len(ids), 20)
+    memory = alone(make_memory(weights.config, backend), len(ids), 20)
     logits: list[Any] = []
     for start in range(0, len(ids), CHUNK):
         tokens = tuple(ids[start : start + CHUNK])
@@ -88,7 +88,7 @@ def test_mtp_warm_up_over_a_prompt(weights: ModelWeights, backend: AnyBackend, r
 def test_mtp_chained_drafts(weights: ModelWeights, backend: AnyBackend, recorded: Any, chain: int) -> None:
     trunk, head = make_trunk(weights, backend), make_head(weights, backend)
     ids = (prompt(65) + recorded["tokens_65"].tolist())[: DRAFT_FROM[chain] + 2]
-    memory = SequenceMemory.alone(weights.config, len(ids), 70)
+    memory = alone(make_memory(weights.config, backend), len(ids), 70)
     trunk.verify([Rows(memory, 0, tuple(ids))])
     zero = np.zeros((1, weights.config.hidden), np.float32)
     hidden = np.concatenate([zero, memory.hidden.read(0, len(ids) - 1)])

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 from forerun.core.errors import InternalBug
-from forerun.kernels.backends import make_head, make_trunk
+from forerun.kernels.backends import make_head, make_memory, make_trunk
 from forerun.kernels.cpu.library import FORMATS, INSTRUCTION_SETS, library, physical_cores
 from forerun.kernels.cpu.matrices import CpuBackend, CpuMatrix
 from forerun.kernels.cpu.program import EMBED, Program
 from forerun.kernels.formats.stored import BY_NAME, Stored
 from forerun.kernels.model.config import ModelConfig, load_config
-from forerun.kernels.model.memory import SequenceMemory
+from forerun.kernels.model.memory import alone
 from forerun.kernels.model.mtp import MtpRows
 from forerun.kernels.model.trunk import Rows
 from forerun.kernels.model.weights import FolderCheckpoint, load_weights
@@ -141,7 +141,7 @@ def test_a_model_has_the_same_bits_with_any_number_of_threads(checkpoints: dict[
     for num_threads in (1, 2, 3, 7):
         backend = CpuBackend(num_threads)
         weights = load_weights(FolderCheckpoint(checkpoints[layout]), load_config(checkpoints[layout]), backend)
-        trunk, memory = make_trunk(weights, backend), SequenceMemory.alone(weights.config, 90, 5)
+        trunk, memory = make_trunk(weights, backend), alone(make_memory(weights.config, backend), 90, 5)
         first: Any = trunk.prefill(Rows(memory, 0, tuple(prompt(64))), is_last=True)
         results.append(np.concatenate([first, trunk.verify([Rows(memory, 64, (1, 2, 3, 4, 5))])[0]]))
     for other in results[1:]:
@@ -153,7 +153,7 @@ def test_a_prefill_and_steps_have_the_same_bits(checkpoints: dict[str, Path], la
     backend = CpuBackend(2)
     weights = load_weights(FolderCheckpoint(checkpoints[layout]), load_config(checkpoints[layout]), backend)
     trunk, tokens = make_trunk(weights, backend), tuple(prompt(64))
-    chunk, steps = SequenceMemory.alone(weights.config, 90, 5), SequenceMemory.alone(weights.config, 90, 5)
+    chunk, steps = alone(make_memory(weights.config, backend), 90, 5), alone(make_memory(weights.config, backend), 90, 5)
     logits = trunk.prefill(Rows(chunk, 0, tokens), is_last=True)
     rows = [trunk.verify([Rows(steps, i, tokens[i : i + 4])])[0] for i in range(0, 64, 4)]
     np.testing.assert_array_equal(logits, rows[-1][-1:])
@@ -168,12 +168,12 @@ def test_the_last_rows_alone_have_the_same_bits(checkpoints: dict[str, Path], la
     hidden = [rng.normal(0, 1, (size, c.hidden)).astype(np.float32) for size in sizes]
     results: list[Any] = []
     for compute in (head.forward, head.last):
-        memories = [SequenceMemory.alone(c, 80, 4) for _ in sizes]
+        memories = [alone(make_memory(c, backend), 80, 4) for _ in sizes]
         batch = [MtpRows(m, 0, tuple(prompt(size)), h) for m, size, h in zip(memories, sizes, hidden, strict=True)]
         results += [compute(batch), np.concatenate([memory.mtp.read(size) for memory, size in zip(memories, sizes, strict=True)], axis=3)]
     np.testing.assert_array_equal(results[2], results[0][[4, 5, 75]])
     np.testing.assert_array_equal(results[3], results[1])
-    outputs, logits = head.guess([MtpRows(SequenceMemory.alone(c, 80, 4), 0, tuple(prompt(5)), hidden[0])])
+    outputs, logits = head.guess([MtpRows(alone(make_memory(c, backend), 80, 4), 0, tuple(prompt(5)), hidden[0])])
     np.testing.assert_array_equal(outputs, results[2][:1])
     np.testing.assert_array_equal(logits, head.logits(outputs))
 

@@ -14,7 +14,7 @@ SCRIPT = """
 import random, resource, sys
 from pathlib import Path
 import forerun
-from forerun.kernels.model.memory import SequenceMemory
+from forerun.kernels.model.memory import alone
 from forerun.kernels.model.trunk import Rows
 
 file, path, seed, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
@@ -30,7 +30,7 @@ for _ in range(count):
         model = forerun.load_model(path)
     except forerun.ForerunError:
         continue
-    memory = SequenceMemory.alone(model.weights.config, 70, 3)
+    memory = alone(model.memory(), 70, 3)
     target = model.target()
     target.prefill(Rows(memory, 0, tuple(range(64))), is_last=False)
     target.verify([Rows(memory, 64, (1, 2, 3))])

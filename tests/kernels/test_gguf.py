@@ -17,7 +17,7 @@ from forerun.core.errors import ModelFileError
 from forerun.kernels.formats.gguf import GgufFile, write
 from forerun.kernels.formats.stored import BY_NAME, quantise
 from forerun.kernels.model.gguf_names import GgufCheckpoint, gguf_config
-from forerun.kernels.model.memory import SequenceMemory
+from forerun.kernels.model.memory import ModelMemory, alone
 from forerun.kernels.model.mtp import MtpHead, MtpRows
 from forerun.kernels.model.trunk import Rows, Trunk
 from forerun.kernels.model.weights import ModelWeights, load_weights
@@ -112,7 +112,7 @@ def test_a_converted_model_computes_the_same(checkpoints: dict[str, Path], layou
     logits: list[Any] = []
     for each in (weights, converted):
         trunk, head = Trunk(each, ReferenceBackend()), MtpHead(each, ReferenceBackend())
-        memory = SequenceMemory.alone(each.config, 80, 4)
+        memory = alone(ModelMemory(each.config), 80, 4)
         tokens = tuple(prompt(40))
         logits.append(trunk.prefill(Rows(memory, 0, tokens), is_last=True))
         logits.append(trunk.verify([Rows(memory, 40, (1, 2, 3))])[0])

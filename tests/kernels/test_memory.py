@@ -11,7 +11,7 @@ import pytest
 from forerun.core.errors import InternalBug, LeaseLost, PositionLost
 from forerun.core.protocol import chunk_ends
 from forerun.core.vocabulary import Lease
-from forerun.kernels.model.memory import HiddenRows, MemoryParams, ModelMemory, SequenceMemory, SequencePool
+from forerun.kernels.model.memory import HiddenRows, MemoryParams, ModelMemory, SequencePool, alone
 from forerun.kernels.model.pages import PAGE, Arena, KeyValues
 from forerun.kernels.model.prefix import Snapshot
 from forerun.kernels.model.recurrent import STORES, StoreName
@@ -209,7 +209,7 @@ def test_keys_and_values_come_back_in_order_of_position_whatever_the_pages() -> 
 @pytest.mark.parametrize("store", STORES)
 def test_sizes_are_what_is_allocated(weights: ModelWeights, store: StoreName) -> None:
     sizes = memory_sizes(weights.config, 9, store)
-    memory = SequenceMemory.alone(weights.config, 100, 9, store).recurrent
+    memory = alone(ModelMemory(weights.config), 100, 9, store).recurrent
     num_bytes = sum(getattr(value, "nbytes", 0) for value in vars(memory).values())
     assert num_bytes == sizes.state + sizes.rollback
     arena = ModelMemory(weights.config).arena(3)

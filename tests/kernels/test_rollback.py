@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from forerun.core.errors import PositionLost
 from forerun.core.protocol import CHUNK
-from forerun.kernels.backends import AnyBackend, make_trunk
+from forerun.kernels.backends import AnyBackend, make_memory, make_trunk
 from forerun.kernels.cpu.program import Program
-from forerun.kernels.model.memory import SequenceMemory
+from forerun.kernels.model.memory import alone
 from forerun.kernels.model.recurrent import STORES, StoreName
 from forerun.kernels.model.trunk import Rows
 from forerun.kernels.model.weights import ModelWeights
@@ -43,13 +43,13 @@ class Run:
 
     def __init__(self, weights: ModelWeights, store: StoreName, backend: AnyBackend) -> None:
         self.trunk = make_trunk(weights, backend)
-        self.memory = SequenceMemory.alone(weights.config, len(PROMPT) + len(TEXT) + MAX_ROWS, MAX_ROWS, store)
+        self.memory = alone(make_memory(weights.config, backend), len(PROMPT) + len(TEXT) + MAX_ROWS, MAX_ROWS, store)
         for start in range(0, len(PROMPT), CHUNK):
             self.trunk.prefill(Rows(self.memory, start, tuple(PROMPT[start : start + CHUNK])), is_last=False)
 
     def verify(self, at: int, tokens: list[int]) -> Any:
         """Logits of `tokens` from `at` positions after the prompt."""
-        return self.trunk.verify([Rows(self.memory, len(PROMPT) + at, tuple(tokens))])[0]
+        return np.asarray(self.trunk.verify([Rows(self.memory, len(PROMPT) + at, tuple(tokens))])[0])
 
 
 @pytest.fixture
@@ -151,9 +151,8 @@ def test_a_checkpoint_goes_on_in_any_memory_used_or_not(weights: ModelWeights, b
     other.verify(0, WRONG[:7])
     run.verify(0, TEXT[:4])
     run.verify(2, TEXT[2:3])
-    run.memory.recurrent.seek(len(PROMPT) + 3, run.trunk.replay)
-    state, columns = run.memory.recurrent.read()
-    other.memory.recurrent.restore(len(PROMPT) + 3, state, columns)
-    other.memory.trunk.restore(run.memory.trunk.read(len(PROMPT) + 3))
+    run.trunk.freeze(run.memory, len(PROMPT) + 3)
+    assert run.memory.frozen is not None
+    other.memory.restore_snapshot(run.memory.frozen)
     np.testing.assert_array_equal(other.verify(3, TEXT[3:8]), plain[3:8])
     np.testing.assert_array_equal(other.verify(5, TEXT[5:8]), plain[5:8])

@@ -161,6 +161,7 @@ class FakeHead:
     def last(self, batch: Sequence[MtpRows]) -> F32:
         out: list[tuple[int, int]] = []
         for rows in batch:
+            assert rows.hidden is not None
             state, total = rows.hidden[-1]
             after = step(int(state), rows.tokens[-1])
             out.append((after, int(total) + key_of(after)))

@@ -1,0 +1,214 @@
+/* Gated attention over keys and values in pages, of a few rows or of a whole chunk.
+ *
+ * Positions are computed in parts of PART, always the same ones; a part's softmax is its own, and parts are merged in their order: by a
+ * kernel after this one where each part is a block, or by the block itself, with the same operations. So a row's bits depend on its
+ * position alone. (Online softmax: Milakov & Gimelshein 2018, arXiv:1805.02867.)
+ * Sizes: HEADS, KV_HEADS, HEAD_DIM, ROTARY_DIM. */
+#include "forerun.cuh"
+
+#define GROUP (HEADS / KV_HEADS)
+#define PAIRS 16 /* of a row and a head, the rows of a matrix instruction */
+#define SCORE_STRIDE (PART + 4)
+#define SHARE_STRIDE (PART + 8)
+#define WARPS 8
+#define TILES ((HEAD_DIM / 8 + WARPS - 1) / WARPS) /* of 8 dimensions, that a warp has of the output */
+
+__device__ __forceinline__ u16 *key_at(const Span &s, int layer, i64 position, int kv) {
+    i64 page = (i64)layer * s.num_pages + s.table[position / PAGE];
+    return s.keys + ((page * KV_HEADS + kv) * PAGE + position % PAGE) * HEAD_DIM;
+}
+/* Dimension d of the value stands PAGE d further. */
+__device__ __forceinline__ u16 *value_at(const Span &s, int layer, i64 position, int kv) {
+    i64 page = (i64)layer * s.num_pages + s.table[position / PAGE];
+    return s.values + (page * KV_HEADS + kv) * PAGE * HEAD_DIM + position % PAGE;
+}
+
+/* Norms and turns queries and keys, and puts keys and values into their pages. q [rows, HEADS, 2 HEAD_DIM] with gates between, queries
+ * [rows, HEADS, HEAD_DIM]. Grid: (rows, (HEADS + KV_HEADS) / 4), a warp a head. */
+extern "C" __global__ void __launch_bounds__(128)
+    keys(const Span *spans, const int *span_of, int layer, const float *q, int q_stride, const float *k, int k_stride, const float *v, int v_stride,
+         const float *q_norm, const float *k_norm, const float *frequencies, float eps, u16 *queries) {
+    __shared__ float turned[4][HEAD_DIM];
+    int row = blockIdx.x, head = blockIdx.y * 4 + threadIdx.x / WARP, lane = threadIdx.x % WARP, kv = head - HEADS;
+    wait_for_previous();
+    let_next_begin();
+    if (head >= HEADS + KV_HEADS) return;
+    const Span &s = spans[span_of[row]];
+    i64 position = s.position + row - s.first_row;
+    const float *from = kv < 0 ? q + (i64)row * q_stride + head * 2 * HEAD_DIM : k + (i64)row * k_stride + kv * HEAD_DIM;
+    const float *norm = kv < 0 ? q_norm : k_norm;
+    float *own = turned[threadIdx.x / WARP], square = 0;
+    for (int i = lane; i < HEAD_DIM; i += WARP) square = fmaf(from[i], from[i], square);
+    float scale = rsqrtf(warp_sum(square) / HEAD_DIM + eps);
+    for (int i = lane; i < HEAD_DIM; i += WARP) own[i] = from[i] * scale * norm[i];
+    __syncwarp();
+    u16 *to = kv < 0 ? queries + ((i64)row * HEADS + head) * HEAD_DIM : key_at(s, layer, position, kv);
+    for (int i = 2 * lane; i < HEAD_DIM; i += 2 * WARP) {
+        float pair[2];
+        for (int j = 0; j < 2; j++) {
+            int at = i + j, frequency = at % (ROTARY_DIM / 2);
+            float x = own[at];
+            if (at < ROTARY_DIM) {
+                bool is_first = at < ROTARY_DIM / 2;
+                float other = own[is_first ? at + ROTARY_DIM / 2 : at - ROTARY_DIM / 2], angle = (float)position * frequencies[frequency];
+                float turn = is_first ? -sinf(angle) : sinf(angle);
+                x = fmaf(other, turn, x * cosf(angle));
+            }
+            pair[j] = x;
+        }
+        *(u32 *)(to + i) = to_halves(pair[0], pair[1]);
+    }
+    if (kv < 0) return;
+    u16 *value = value_at(s, layer, position, kv);
+    for (int i = lane; i < HEAD_DIM; i += WARP) value[(i64)i * PAGE] = (u16)to_halves(v[(i64)row * v_stride + kv * HEAD_DIM + i], 0);
+}
+EXPORT(keys)
+
+/* What two parts become together: the highest score, and what each one's sums are multiplied by. */
+__device__ __forceinline__ float merge(float before, float highest, float *by_before, float *by_new) {
+    float both = fmaxf(before, highest);
+    *by_before = before == -INFINITE ? 0.0f : __expf(before - both);
+    *by_new = highest == -INFINITE ? 0.0f : __expf(highest - both);
+    return both;
+}
+
+/* Grid: (parts, or 1 if `is_looped`; KV_HEADS * groups of PAIRS; spans). Sums [rows, HEADS, parts, HEAD_DIM] and ends [rows, HEADS, parts]
+ * (highest score, sum of the shares); shared: WARPS-wide scores and shares. */
+extern "C" __global__ void __launch_bounds__(WARPS *WARP)
+    attend(const Span *spans, int layer, const u16 *queries, float *sums, float2 *ends, int max_parts, int is_looped) {
+    __shared__ float scores[PAIRS * SCORE_STRIDE];
+    __shared__ __align__(16) u16 shares[PAIRS * SHARE_STRIDE];
+    __shared__ float highest[PAIRS], total[PAIRS], by_before[PAIRS], by_new[PAIRS];
+    const Span &s = spans[blockIdx.z];
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, group = lane / 4, quarter = lane % 4;
+    const int kv = blockIdx.y % KV_HEADS, first_pair = blockIdx.y / KV_HEADS * PAIRS, num_pairs = s.num_rows * GROUP;
+    if (first_pair >= num_pairs) return;
+    const int last_row = (min(first_pair + PAIRS, num_pairs) - 1) / GROUP;
+    const i64 last = s.position + last_row; /* position that any of the rows sees */
+    const int num_parts = (int)(last / PART) + 1;
+    if (!is_looped && (int)blockIdx.x >= num_parts) return;
+    wait_for_previous();
+    let_next_begin();
+    const u16 *query[2];
+    for (int i = 0; i < 2; i++) {
+        int pair = first_pair + group + 8 * i;
+        i64 row = s.first_row + pair / GROUP;
+        query[i] = pair < num_pairs ? queries + (row * HEADS + kv * GROUP + pair % GROUP) * HEAD_DIM + quarter * 8 : nullptr;
+    }
+    float out[TILES][4];
+    for (int t = 0; t < TILES; t++)
+        for (int i = 0; i < 4; i++) out[t][i] = 0;
+    if (threadIdx.x < PAIRS) highest[threadIdx.x] = -INFINITE, total[threadIdx.x] = 0;
+    int from = is_looped ? 0 : blockIdx.x, to = is_looped ? num_parts : from + 1;
+    for (int part = from; part < to; part++) {
+        i64 start = (i64)part * PART;
+        __syncthreads();
+        float found[4][4];
+        const u16 *key[4];
+        for (int n = 0; n < 4; n++) {
+            i64 position = start + warp * 32 + n * 8 + group;
+            key[n] = position <= last ? key_at(s, layer, position, kv) + quarter * 8 : nullptr;
+            for (int i = 0; i < 4; i++) found[n][i] = 0;
+        }
+        for (int d = 0; d < HEAD_DIM; d += 32) {
+            const uint4 zero = make_uint4(0, 0, 0, 0);
+            uint4 a0 = query[0] ? *(const uint4 *)(query[0] + d) : zero, a1 = query[1] ? *(const uint4 *)(query[1] + d) : zero;
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+                uint4 b = key[n] ? *(const uint4 *)(key[n] + d) : zero;
+                multiply(found[n], a0.x, a1.x, a0.y, a1.y, b.x, b.y);
+                multiply(found[n], a0.z, a1.z, a0.w, a1.w, b.z, b.w);
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+            for (int i = 0; i < 4; i++) {
+                int pair = group + i / 2 * 8, at = warp * 32 + n * 8 + quarter * 2 + i % 2, row = (first_pair + pair) / GROUP;
+                bool is_seen = first_pair + pair < num_pairs && start + at <= s.position + row;
+                scores[pair * SCORE_STRIDE + at] = is_seen ? found[n][i] * (1.0f / sqrtf((float)HEAD_DIM)) : -INFINITE;
+            }
+        __syncthreads();
+        for (int pair = warp; pair < PAIRS; pair += WARPS) {
+            float *own = scores + pair * SCORE_STRIDE, most = -INFINITE, sum = 0;
+            for (int i = lane; i < PART; i += WARP) most = fmaxf(most, own[i]);
+            most = warp_max(most);
+            for (int i = lane; i < PART; i += WARP) {
+                u16 share = (u16)to_halves(most == -INFINITE ? 0.0f : __expf(own[i] - most), 0);
+                shares[pair * SHARE_STRIDE + i] = share;
+                sum += low_half(share); /* as it is multiplied with */
+            }
+            sum = warp_sum(sum);
+            if (lane == 0) {
+                highest[pair] = merge(highest[pair], most, &by_before[pair], &by_new[pair]);
+                total[pair] = fmaf(sum, by_new[pair], total[pair] * by_before[pair]);
+            }
+        }
+        __syncthreads();
+        float more[TILES][4];
+        for (int t = 0; t < TILES; t++)
+            for (int i = 0; i < 4; i++) more[t][i] = 0;
+        for (int at = 0; at < PART && start + at <= last; at += 32) {
+            uint4 a0 = *(const uint4 *)(shares + group * SHARE_STRIDE + at + quarter * 8);
+            uint4 a1 = *(const uint4 *)(shares + (group + 8) * SHARE_STRIDE + at + quarter * 8);
+            bool is_there = start + at + quarter * 8 <= last;
+            const u16 *values = is_there ? value_at(s, layer, start + at + quarter * 8, kv) : nullptr;
+#pragma unroll
+            for (int t = 0; t < TILES; t++) {
+                int dimension = (warp + t * WARPS) * 8 + group;
+                if ((warp + t * WARPS) * 8 >= HEAD_DIM) continue;
+                uint4 b = is_there ? *(const uint4 *)(values + (i64)dimension * PAGE) : make_uint4(0, 0, 0, 0);
+                multiply(more[t], a0.x, a1.x, a0.y, a1.y, b.x, b.y);
+                multiply(more[t], a0.z, a1.z, a0.w, a1.w, b.z, b.w);
+            }
+        }
+#pragma unroll
+        for (int t = 0; t < TILES; t++)
+            for (int i = 0; i < 4; i++) {
+                int pair = group + i / 2 * 8;
+                out[t][i] = fmaf(more[t][i], by_new[pair], out[t][i] * by_before[pair]);
+            }
+    }
+#pragma unroll
+    for (int t = 0; t < TILES; t++)
+        for (int i = 0; i < 4; i++) {
+            int pair = first_pair + group + i / 2 * 8, dimension = (warp + t * WARPS) * 8 + quarter * 2 + i % 2;
+            if (pair >= num_pairs || dimension >= HEAD_DIM) continue;
+            i64 place = ((i64)(s.first_row + pair / GROUP) * HEADS + kv * GROUP + pair % GROUP) * max_parts + from;
+            sums[place * HEAD_DIM + dimension] = out[t][i];
+        }
+    __syncthreads();
+    if (threadIdx.x < PAIRS && first_pair + (int)threadIdx.x < num_pairs) {
+        int pair = first_pair + threadIdx.x;
+        i64 place = ((i64)(s.first_row + pair / GROUP) * HEADS + kv * GROUP + pair % GROUP) * max_parts + from;
+        ends[place] = make_float2(highest[threadIdx.x], total[threadIdx.x]);
+    }
+}
+EXPORT(attend)
+
+/* Merges the parts and applies the gates, which stand in q beside the queries. `which`, if not null, says which rows. Grid: (rows, HEADS /
+ * heads); shared: heads * HEAD_DIM floats. */
+extern "C" __global__ void merge_parts(const Span *spans, const int *span_of, const float *sums, const float2 *ends, int max_parts, int is_looped,
+                                       const float *q, int q_stride, int heads, Rows to) {
+    SHARED(float, values);
+    wait_for_previous();
+    let_next_begin();
+    int row = blockIdx.x, first = blockIdx.y * heads, count = min(heads, HEADS - first);
+    const Span &s = spans[span_of[row]];
+    int num_parts = is_looped ? 1 : (int)((s.position + row - s.first_row) / PART) + 1;
+    for (int i = threadIdx.x; i < count * HEAD_DIM; i += blockDim.x) {
+        int head = first + i / HEAD_DIM, dimension = i % HEAD_DIM;
+        i64 place = ((i64)row * HEADS + head) * max_parts;
+        float highest = -INFINITE, total = 0, sum = 0;
+        for (int part = 0; part < num_parts; part++) {
+            float2 end = ends[place + part];
+            float by_before, by_new;
+            highest = merge(highest, end.x, &by_before, &by_new);
+            total = fmaf(end.y, by_new, total * by_before);
+            sum = fmaf(sums[(place + part) * HEAD_DIM + dimension], by_new, sum * by_before);
+        }
+        values[i] = sum / total * sigmoid(q[(i64)row * q_stride + head * 2 * HEAD_DIM + HEAD_DIM + dimension]);
+    }
+    __syncthreads();
+    emit(values, count * HEAD_DIM, to, row, first * HEAD_DIM);
+}
+EXPORT(merge_parts)

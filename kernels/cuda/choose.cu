@@ -1,0 +1,107 @@
+/* Which token is next, and the bookkeeping of rounds that never leave the device. */
+#include "forerun.cuh"
+
+/* The better of two candidates: the higher, of equals the first. */
+__device__ __forceinline__ void take_better(float &best, int &which, float other, int its) {
+    if (other > best || (other == best && its < which)) best = other, which = its;
+}
+__device__ __forceinline__ void warp_best(float &best, int &which) {
+    for (int distance = WARP / 2; distance; distance /= 2) {
+        float other = __shfl_xor_sync(ALL_LANES, best, distance);
+        int its = __shfl_xor_sync(ALL_LANES, which, distance);
+        take_better(best, which, other, its);
+    }
+}
+
+/* The highest of a part of each row [rows, stride], n of it. Grid: (parts, rows); bests and places [rows, parts]. */
+extern "C" __global__ void highest_parts(const float *logits, int stride, int n, float *bests, int *places) {
+    __shared__ float values[32];
+    __shared__ int which_of[32];
+    wait_for_previous();
+    let_next_begin();
+    const float *row = logits + (i64)blockIdx.y * stride;
+    int from = (int)((i64)n * blockIdx.x / gridDim.x), to = (int)((i64)n * (blockIdx.x + 1) / gridDim.x), which = 0x7fffffff;
+    float best = -INFINITE;
+    for (int i = from + threadIdx.x; i < to; i += blockDim.x) take_better(best, which, row[i], i);
+    warp_best(best, which);
+    if (threadIdx.x % WARP == 0) values[threadIdx.x / WARP] = best, which_of[threadIdx.x / WARP] = which;
+    __syncthreads();
+    if (threadIdx.x >= WARP) return;
+    bool is_there = threadIdx.x < blockDim.x / WARP;
+    best = is_there ? values[threadIdx.x] : -INFINITE, which = is_there ? which_of[threadIdx.x] : 0x7fffffff;
+    warp_best(best, which);
+    if (threadIdx.x == 0) bests[blockIdx.y * gridDim.x + blockIdx.x] = best, places[blockIdx.y * gridDim.x + blockIdx.x] = which;
+}
+EXPORT(highest_parts)
+
+/* The token of each row. Grid: rows; a warp. */
+extern "C" __global__ void highest(const float *bests, const int *places, int parts, int *tokens) {
+    wait_for_previous();
+    let_next_begin();
+    float best = -INFINITE;
+    int which = 0x7fffffff;
+    for (int i = threadIdx.x; i < parts; i += WARP) take_better(best, which, bests[blockIdx.x * parts + i], places[blockIdx.x * parts + i]);
+    warp_best(best, which);
+    if (threadIdx.x == 0) tokens[blockIdx.x] = which;
+}
+EXPORT(highest)
+
+/* Rounds on the device: `depth` drafts for each sequence. Its spans stand side by side: of the trunk's verify, of the head's catching up
+ * (the rows of the last verify, each with the token after it), of the head's drafting row. */
+struct Round {
+    Span *verify, *catch_up, *draft;
+    int *tokens;           /* [sequences, depth + 1]: the last token, then the drafts */
+    int *choices;          /* [sequences, depth + 1]: of the verify; the tokens that the head catches up with */
+    int *drafted;          /* [sequences]: the head's newest choice; token of the drafting row */
+    int *picked;           /* [sequences]: row of the catching up that drafting goes on from */
+    int *report;           /* [sequences, depth + 2]: drafts accepted, then the tokens of the round */
+    const float *rates;    /* synthetic: how often the i-th draft is accepted once those before it are; or null */
+    int depth, sequences;
+    int seed, reserved;
+};
+
+__device__ __forceinline__ float chance(u32 seed, i64 position, int i) {
+    u32 x = seed ^ (u32)position * 0x9e3779b9u ^ (u32)(i + 1) * 0x85ebca6bu;
+    x ^= x >> 16, x *= 0x7feb352du, x ^= x >> 15, x *= 0x846ca68bu, x ^= x >> 16;
+    return (x >> 8) * (1.0f / 16777216.0f);
+}
+
+/* Step `step` of drafting is done: its token joins the rows to verify, and is the next step's. One thread a sequence. */
+extern "C" __global__ void drafted(Round r, int step) {
+    wait_for_previous();
+    let_next_begin();
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= r.sequences) return;
+    r.tokens[i * (r.depth + 1) + step] = r.drafted[i];
+    r.draft[i].position++;
+}
+EXPORT(drafted)
+
+/* The verdict, and everything moves on: drafts are accepted while they are what the target chose. One thread a sequence. */
+extern "C" __global__ void accept(Round r) {
+    wait_for_previous();
+    let_next_begin();
+    int i = blockIdx.x * blockDim.x + threadIdx.x, rows = r.depth + 1, accepted = 0;
+    if (i >= r.sequences) return;
+    int *tokens = r.tokens + i * rows, *choices = r.choices + i * rows, *report = r.report + i * (rows + 1);
+    i64 position = r.verify[i].position;
+    if (r.rates) {
+        while (accepted < r.depth && chance((u32)(r.seed + i), position, accepted) < r.rates[accepted]) {
+            choices[accepted] = tokens[accepted + 1];
+            accepted++;
+        }
+    } else {
+        while (accepted < r.depth && tokens[accepted + 1] == choices[accepted]) accepted++;
+    }
+    report[0] = accepted;
+    for (int j = 0; j <= accepted; j++) report[1 + j] = choices[j];
+    r.verify[i].base = position;
+    r.verify[i].position = position + accepted + 1;
+    if (r.depth > 0) {
+        r.catch_up[i].position = position + 1;
+        r.draft[i].position = position + accepted + 1; /* the row that is picked; `drafted` moves on from it */
+        r.picked[i] = i * rows + accepted;
+    }
+    tokens[0] = choices[accepted];
+}
+EXPORT(accept)

@@ -1,0 +1,318 @@
+"""What the CUDA backend asks of a device: memory, and kernels launched in order. CuPy imports only here, when a device is opened."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import re
+import threading
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from ctypes import c_char, c_int, c_longlong, c_uint, c_void_p
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..model.config import ModelConfig
+
+#: An array of a device: CuPy's, or NumPy's where a CPU plays the device.
+Array = Any
+FOLDER = Path(__file__).parent
+SOURCES = ("products", "rows", "delta", "attention", "choose")
+#: Without contraction of a * b + c, an expression has the same bits in every kernel it stands in; fused ones are written so.
+OPTIONS = ("--std=c++17", "--fmad=false")
+
+
+def sizes_of(config: ModelConfig) -> dict[str, int]:
+    """The macros that the sources are compiled with."""
+    c = config
+    return {
+        "KEY_DIM": c.key_dim, "VALUE_DIM": c.value_dim, "KEY_HEADS": c.key_heads, "VALUE_HEADS": c.value_heads, "IS_TILED": int(c.is_tiled),
+        "CONV_WIDTH": c.conv_width, "NUM_DELTA": max(c.num_delta, 1), "COLUMNS": columns_of(c), "HEADS": c.heads, "KV_HEADS": c.kv_heads,
+        "HEAD_DIM": c.head_dim, "ROTARY_DIM": c.rotary_dim,
+    }  # fmt: skip
+
+
+def columns_of(config: ModelConfig) -> int:
+    """Columns of a head's state that one block of delta.cu has."""
+    return next(n for n in (32, 16, 8) if config.value_dim % n == 0)
+
+
+def problem_with(config: ModelConfig) -> str | None:
+    """Why the kernels cannot compute a model, if they cannot."""
+    c = config
+    if c.key_dim % 16 or c.value_dim % 8 or c.head_dim % 32 or c.hidden % 16:
+        return f"key heads of {c.key_dim}, value heads of {c.value_dim}, heads of {c.head_dim}, hidden rows of {c.hidden}"
+    return None
+
+
+class Address(int):
+    """Where an array is on its device."""
+
+    def __add__(self, num_bytes: int) -> Address:
+        return Address(int(self) + num_bytes)
+
+
+NOWHERE = Address(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A launch: arguments are ctypes values, in order."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    threads: int
+    shared: int
+    arguments: tuple[Any, ...]
+
+
+class Device(Protocol):
+    def zeros(self, shape: Sequence[int], dtype: Any) -> Array: ...
+
+    def to_device(self, values: npt.NDArray[Any]) -> Array: ...
+
+    def to_host(self, values: Array) -> npt.NDArray[Any]:
+        """A copy, once all that was launched before has been computed."""
+        ...
+
+    def put(self, to: Array, values: npt.NDArray[Any] | Array) -> None:
+        """All of an array, or of a view of one; before what is launched next."""
+        ...
+
+    def concatenate(self, arrays: Sequence[Array]) -> Array: ...
+
+    def interleave(self, one: Array, other: Array) -> Array:
+        """Rows of one and the other in turn."""
+        ...
+
+    def copy(self, values: Array) -> Array: ...
+
+    def address(self, values: Array) -> Address: ...
+
+    def wait(self) -> None:
+        """Until all that was launched has been computed."""
+        ...
+
+    def fetch(self, values: Array) -> Callable[[], npt.NDArray[Any]]:
+        """Begins a copy to the host of what was computed so far, beside what is launched next; what is returned waits for it."""
+        ...
+
+    def random(self, num_bytes: int, scale: float | None = None) -> Array:
+        """Bytes; or, with a scale, as many as bfloat16 values from -scale to scale take."""
+        ...
+
+    def compile(self, sizes: dict[str, int]) -> Kernels: ...
+
+
+class Kernels(Protocol):
+    def run(self, steps: Sequence[Step]) -> None:
+        """Launches steps, each of which sees what those before it wrote."""
+        ...
+
+    def record(self, steps: Sequence[Step]) -> Callable[[], None]:
+        """Something that launches them all at once."""
+        ...
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = (("id", c_int), ("padding", c_char * 4), ("value", c_int), ("rest", c_char * 60))
+
+
+class _Launch(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
+    _fields_ = (
+        ("grid", c_uint * 3), ("block", c_uint * 3), ("shared", c_uint), ("stream", c_void_p), ("attributes", ctypes.POINTER(_Attribute)),
+        ("num_attributes", c_uint),
+    )  # fmt: skip
+
+
+PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+DEFAULT_SHARED = 48 * 1024
+
+
+class CudaDevice:
+    """An NVIDIA device through CuPy. OSError where there is no CuPy, or no device. All work is on one stream."""
+
+    def __init__(self, number: int = 0) -> None:
+        try:
+            self.cupy: Any = importlib.import_module("cupy")
+            self._device = self.cupy.cuda.Device(number)
+            self._device.use()
+            self.stream, self.copies = (self.cupy.cuda.Stream(non_blocking=True) for _ in range(2))
+        except Exception as error:  # CuPy has an error of its own for each way in which there is no device
+            raise OSError(f"no CUDA device: {error}") from error
+        self._driver = ctypes.CDLL("libcuda.so.1")
+        self._lock = threading.RLock()
+
+    @contextmanager
+    def using(self) -> Generator[Any]:
+        """CuPy, on this device and its stream, for one thread at a time."""
+        with self._lock, self._device, self.stream:
+            yield self.cupy
+
+    def zeros(self, shape: Sequence[int], dtype: Any) -> Array:
+        with self.using() as cupy:
+            return cupy.zeros(tuple(shape), dtype)
+
+    def to_device(self, values: npt.NDArray[Any]) -> Array:
+        with self.using() as cupy:
+            return cupy.asarray(values)
+
+    def to_host(self, values: Array) -> npt.NDArray[Any]:
+        with self.using():
+            return values.get()
+
+    def put(self, to: Array, values: npt.NDArray[Any] | Array) -> None:
+        with self.using() as cupy:
+            to[...] = cupy.asarray(values)
+
+    def concatenate(self, arrays: Sequence[Array]) -> Array:
+        with self.using() as cupy:
+            return cupy.concatenate(list(arrays))
+
+    def interleave(self, one: Array, other: Array) -> Array:
+        with self.using() as cupy:
+            return cupy.stack([one, other], axis=1).reshape(2 * one.shape[0], *one.shape[1:])
+
+    def copy(self, values: Array) -> Array:
+        with self.using():
+            return values.copy()
+
+    def address(self, values: Array) -> Address:
+        return Address(values.data.ptr)
+
+    def wait(self) -> None:
+        self.stream.synchronize()
+
+    def fetch(self, values: Array) -> Callable[[], npt.NDArray[Any]]:
+        with self.using() as cupy:
+            pinned = cupy.cuda.alloc_pinned_memory(values.nbytes)
+            self.copies.wait_event(self.stream.record())
+            values.data.copy_to_host_async(pinned.ptr, values.nbytes, self.copies)
+            done = self.copies.record()
+
+        def wait() -> npt.NDArray[Any]:
+            done.synchronize()
+            return np.frombuffer(pinned, values.dtype, values.size).reshape(values.shape).copy()
+
+        return wait
+
+    def random(self, num_bytes: int, scale: float | None = None) -> Array:
+        with self.using() as cupy:
+            if scale is None:
+                return cupy.random.randint(0, 256, num_bytes, np.uint8)
+            out = cupy.empty(num_bytes // 2, np.uint16)
+            for start in range(0, len(out), 2**26):  # the floats would take twice as much
+                part = out[start : start + 2**26]
+                part[...] = (cupy.random.uniform(-scale, scale, len(part), np.float32).view(np.uint32) >> 16).astype(np.uint16)
+            return out.view(np.uint8)
+
+    def free(self) -> None:
+        """Gives back what nobody holds any more."""
+        with self.using() as cupy:
+            cupy.get_default_memory_pool().free_all_blocks()
+
+    def seconds(self, run: Callable[[], None], times: int) -> list[float]:
+        """What each of so many runs takes on the device, after one that is not counted."""
+        with self.using() as cupy:
+            events = [cupy.cuda.Event() for _ in range(times + 1)]
+            run()
+            events[0].record(self.stream)
+            for event in events[1:]:
+                run()
+                event.record(self.stream)
+            self.stream.synchronize()
+            return [cupy.cuda.get_elapsed_time(a, b) / 1e3 for a, b in pairwise(events)]
+
+    def compile(self, sizes: dict[str, int]) -> CudaKernels:
+        with self.using():
+            return CudaKernels(self, sizes)
+
+    def launch(self, function: int, step: Step, *, is_first: bool) -> None:
+        attribute = _Attribute(id=PROGRAMMATIC, value=1)
+        launch = _Launch((c_uint * 3)(*step.grid), (c_uint * 3)(step.threads, 1, 1), step.shared, self.stream.ptr)
+        if not is_first:
+            launch.attributes, launch.num_attributes = ctypes.pointer(attribute), 1
+        arguments = (c_void_p * len(step.arguments))(*(ctypes.addressof(each) for each in step.arguments))
+        code = self._driver.cuLaunchKernelEx(ctypes.byref(launch), c_void_p(function), arguments, None)
+        if code:
+            raise OSError(f"{step.kernel}: launching {step.grid} blocks of {step.threads} failed with CUDA error {code}")
+
+
+class CudaKernels:
+    """The sources of this folder, compiled for one model's sizes and this device; CuPy keeps what it compiled on disk."""
+
+    def __init__(self, device: CudaDevice, sizes: dict[str, int]) -> None:
+        self._device = device
+        options = (*OPTIONS, f"-I{FOLDER}", *(f"-D{name}={value}" for name, value in sizes.items()))
+        self._texts = [(FOLDER / f"{name}.cu").read_text() for name in SOURCES]
+        self._modules = [device.cupy.RawModule(code=text, options=options) for text in self._texts]
+        self._functions: dict[str, Any] = {}
+
+    def function(self, name: str, shared: int = 0) -> int:
+        if name not in self._functions:
+            exported = re.compile(rf"^\s*[A-Z]+\({name}[,)]", re.MULTILINE)
+            source = next(i for i, text in enumerate(self._texts) if exported.search(text))
+            self._functions[name] = self._modules[source].get_function(name)
+        function = self._functions[name]
+        if shared > max(DEFAULT_SHARED, function.max_dynamic_shared_size_bytes):
+            function.max_dynamic_shared_size_bytes = shared
+        return int(function.kernel.ptr)
+
+    def run(self, steps: Sequence[Step]) -> None:
+        with self._device.using():
+            for i, step in enumerate(steps):
+                self._device.launch(self.function(step.kernel, step.shared), step, is_first=i == 0)
+
+    def record(self, steps: Sequence[Step]) -> Callable[[], None]:
+        with self._device.using():
+            for step in steps:
+                self.function(step.kernel, step.shared)  # loads what is not loaded yet, which must not happen while recording
+            self._device.stream.begin_capture()
+            self.run(steps)
+            graph = self._device.stream.end_capture()
+
+        def launch() -> None:
+            with self._device.using():
+                graph.launch(self._device.stream)
+
+        return launch
+
+
+class SpanStruct(ctypes.Structure):
+    """Span of forerun.cuh."""
+
+    _fields_ = (
+        ("position", c_longlong), ("base", c_longlong), ("states", c_void_p), ("columns", c_void_p), ("gates", c_void_p),
+        ("keys", c_void_p), ("values", c_void_p), ("table", c_void_p), ("hidden", c_void_p), ("num_pages", c_longlong),
+        ("first_row", c_int), ("num_rows", c_int), ("store", c_int), ("state_slots", c_int), ("column_slots", c_int),
+        ("hidden_slots", c_int),
+    )  # fmt: skip
+
+
+SPAN = np.dtype(SpanStruct)
+LOG, RING, CHUNK = range(3)
+
+
+class RowsStruct(ctypes.Structure):
+    """Rows of forerun.cuh."""
+
+    _fields_ = (
+        ("halves", c_void_p), ("quants", c_void_p), ("scales", c_void_p), ("sums", c_void_p), ("floats", c_void_p),
+        ("halves_stride", c_int), ("quants_stride", c_int),
+    )  # fmt: skip
+
+
+class MatrixStruct(ctypes.Structure):
+    """Matrix of products.cu."""
+
+    _fields_ = (
+        ("tiles", c_void_p), ("scales", c_void_p), ("ends", c_void_p), ("outputs", c_int), ("units", c_int), ("format", c_int),
+        ("reserved", c_int),
+    )  # fmt: skip

@@ -1,0 +1,284 @@
+"""A forward pass as a list of launches over buffers that stay where they are, so that it can be recorded once and run again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import c_float, c_int, c_void_p
+from dataclasses import dataclass, field
+from functools import cache
+from math import lcm
+from typing import Any
+
+import numpy as np
+
+from ..backend import F32
+from ..model.config import ModelConfig
+from ..model.weights import AttentionWeights, DeltaWeights, DenseWeights, LayerWeights, MoeWeights
+from .device import NOWHERE, Address, Array, RowsStruct, Step, columns_of
+from .matrices import BF16, NAMES, Q4_K, STRIP, CudaMatrix, Packing, Stacked
+
+#: Positions of one part of an attention (PART of forerun.cuh), and pairs of row and head of one block (PAIRS of attention.cu).
+PART, PAIRS = 256, 16
+#: Where the parts of a product are that the next norm adds to the residual, and how many there are.
+Parts = tuple[Address, int]
+#: Blocks that a product into the residual should have, so that all of a large device's multiprocessors read.
+MANY_BLOCKS, MAX_SPLITS = 264, 8
+#: Values of a row that one block makes ready, where rows are cut.
+SEGMENT = 1024
+WARPS = 8
+#: Rows from which a chunk's attention loops over its parts, instead of leaving them all for a merge.
+LOOP_ROWS = 33
+
+
+@dataclass(slots=True)
+class Prepared:
+    """Rows in the forms that the matrices which read them want."""
+
+    struct: RowsStruct
+    width: int
+    alive: list[Array] = field(default_factory=list[Array])
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """Values of each row from a column on: where, and floats from row to row."""
+
+    address: Address
+    stride: int
+
+
+class Program:
+    """Steps for `rows` rows of `num_spans` sequences that see at most `max_parts` parts."""
+
+    def __init__(self, config: ModelConfig, packing: Packing, rows: int, num_spans: int, max_parts: int) -> None:
+        self.config, self.packing, self.device = config, packing, packing.device
+        self.rows, self.num_spans, self.max_parts = rows, num_spans, max_parts
+        self.is_looped = rows >= LOOP_ROWS
+        self.steps: list[Step] = []
+        self.buffers: dict[str, Array] = {}
+
+    # Buffers
+
+    def buffer(self, name: str, shape: Sequence[int], dtype: Any = np.float32) -> Array:
+        if name not in self.buffers:
+            self.buffers[name] = self.device.zeros(shape, dtype)
+        return self.buffers[name]
+
+    def address(self, name: str) -> Address:
+        return self.device.address(self.buffers[name])
+
+    def prepared(self, name: str, width: int, rows: int, formats: set[int], keeps_floats: str | None = None) -> Prepared:
+        """Rows of `width` for matrices of `formats`; `keeps_floats` names the buffer that has them in float32 as well."""
+        struct = RowsStruct()
+        if BF16 in formats:
+            struct.halves_stride = -(-width // 32) * 32
+            struct.halves = self.device.address(self.buffer(f"{name} halves", (rows, struct.halves_stride), np.uint16))
+        if formats - {BF16}:
+            stride = struct.quants_stride = -(-width // 256) * 256
+            struct.quants = self.device.address(self.buffer(f"{name} quants", (rows, stride), np.uint8))
+            struct.scales = self.device.address(self.buffer(f"{name} scales", (rows, stride // 32), np.float32))
+            struct.sums = self.device.address(self.buffer(f"{name} sums", (rows, stride // 32), np.float32))
+        if keeps_floats is not None:
+            struct.floats = self.device.address(self.buffer(keeps_floats, (rows, width)))
+        return Prepared(struct, width)
+
+    # Steps
+
+    def step(self, kernel: str, grid: tuple[int, ...], threads: int, *arguments: Any, shared: int = 0) -> None:
+        whole = (*grid, 1, 1)[:3]
+        self.steps.append(Step(kernel, (whole[0], whole[1], whole[2]), threads, shared, tuple(_argument(each) for each in arguments)))
+
+    def embed(self, table: CudaMatrix, tokens: Address, out: Address, rows: int) -> None:
+        self.step("embed", (rows,), 256, self.packing.struct(table), tokens, out, self.config.hidden)
+
+    def add_norm(self, x: Address, parts: Parts | None, weight: F32, to: Prepared, rows: int) -> None:
+        """x += parts (where, how many); `to` are its normed rows."""
+        n, where = self.config.hidden, parts or (NOWHERE, 0)
+        w = self.packing.floats(weight)
+        self.step("add_norm", (rows,), _threads(n), x, where[0], where[1], w, c_float(self.config.rms_eps), n, to.struct, shared=4 * n)
+
+    def product(self, m: CudaMatrix, x: Prepared, name: str, rows: int, *, splits: int = 1) -> Column:
+        """Into the buffer `name` [splits, rows, outputs filled up]."""
+        stride, number = STRIP * m.strips, _tiles(rows, m.format)
+        out = self.device.address(self.buffer(name, (splits, rows, stride)))
+        strips = -(-m.strips // 2) if m.format == BF16 and number == 4 else m.strips
+        grid = strips * -(-rows // (8 * number)), splits
+        self.step(
+            f"product_{NAMES[m.format]}_{number}", grid, 32 * WARPS, self.packing.struct(m), x.struct, out, stride, RowsStruct(), rows
+        )
+        return Column(out, stride)
+
+    def products(self, stacked: Stacked, x: Prepared, name: str, rows: int) -> list[Column]:
+        """Each matrix's columns."""
+        found = [self.product(m, x, f"{name} {i}", rows) for i, m in enumerate(stacked.products)]
+        return [Column(found[i].address + 4 * column, found[i].stride) for i, column in stacked.at]
+
+    def into_residual(self, m: CudaMatrix, x: Prepared, rows: int) -> Parts:
+        """A product that the next norm adds to the residual: where it is, and in how many parts."""
+        splits = max(1, min(MAX_SPLITS, MANY_BLOCKS // m.strips, m.units // (2 * WARPS)))
+        return self.product(m, x, f"parts of {splits}", rows, splits=splits).address, splits
+
+    def layer(self, x: Address, before: Parts | None, w: LayerWeights, number: int, is_chunk: bool = False) -> Parts:
+        """`before` are the parts still to be added to the residual x; returns those of this layer's end."""
+        rows, c = self.rows, self.config
+        if isinstance(w.mixer, DeltaWeights):
+            formats = {m.format for m in (w.mixer.qkv, w.mixer.z, w.mixer.b, w.mixer.a)}
+            u = self.prepared(f"u {sorted(formats)}", c.hidden, rows, formats)
+            self.add_norm(x, before, w.input_norm, u, rows)
+            parts = self._delta(u, w.mixer, number, is_chunk)
+        else:
+            formats = {m.format for m in (w.mixer.q, w.mixer.k, w.mixer.v)}
+            u = self.prepared(f"u {sorted(formats)}", c.hidden, rows, formats)
+            self.add_norm(x, before, w.input_norm, u, rows)
+            parts = self._attention(u, w.mixer, number)
+        ffn = w.ffn
+        formats = {ffn.gate.format} if isinstance(ffn, DenseWeights) else self._moe_formats(ffn)
+        u = self.prepared(f"u {sorted(formats)}", c.hidden, rows, formats)
+        self.add_norm(x, parts, w.ffn_norm, u, rows)
+        return self._dense(u, ffn) if isinstance(ffn, DenseWeights) else self._moe(u, ffn)
+
+    def _delta(self, u: Prepared, w: DeltaWeights, number: int, is_chunk: bool) -> Parts:
+        c, rows = self.config, self.rows
+        values = c.value_heads * c.value_dim
+        qkv, z, b, a = self.products(self.packing.stack(w.qkv, w.z, w.b, w.a), u, "delta", rows)
+        mixed = self.device.address(self.buffer("mixed", (rows, values)))
+        self.delta(w, number, qkv, b, a, mixed)
+        if is_chunk:
+            self.step("keep_columns", (self.num_spans,), 256, self.address("spans"), number, qkv.address, qkv.stride)
+        heads = lcm(32, c.value_dim) // c.value_dim
+        heads *= max(1, SEGMENT // 2 // (heads * c.value_dim))
+        out = self.prepared(f"mixed {w.out.format}", values, rows, {w.out.format})
+        self.step(
+            "gated_norm", (rows, -(-c.value_heads // heads)), 256, mixed, z.address, z.stride, self.packing.floats(w.norm),
+            c_float(c.rms_eps), c.value_dim, heads, values, out.struct, shared=4 * heads * c.value_dim,
+        )  # fmt: skip
+        return self.into_residual(w.out, out, rows)
+
+    def delta(self, w: DeltaWeights, number: int, qkv: Column, b: Column, a: Column, mixed: Address) -> None:
+        c, floats = self.config, self.packing.floats
+        columns = columns_of(c)
+        self.step(
+            "delta", (c.value_heads * c.value_dim // columns, self.num_spans), 4 * columns, self.address("spans"), number, qkv.address,
+            qkv.stride, b.address, b.stride, a.address, a.stride, floats(w.conv), floats(w.log_decay), floats(w.dt_bias), mixed,
+        )  # fmt: skip
+
+    def _attention(self, u: Prepared, w: AttentionWeights, number: int) -> Parts:
+        c, rows, device = self.config, self.rows, self.device
+        q, k, v = self.products(self.packing.stack(w.q, w.k, w.v), u, "attention", rows)
+        spans, span_of, floats = self.address("spans"), self.address("span of"), self.packing.floats
+        queries = device.address(self.buffer("queries", (rows, c.heads, c.head_dim), np.uint16))
+        rates = floats(frequencies(c.rotary_dim, c.rope_theta))
+        self.step(
+            "keys", (rows, -(-(c.heads + c.kv_heads) // 4)), 128, spans, span_of, number, q.address, q.stride, k.address, k.stride,
+            v.address, v.stride, floats(w.q_norm), floats(w.k_norm), rates, c_float(c.rms_eps), queries,
+        )  # fmt: skip
+        parts = 1 if self.is_looped else self.max_parts
+        sums = device.address(self.buffer("sums", (rows, c.heads, parts, c.head_dim)))
+        ends = device.address(self.buffer("ends", (rows, c.heads, parts, 2)))
+        pairs = -(-self.rows * (c.heads // c.kv_heads) // PAIRS)
+        self.step(
+            "attend", (parts, c.kv_heads * pairs, self.num_spans), 256, spans, number, queries, sums, ends, parts, int(self.is_looped),
+        )  # fmt: skip
+        out = self.prepared(f"attended {w.out.format}", c.heads * c.head_dim, rows, {w.out.format})
+        self.step(
+            "merge_parts", (rows, c.heads), 128, spans, span_of, sums, ends, parts, int(self.is_looped), q.address, q.stride, 1, out.struct,
+            shared=4 * c.head_dim,
+        )  # fmt: skip
+        return self.into_residual(w.out, out, rows)
+
+    def _hidden_of_ffn(self, w: DenseWeights, u: Prepared, name: str) -> Prepared:
+        """silu(gate) * up, for the matrix that follows."""
+        rows, width = self.rows, w.gate.outputs
+        h = self.prepared(f"{name} {w.down.format}", width, rows, {w.down.format})
+        if w.gate.format == w.up.format == w.down.format == BF16:
+            m, number = self.packing.gated([w.gate], [w.up]), _tiles(rows, BF16)
+            self.step(
+                f"gated_bf16_{number}", (m.strips // 2 * -(-rows // (8 * number)), 1), 32 * WARPS, self.packing.struct(m), u.struct,
+                NOWHERE, 0, h.struct, rows,
+            )  # fmt: skip
+            return h
+        gate, up = self.products(self.packing.stack(w.gate, w.up), u, f"gate up {name}", rows)
+        if gate.stride != up.stride:
+            raise NotImplementedError("gate and up of different formats")
+        self.swiglu(gate, (up.address - gate.address) // 4, width, rows, h)
+        return h
+
+    def swiglu(self, gate: Column, second: int, width: int, rows: int, to: Prepared) -> None:
+        self.step(
+            "swiglu", (rows, -(-width // SEGMENT)), 256, gate.address, gate.stride, second, width, SEGMENT, to.struct,
+            shared=4 * min(SEGMENT, -(-width // 4) * 4),
+        )  # fmt: skip
+
+    def _dense(self, u: Prepared, w: DenseWeights) -> Parts:
+        return self.into_residual(w.down, self._hidden_of_ffn(w, u, "h"), self.rows)
+
+    @staticmethod
+    def _moe_formats(w: MoeWeights) -> set[int]:
+        return {m.format for m in (w.router, w.shared_gate, w.shared.gate, w.experts.gate[0])}
+
+    def _moe(self, u: Prepared, w: MoeWeights) -> Parts:
+        c, rows, used, device = self.config, self.rows, w.experts.num_used, self.device
+        experts, num_experts = w.experts, len(w.experts.gate)
+        router, gate = self.products(self.packing.stack(w.router, w.shared_gate), u, "router", rows)
+        routes = device.address(self.buffer("routes", (rows, 2 * used)))
+        self.step("route", (rows,), 32, router.address, router.stride, num_experts, used, routes)
+        m, down = self.packing.gated(experts.gate, experts.up), self.packing.all(experts.down)
+        width = experts.gate[0].outputs
+        strips, h = experts.gate[0].strips, self.prepared(f"experts {down.format}", width, rows * used, {down.format})
+        if m.format == BF16 and down.format == BF16:
+            self.step(
+                "expert_gated_bf16",
+                (strips, rows * used),
+                32 * WARPS,
+                self.packing.struct(m),
+                u.struct,
+                routes,
+                used,
+                1,
+                NOWHERE,
+                0,
+                h.struct,
+            )
+        else:
+            both = device.address(self.buffer("experts gate up", (rows * used, 2 * STRIP * strips)))
+            name, stride = f"expert_{NAMES[m.format]}", 2 * STRIP * strips
+            self.step(
+                name, (2 * strips, rows * used), 32 * WARPS, self.packing.struct(m), u.struct, routes, used, 1, both, stride, RowsStruct()
+            )
+            self.swiglu(Column(both, stride), STRIP * strips, width, rows * used, h)
+        y = device.address(self.buffer("experts down", (rows * used, c.hidden)))
+        self.step(
+            f"expert_{NAMES[down.format]}", (experts.down[0].strips, rows * used), 32 * WARPS, self.packing.struct(down), h.struct,
+            routes, used, 0, y, c.hidden, RowsStruct(),
+        )  # fmt: skip
+        shared = self.product(w.shared.down, self._hidden_of_ffn(w.shared, u, "shared h"), "shared", rows)
+        out = device.address(self.buffer("parts of 1", (1, rows, c.hidden)))
+        self.step("mix", (rows,), 256, y, routes, used, shared.address, gate.address, gate.stride, out, c.hidden)
+        return out, 1
+
+    def highest(self, logits: Column, num_tokens: int, rows: int, tokens: Address) -> None:
+        """The token of each row of logits, of the first num_tokens."""
+        parts = max(1, min(64, num_tokens // 1024))
+        bests = self.device.address(self.buffer("bests", (self.rows, parts)))
+        places = self.device.address(self.buffer("places", (self.rows, parts), np.int32))
+        self.step("highest_parts", (parts, rows), 256, logits.address, logits.stride, num_tokens, bests, places)
+        self.step("highest", (rows,), 32, bests, places, parts, tokens)
+
+
+@cache
+def frequencies(dim: int, theta: float) -> F32:
+    """Of the rotary embedding, [dim / 2], as trunk.Rotary has them."""
+    return (1 / np.float32(theta) ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))).astype(np.float32)
+
+
+def _argument(value: Any) -> Any:
+    return c_void_p(value) if isinstance(value, Address) else c_int(value) if isinstance(value, int) else value
+
+
+def _tiles(rows: int, number: int) -> int:
+    """Rows, in eights, that a block of a product has; the scales of four eights of Q4_K do not fit into registers."""
+    return 1 if rows <= 8 else 2 if rows <= 16 or number == Q4_K else 4
+
+
+def _threads(n: int) -> int:
+    return min(1024, max(32, -(-n // 128) * 32))

@@ -1,0 +1,173 @@
+/* What happens to rows between products: norms, residuals, gates, and the forms the next product wants. */
+#include "forerun.cuh"
+
+/* x += the parts of a product; what follows reads rms(x) * weight. Grid: rows; shared: n floats.
+ * x [rows, n], parts [num_parts, rows, n] or null. `hidden`: the normed rows in float32 as well. */
+extern "C" __global__ void add_norm(float *x, const float *parts, int num_parts, const float *weight, float eps, int n, Rows to) {
+    SHARED(float, values);
+    __shared__ float scratch[32];
+    i64 row = blockIdx.x, rows = gridDim.x;
+    wait_for_previous();
+    let_next_begin();
+    float square = 0;
+    for (int i = 4 * threadIdx.x; i < n; i += 4 * blockDim.x) {
+        float4 v = *(const float4 *)(x + row * n + i);
+        for (int part = 0; part < num_parts; part++) {
+            float4 more = *(const float4 *)(parts + (part * rows + row) * n + i);
+            v.x += more.x, v.y += more.y, v.z += more.z, v.w += more.w;
+        }
+        if (num_parts) *(float4 *)(x + row * n + i) = v;
+        *(float4 *)(values + i) = v;
+        square += v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w);
+    }
+    float scale = rsqrtf(block_sum(square, scratch) / n + eps);
+    for (int i = 4 * threadIdx.x; i < n; i += 4 * blockDim.x) {
+        float4 v = *(float4 *)(values + i), w = *(const float4 *)(weight + i);
+        *(float4 *)(values + i) = make_float4(v.x * scale * w.x, v.y * scale * w.y, v.z * scale * w.z, v.w * scale * w.w);
+    }
+    __syncthreads();
+    emit(values, n, to, row);
+}
+EXPORT(add_norm)
+
+/* The MTP head's input: rms(embedded) * w_e beside rms(hidden) * w_h, [rows, 2 n]. Grid: rows; shared: 2 n floats. */
+extern "C" __global__ void pair_norm(const float *embedded, const float *hidden, const float *w_e, const float *w_h, float eps, int n, Rows to) {
+    SHARED(float, values);
+    __shared__ float scratch[32];
+    i64 row = blockIdx.x;
+    wait_for_previous();
+    let_next_begin();
+    for (int which = 0; which < 2; which++) {
+        const float *from = (which ? hidden : embedded) + row * n, *w = which ? w_h : w_e;
+        float square = 0;
+        for (int i = threadIdx.x; i < n; i += blockDim.x) square += from[i] * from[i];
+        float scale = rsqrtf(block_sum(square, scratch) / n + eps);
+        for (int i = threadIdx.x; i < n; i += blockDim.x) values[which * n + i] = from[i] * scale * w[i];
+    }
+    __syncthreads();
+    emit(values, 2 * n, to, row);
+}
+EXPORT(pair_norm)
+
+/* silu(gate) * up, both in x [rows, stride], at columns 0 and `second`. Grid: rows, columns / `width`; shared: width floats. */
+extern "C" __global__ void swiglu(const float *x, int stride, int second, int n, int width, Rows to) {
+    SHARED(float, values);
+    i64 row = blockIdx.x;
+    int first = blockIdx.y * width, count = min(width, n - first);
+    wait_for_previous();
+    let_next_begin();
+    for (int i = threadIdx.x; i < count; i += blockDim.x)
+        values[i] = silu(x[row * stride + first + i]) * x[row * stride + second + first + i];
+    __syncthreads();
+    emit(values, count, to, row, first);
+}
+EXPORT(swiglu)
+
+/* A gated delta net's output: per head of `dv` values, rms(mixed) * weight * silu(z). mixed [rows, Hv dv], z at its column of
+ * [rows, stride]. Grid: rows, heads / `heads`; shared: heads * dv floats. */
+extern "C" __global__ void gated_norm(const float *mixed, const float *z, int stride, const float *weight, float eps, int dv, int heads, int n, Rows to) {
+    SHARED(float, values);
+    i64 row = blockIdx.x;
+    int first = blockIdx.y * heads * dv, lane = threadIdx.x % WARP, count = min(heads, n / dv - (int)blockIdx.y * heads);
+    wait_for_previous();
+    let_next_begin();
+    for (int head = threadIdx.x / WARP; head < count; head += blockDim.x / WARP) {
+        const float *from = mixed + row * n + first + head * dv, *gate = z + row * stride + first + head * dv;
+        float square = 0;
+        for (int i = lane; i < dv; i += WARP) square += from[i] * from[i];
+        float scale = rsqrtf(warp_sum(square) / dv + eps);
+        for (int i = lane; i < dv; i += WARP) values[head * dv + i] = from[i] * scale * weight[i] * silu(gate[i]);
+    }
+    __syncthreads();
+    emit(values, count * dv, to, row, first);
+}
+EXPORT(gated_norm)
+
+/* Rows of x for the next product as they are: chosen ones where `which` is not null. Grid: rows; shared: n floats. */
+extern "C" __global__ void prepare(const float *x, const int *which, int n, Rows to) {
+    SHARED(float, values);
+    wait_for_previous();
+    let_next_begin();
+    i64 from = which ? which[blockIdx.x] : blockIdx.x;
+    for (int i = threadIdx.x; i < n; i += blockDim.x) values[i] = x[from * n + i];
+    __syncthreads();
+    emit(values, n, to, blockIdx.x);
+}
+EXPORT(prepare)
+
+/* Puts rows where their sequence keeps its newest. Grid: rows. */
+extern "C" __global__ void keep_hidden(const Span *spans, const int *span_of, const float *rows, int n) {
+    wait_for_previous();
+    let_next_begin();
+    int row = blockIdx.x;
+    const Span &span = spans[span_of[row]];
+    float *to = span.hidden + (span.position + row - span.first_row) % span.hidden_slots * n;
+    for (int i = threadIdx.x; i < n; i += blockDim.x) to[i] = rows[(i64)row * n + i];
+}
+EXPORT(keep_hidden)
+
+/* Rows of a sequence's hidden rows: for each row of the spans the one of the position before, zeros before position 0; or, if `is_same`, the
+ * very position. Grid: rows. */
+extern "C" __global__ void read_hidden(const Span *spans, const int *span_of, float *rows, int n, int is_same) {
+    wait_for_previous();
+    let_next_begin();
+    int row = blockIdx.x;
+    const Span &span = spans[span_of[row]];
+    i64 position = span.position + row - span.first_row - (is_same ? 0 : 1);
+    const float *from = span.hidden + max(position, (i64)0) % span.hidden_slots * n;
+    for (int i = threadIdx.x; i < n; i += blockDim.x) rows[(i64)row * n + i] = position < 0 ? 0.0f : from[i];
+}
+EXPORT(read_hidden)
+
+/* Routed experts: routes [rows, 2 used], numbers ascending, then shares that sum to 1. Grid: rows; a warp. */
+extern "C" __global__ void route(const float *logits, int stride, int experts, int used, float *routes) {
+    wait_for_previous();
+    let_next_begin();
+    const float *own = logits + (i64)blockIdx.x * stride;
+    float *ids = routes + (i64)blockIdx.x * 2 * used, *shares = ids + used;
+    int lane = threadIdx.x, last = -1;
+    float highest = 0, before = 0, total = 0;
+    for (int rank = 0; rank < used; rank++) { /* the next in order of falling logit, then of number */
+        float best = -INFINITE;
+        int which = experts;
+        for (int i = lane; i < experts; i += WARP) {
+            bool is_open = rank == 0 || own[i] < before || (own[i] == before && i > last);
+            if (is_open && (own[i] > best || which == experts)) best = own[i], which = i;
+        }
+        for (int distance = WARP / 2; distance; distance /= 2) {
+            float other = __shfl_xor_sync(ALL_LANES, best, distance);
+            int its = __shfl_xor_sync(ALL_LANES, which, distance);
+            if (its < experts && (which == experts || other > best || (other == best && its < which))) best = other, which = its;
+        }
+        before = best, last = which;
+        if (rank == 0) highest = best;
+        float share = __expf(best - highest);
+        total += share;
+        if (lane == 0) ids[rank] = (float)which, shares[rank] = share;
+    }
+    __syncwarp();
+    if (lane == 0) {
+        for (int i = 0; i < used; i++) shares[i] /= total;
+        for (int i = 1; i < used; i++)
+            for (int j = i; j > 0 && ids[j - 1] > ids[j]; j--) {
+                float id = ids[j], share = shares[j];
+                ids[j] = ids[j - 1], shares[j] = shares[j - 1], ids[j - 1] = id, shares[j - 1] = share;
+            }
+    }
+}
+EXPORT(route)
+
+/* out = shares of the experts' rows y [rows, used, n], in order, + the shared expert's row with its gate; added to x by the next norm.
+ * Grid: rows. */
+extern "C" __global__ void mix(const float *y, const float *routes, int used, const float *shared, const float *gate, int gate_stride, float *out, int n) {
+    wait_for_previous();
+    let_next_begin();
+    i64 row = blockIdx.x;
+    float open = sigmoid(gate[row * gate_stride]);
+    for (int i = threadIdx.x; i < n; i += blockDim.x) {
+        float sum = 0;
+        for (int rank = 0; rank < used; rank++) sum = fmaf(routes[row * 2 * used + used + rank], y[(row * used + rank) * n + i], sum);
+        out[row * n + i] = fmaf(shared[row * n + i], open, sum);
+    }
+}
+EXPORT(mix)

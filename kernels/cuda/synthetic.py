@@ -1,0 +1,58 @@
+"""Weights of any size, random and made on the device: to measure a model without having it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..model.config import ModelConfig
+from ..model.weights import AttentionWeights, DeltaWeights, DenseWeights, LayerWeights, ModelWeights, MtpWeights
+from .matrices import BF16, Q4_K, Q8_0, UNITS, CudaBackend, CudaMatrix
+
+FORMATS = {"bf16": BF16, "q8_0": Q8_0, "q4_k": Q4_K}
+
+
+def synthetic_weights(config: ModelConfig, kind: str, backend: CudaBackend) -> ModelWeights:
+    """A dense model with an MTP head, all matrices of one of FORMATS."""
+    c, device, number, count = config, backend.device, FORMATS[kind], 0
+
+    def matrix(outputs: int, inputs: int) -> CudaMatrix:
+        nonlocal count
+        count += outputs * inputs
+        strips, units, deviation = -(-outputs // 16), -(-inputs // UNITS[number]), inputs**-0.5
+        if number == BF16:
+            return CudaMatrix(BF16, outputs, inputs, device.random(strips * units * 1024, 1.7 * deviation).reshape(strips, units, -1))
+        tiles = device.random(strips * units * 2048).reshape(strips, units, -1)
+        if number == Q8_0:
+            scales = device.to_device(np.full((strips, units, 64), deviation / 74, np.float16).view(np.uint8))
+            return CudaMatrix(Q8_0, outputs, inputs, tiles, scales)
+        d = deviation / 4.6 / 32
+        ends = device.to_device(
+            np.full((strips, units, 8, 4), [d, d, 7.5 * d, 7.5 * d], np.float16).view(np.uint8).reshape(strips, units, -1)
+        )
+        return CudaMatrix(Q4_K, outputs, inputs, tiles, device.to_device(np.full((strips, units, 256), 32, np.uint8)), ends)
+
+    rng = np.random.default_rng(1)
+
+    def ones(n: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+        return np.ones(n, np.float32)
+
+    def ffn() -> DenseWeights:
+        return DenseWeights(matrix(c.intermediate, c.hidden), matrix(c.intermediate, c.hidden), matrix(c.hidden, c.intermediate))
+
+    def layer(is_full: bool) -> LayerWeights:
+        values, keys = c.value_heads * c.value_dim, c.kv_heads * c.head_dim
+        if is_full:
+            q, k, v = matrix(2 * c.heads * c.head_dim, c.hidden), matrix(keys, c.hidden), matrix(keys, c.hidden)
+            mixer = AttentionWeights(q, k, v, matrix(c.hidden, c.heads * c.head_dim), ones(c.head_dim), ones(c.head_dim))
+        else:
+            qkv, z, b, a = (matrix(n, c.hidden) for n in (c.channels, values, c.value_heads, c.value_heads))
+            conv = rng.uniform(-0.5, 0.5, (c.conv_width, c.channels)).astype(np.float32)
+            decay = -np.exp(rng.uniform(0, 2, c.value_heads)).astype(np.float32)
+            mixer = DeltaWeights(qkv, z, b, a, conv, decay, ones(c.value_heads), ones(c.value_dim), matrix(c.hidden, values))
+        return LayerWeights(ones(c.hidden), mixer, ones(c.hidden), ffn())
+
+    embedding = matrix(c.vocabulary, c.hidden)
+    layers = [layer(is_full) for is_full in c.is_full_attention]
+    head = embedding if c.is_tied else matrix(c.vocabulary, c.hidden)
+    mtp = MtpWeights(ones(c.hidden), ones(c.hidden), matrix(c.hidden, 2 * c.hidden), layer(True), ones(c.hidden))
+    return ModelWeights(c, embedding, layers, ones(c.hidden), head, mtp, count, "0" * 64)

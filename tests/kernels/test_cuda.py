@@ -1,0 +1,214 @@
+"""The CUDA kernels one by one, on a CPU in a device's place (`--cuda`: on a device), forwards and backwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import forerun
+import numpy as np
+import pytest
+from forerun.actors.model import Defaults, LoadedModel
+from forerun.kernels.backends import make_head, make_memory, make_trunk
+from forerun.kernels.cuda.device import NOWHERE
+from forerun.kernels.cuda.graph import CudaHead, CudaTrunk, DeviceRows
+from forerun.kernels.cuda.matrices import BF16, CudaBackend, CudaMatrix
+from forerun.kernels.cuda.memory import CudaSequence
+from forerun.kernels.cuda.program import Program
+from forerun.kernels.cuda.rounds import DeviceRounds, Start
+from forerun.kernels.formats.stored import BY_NAME, Stored, quantise
+from forerun.kernels.model.config import load_config
+from forerun.kernels.model.memory import alone
+from forerun.kernels.model.mtp import MtpRows
+from forerun.kernels.model.recurrent import STORES, StoreName
+from forerun.kernels.model.trunk import Rows
+from forerun.kernels.reference import ReferenceBackend
+
+from tests.checkpoints import LAYOUTS, prompt
+from tests.conftest import cuda_backend, load
+
+
+@pytest.fixture(params=["forwards", "backwards"])
+def cuda(request: pytest.FixtureRequest) -> CudaBackend:
+    return cuda_backend(bool(request.config.getoption("--cuda")), request.param == "backwards")
+
+
+def stored(kind: str, outputs: int, inputs: int) -> Stored:
+    rng = np.random.default_rng(outputs)
+    if kind == "Q4_K":
+        raw = rng.integers(0, 256, (outputs, inputs // 256, 144), np.uint8)
+        raw[:, :, :4] = rng.uniform(0.001, 0.01, (outputs, inputs // 256, 2)).astype("<f2").view(np.uint8)
+        return Stored(kind, inputs, raw.reshape(outputs, -1))
+    values = rng.normal(size=(outputs, inputs)).astype(np.float32)
+    return Stored(kind, inputs, quantise(values, kind).reshape(outputs, inputs // BY_NAME[kind].block * BY_NAME[kind].size))
+
+
+def bf16(values: Any) -> Any:
+    return BY_NAME["BF16"].read(quantise(values, "BF16").reshape(-1, 2)).reshape(values.shape)
+
+
+def int8(values: Any) -> Any:
+    """Rows as the products of quantised weights read them: a scale for 32 of them."""
+    blocks = values.reshape(-1, 32)
+    scale = np.abs(blocks).max(1, keepdims=True) / np.float32(127)
+    return (np.rint(blocks / scale) * scale).reshape(values.shape)
+
+
+def product(cuda: CudaBackend, config: Any, m: CudaMatrix, x: Any, splits: int = 1) -> Any:
+    p = Program(config, cuda.packing, len(x), 1, 1)
+    cuda.device.put(p.buffer("given", x.shape), x)
+    ready = p.prepared("x", x.shape[1], len(x), {m.format})
+    p.step("prepare", (len(x),), 64, p.address("given"), NOWHERE, x.shape[1], ready.struct, shared=4 * x.shape[1])
+    p.product(m, ready, "y", len(x), splits=splits)
+    cuda.kernels(config).run(p.steps)
+    return cuda.device.to_host(p.buffers["y"]).sum(0)[:, : m.outputs]
+
+
+@pytest.fixture(scope="module")
+def config(checkpoints: dict[str, Path]) -> Any:
+    return load_config(checkpoints["dense"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs"),
+    [("BF16", 160), ("BF16", 40), ("F32", 64), ("Q8_0", 160), ("Q8_0", 1024), ("Q4_K", 256), ("Q4_K", 768), ("Q4_0", 64)],
+)
+def test_products_are_those_of_rounded_rows(cuda: CudaBackend, config: Any, kind: str, inputs: int) -> None:
+    weight = stored("F32", 40, inputs) if kind == "Q4_0" else stored(kind, 40, inputs)
+    m, x = cuda.matrix(weight), np.random.default_rng(1).normal(size=(5, inputs)).astype(np.float32)
+    values = weight.values() if kind in ("Q8_0", "Q4_K") else bf16(weight.values())
+    wanted = (bf16(x) if m.format == BF16 else int8(x)).astype(np.float64) @ values.astype(np.float64).T
+    for splits in (1, 2):
+        found = product(cuda, config, m, x, splits)
+        assert np.linalg.norm(found - wanted) < 1e-5 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("kind", ["BF16", "Q8_0", "Q4_K"])
+def test_a_row_has_the_same_bits_whatever_rows_stand_beside_it(cuda: CudaBackend, config: Any, kind: str) -> None:
+    m, x = cuda.matrix(stored(kind, 24, 512)), np.random.default_rng(2).normal(size=(35, 512)).astype(np.float32)
+    alone_ = np.concatenate([product(cuda, config, m, x[i : i + 1]) for i in range(len(x))])
+    for count in (3, 8, 9, 16, 17, 35):
+        np.testing.assert_array_equal(product(cuda, config, m, x[:count]), alone_[:count])
+    np.testing.assert_array_equal(product(cuda, config, m, x[20:33]), alone_[20:33])
+
+
+@pytest.mark.parametrize("kind", ["BF16", "Q8_0", "Q4_K"])
+def test_an_embedding_is_a_row_of_the_table(cuda: CudaBackend, config: Any, kind: str) -> None:
+    weight = stored(kind, 40, 256)
+    p = Program(config, cuda.packing, 3, 1, 1)
+    tokens = cuda.device.to_device(np.array([0, 39, 17], np.int32))
+    out = p.buffer("out", (3, config.hidden))
+    m = cuda.matrix(weight)
+    p.embed(m, cuda.device.address(tokens), p.address("out"), 3)
+    cuda.kernels(config).run(p.steps)
+    np.testing.assert_allclose(cuda.device.to_host(out), weight.values()[[0, 39, 17], : config.hidden], rtol=1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_are_those_of_the_reference_but_for_rounding(cuda: CudaBackend, checkpoints: dict[str, Path], layout: str) -> None:
+    found, tokens = list[list[Any]](), prompt(80)
+    for backend in (cuda, ReferenceBackend()):
+        weights = load(checkpoints[layout], backend)
+        trunk, memory = make_trunk(weights, backend), alone(make_memory(weights.config, backend), 100, 9)
+        trunk.prefill(Rows(memory, 0, tuple(tokens[:64])), is_last=False)
+        results = [trunk.prefill(Rows(memory, 64, tuple(tokens[64:70])), is_last=True)]
+        results += trunk.verify([Rows(memory, 70, tuple(tokens[70:74]))])
+        if weights.mtp is not None:
+            head = make_head(weights, backend)
+            hidden = np.random.default_rng(1).normal(size=(5, weights.config.hidden)).astype(np.float32)
+            results += head.guess([MtpRows(memory, 0, tuple(tokens[:5]), hidden)])
+        found.append([np.asarray(each) for each in results])
+    for one, other in zip(*found, strict=True):
+        assert np.linalg.norm(one - other) < 0.15 * np.linalg.norm(other)
+
+
+def test_attention_over_several_parts_has_the_bits_of_a_chunk(cuda: CudaBackend, checkpoints: dict[str, Path]) -> None:
+    """A chunk's block walks through the parts, a verify's blocks have one each; 300 positions are two parts."""
+    weights, tokens, found = load(checkpoints["dense"], cuda), prompt(310), list[Any]()
+    for rows in (64, 5):
+        trunk, memory = make_trunk(weights, cuda), alone(make_memory(weights.config, cuda), 320, 9)
+        for start in range(0, 256, 64):
+            trunk.prefill(Rows(memory, start, tuple(tokens[start : start + 64])), is_last=False)
+        if rows == 64:
+            trunk.prefill(Rows(memory, 256, tuple(tokens[256:300])), is_last=False)
+        else:
+            for start in range(256, 300, rows):
+                trunk.verify([Rows(memory, start, tuple(tokens[start : min(start + rows, 300)]))])
+        found.append(np.asarray(trunk.verify([Rows(memory, 300, tuple(tokens[300:303]))])[0]))
+    np.testing.assert_array_equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_any_held_position_can_be_gone_on_from(cuda: CudaBackend, checkpoints: dict[str, Path], store: StoreName) -> None:
+    """tests/gpu/test_rollback.py in short."""
+    weights, prefix, text, max_rows = load(checkpoints["dense_r3"], cuda), prompt(20), prompt(14), 5
+    trunk = CudaTrunk(weights, cuda)
+
+    def begin() -> Any:
+        memory = alone(make_memory(weights.config, cuda), 60, max_rows, store)
+        trunk.prefill(Rows(memory, 0, tuple(prefix)), is_last=False)
+        return memory
+
+    memory = begin()
+    plain = [np.asarray(trunk.verify([Rows(memory, len(prefix) + i, (token,))])[0])[0] for i, token in enumerate(text)]
+    rng, memory, at = np.random.default_rng(3), begin(), 0
+    for turn in range(25):
+        right = int(rng.integers(0, max_rows + 1))
+        rows = (text[at : at + right] + [3] * max_rows)[: max(1, int(rng.integers(right, max_rows + 1)))]
+        logits = np.asarray(trunk.verify([Rows(memory, len(prefix) + at, tuple(rows))])[0])
+        right = min(right, len(rows), len(text) - at)
+        np.testing.assert_array_equal(logits[:right], np.array(plain)[at : at + right].reshape(logits[:right].shape))
+        at += int(rng.integers(0, right + 1))
+        if turn % 8 == 7:
+            trunk.freeze(memory, len(prefix) + at)
+            frozen, memory = memory.frozen, begin()
+            memory.restore_snapshot(frozen)
+        if at > len(text) - max_rows:
+            memory, at = begin(), 0
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+@pytest.mark.parametrize("rates", [None, (0.9, 0.8, 0.7)])
+def test_rounds_on_the_device_say_what_single_rows_say(cuda: CudaBackend, checkpoints: dict[str, Path], depth: int, rates: Any) -> None:
+    weights, num_tokens = load(checkpoints["dense_r3"], cuda), 8
+    trunk, head = CudaTrunk(weights, cuda), CudaHead(weights, cuda)
+
+    def start(tokens: list[int]) -> Start:
+        memory = alone(make_memory(weights.config, cuda), 120, 9)
+        assert isinstance(memory, CudaSequence)
+        trunk.prefill(Rows(memory, 0, tuple(tokens[:-1])), is_last=False)
+        head.last([MtpRows(memory, 0, tuple(tokens[:-1]), None)])
+        return Start(memory, tokens)
+
+    prompts = [prompt(20 + i) for i in range(2)]
+    rounds = DeviceRounds(weights, cuda, head, [start(tokens) for tokens in prompts], depth, rates if depth else None)
+    found = [list[int]() for _ in prompts]
+    waiting, num_rounds = rounds.launch(), 1
+    while min(map(len, found)) < num_tokens:
+        following = rounds.launch()  # before the last one's tokens are here
+        for text, more in zip(found, waiting(), strict=True):
+            text += more
+        waiting, num_rounds = following, num_rounds + 1
+    if rates is not None and depth:  # what is accepted is not the target's, but it is what was computed
+        assert num_rounds < num_tokens
+    for tokens, text in zip(prompts, found, strict=True):
+        sequence, all_tokens = start(tokens), list(tokens)
+        for token in text[:num_tokens]:
+            logits = trunk.verify([Rows(sequence.memory, len(all_tokens) - 1, (all_tokens[-1],))])[0]
+            assert isinstance(logits, DeviceRows)
+            assert logits.choices == [int(np.asarray(logits)[0].argmax())]
+            assert rates is not None or token == logits.choices[0]
+            all_tokens.append(token)
+
+
+@pytest.mark.anyio
+async def test_the_engine_says_the_same_with_and_without_drafts(cuda: CudaBackend, checkpoints: dict[str, Path]) -> None:
+    folder = checkpoints["dense"]
+    model = LoadedModel("dense", load(folder, cuda), cuda, None, Defaults.load(folder))
+    found = list[Any]()
+    for spec_type in ("none", "draft-mtp,ngram-simple"):
+        async with forerun.open_engine(model, spec_type=spec_type, num_slots=2) as engine:
+            for temperature in (0.0, 0.8):
+                result = await engine.complete(prompt(70), max_tokens=10, temperature=temperature, seed=1, ignore_eos=True)
+                found.append(result.token_ids)
+    assert found[:2] == found[2:]

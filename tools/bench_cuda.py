@@ -1,0 +1,227 @@
+"""`forerun bench --device cuda`: kernels and whole rounds of models that need no file, each beside what the memory of this device allows.
+
+Times are medians of a graph of launches, by the device's own clock. Every launch reads other memory than the one before it, so that the
+second-level cache does not help; the limit counts each weight, and each recurrent state, once.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+
+from ..core.errors import InvalidRequest
+from ..kernels.cuda.device import SPAN, CudaDevice, SpanStruct
+from ..kernels.cuda.graph import CudaHead, CudaTrunk
+from ..kernels.cuda.matrices import UNITS, CudaBackend, CudaMatrix
+from ..kernels.cuda.memory import CudaMemory, spans_array
+from ..kernels.cuda.program import Column, Program
+from ..kernels.cuda.rounds import DeviceRounds, Start
+from ..kernels.cuda.synthetic import FORMATS, synthetic_weights
+from ..kernels.model.memory import num_pages
+from ..kernels.model.mtp import MtpRows
+from ..kernels.model.sizes import PUBLISHED
+from ..kernels.model.trunk import Rows
+from ..kernels.model.weights import DeltaWeights, ModelWeights
+
+#: Bytes that a graph of launches reads: many times the second-level cache.
+ENOUGH = 1_500_000_000
+RATES = (0.8, 0.7, 0.6)
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """`seconds` of one launch or round, and the bytes it must move; `unit` of what is printed."""
+
+    name: str
+    seconds: float
+    num_bytes: float
+    note: str = ""
+
+    def line(self, bandwidth: float) -> str:
+        limit = self.num_bytes / bandwidth
+        share = f"{100 * limit / self.seconds:.0f} %" if self.num_bytes else ""
+        return f"| {self.name} | {1e6 * self.seconds:.1f} | {1e6 * limit:.1f} | {share} | {self.note} |"
+
+
+class Bench:
+    def __init__(self, device: CudaDevice, num_runs: int = 20) -> None:
+        self.device, self.num_runs = device, num_runs
+        self.backend = CudaBackend(device)
+        self.figures: list[Figure] = []
+        self.bandwidth = self._copy()
+
+    def _median(self, run: Callable[[], None]) -> float:
+        return statistics.median(self.device.seconds(run, self.num_runs))
+
+    def _copy(self) -> float:
+        """Bytes a second, read and written, of a large copy."""
+        a, b = (self.device.zeros((2**30,), np.uint8) for _ in range(2))
+
+        def run() -> None:
+            self.device.put(a, b)
+
+        return 2 * 2**30 / self._median(run)
+
+    def products(self, outputs: int, inputs: int, rows: Sequence[int]) -> None:
+        """One matrix for few rows."""
+        config = PUBLISHED["27B"]
+        for name, number in FORMATS.items():
+            weights, size = list[CudaMatrix](), 0
+            while size < ENOUGH:
+                weights.append(self._matrix(name, outputs, inputs))
+                size += sum(part.nbytes for part in weights[-1].parts if part is not None)
+            for count in rows:
+                p = Program(config, self.backend.packing, count, 1, 1)
+                x = p.prepared("x", inputs, count, {number})
+                self._fill(p)
+                for m in weights:
+                    p.product(m, x, "y", count)
+                seconds = self._median(self.backend.kernels(config).record(p.steps)) / len(weights)
+                self.figures.append(Figure(f"{outputs} x {inputs} {name}, {count} rows", seconds, size / len(weights)))
+
+    def _matrix(self, kind: str, outputs: int, inputs: int) -> CudaMatrix:
+        number, strips = FORMATS[kind], outputs // 16
+        units = inputs // UNITS[number]
+        tiles = self.device.random(strips * units * (1024 if kind == "bf16" else 2048), 1.0 if kind == "bf16" else None)
+        m = CudaMatrix(number, outputs, inputs, tiles.reshape(strips, units, -1))
+        if kind == "q8_0":
+            m.scales = self.device.random(strips * units * 64, 0.01)
+        if kind == "q4_k":
+            m.scales, m.ends = self.device.random(strips * units * 256, 0.01), self.device.random(strips * units * 64, 0.01)
+        return m
+
+    def _fill(self, p: Program) -> None:
+        for name, buffer in p.buffers.items():
+            if name.endswith(("halves", "quants")):
+                self.device.put(buffer.view(np.uint8).reshape(-1), self.device.random(buffer.nbytes, 1.0))
+            elif name.endswith(("scales", "sums")):
+                self.device.put(buffer, np.float32(0.01))
+
+    def delta(self, batch: int, rows: Sequence[int], is_written: bool) -> None:
+        """The recurrence of one layer of the 27B shape, one layer after another."""
+        config = PUBLISHED["27B"]
+        layers = config.num_delta if batch == 1 else 4
+        state = config.value_heads * config.key_dim * config.value_dim * 4
+        states = self.device.zeros((batch, layers, state // 4), np.float32)
+        columns = self.device.zeros((batch, layers, 3 + 32, config.channels), np.float32)
+        gates = self.device.zeros((batch, layers, 3 + 32, 2 * config.value_heads), np.float32)
+        for count in rows:
+            p = Program(config, self.backend.packing, batch * count, batch, 1)
+            spans = [
+                SpanStruct(
+                    position=100, base=100 - is_written, states=self.device.address(states[i]), columns=self.device.address(columns[i]),
+                    gates=self.device.address(gates[i]), first_row=i * count, num_rows=count, store=0, state_slots=1, column_slots=35,
+                )
+                for i in range(batch)
+            ]  # fmt: skip
+            self.device.put(p.buffer("spans", (batch * SPAN.itemsize,), np.uint8), spans_array(spans))
+            stride = config.channels + 2 * config.value_heads
+            x = self.device.address(p.buffer("x", (batch * count, stride)))
+            mixed = self.device.address(p.buffer("mixed", (batch * count, config.value_heads * config.value_dim)))
+            self.device.put(p.buffers["x"].view(np.uint8).reshape(-1), self.device.random(p.buffers["x"].nbytes, 1.0))
+            rng = np.random.default_rng(1)
+            w = DeltaWeights(
+                None, None, None, None, rng.uniform(-0.5, 0.5, (4, config.channels)).astype(np.float32),
+                -np.ones(config.value_heads, np.float32), np.ones(config.value_heads, np.float32), np.ones(128, np.float32), None,
+            )  # fmt: skip
+            b, a = (Column(x + 4 * (config.channels + i * config.value_heads), stride) for i in range(2))
+            for layer in range(layers):
+                p.delta(w, layer, Column(x, stride), b, a, mixed)
+            seconds = self._median(self.backend.kernels(config).record(p.steps)) / layers
+            name = f"delta net, 48 heads, batch {batch}, {count} rows" + (" and 1 replayed" if is_written else "")
+            self.figures.append(Figure(name, seconds, batch * state * (2 if is_written else 1)))
+
+    def rounds(self, size: str, kind: str, batch: int, depths: Sequence[int], context: int = 512) -> None:
+        """Whole rounds, with the acceptance of RATES."""
+        config = PUBLISHED[size]
+        weights = synthetic_weights(config, kind, self.backend)
+        trunk, head = CudaTrunk(weights, self.backend), CudaHead(weights, self.backend)
+        maker = CudaMemory(config, self.device)
+        capacity, pages = context + 2048, num_pages(context + 2048, 4)
+        tokens = [int(t) for t in np.random.default_rng(2).integers(0, 30_000, context)]
+        plain = 0.0
+        for depth in depths:
+            arena = maker.arena(pages * batch)
+            starts = list[Start]()
+            for _ in range(batch):
+                memory = maker.memory(arena, arena.take(pages), capacity, 4, "log")
+                for start in range(0, context - 1, 64):
+                    chunk = tuple(tokens[start : min(start + 64, context - 1)])
+                    trunk.prefill(Rows(memory, start, chunk), is_last=False)
+                    head.last([MtpRows(memory, start, chunk, None)])
+                starts.append(Start(memory, tokens))
+            rounds = DeviceRounds(weights, self.backend, head if depth else None, starts, depth, RATES[:depth] or None)
+            seconds = self._median(rounds.replay)
+            host, count, begun = list[float](), 0, time.perf_counter()
+            waiting = rounds.launch()
+            for _ in range(self.num_runs):
+                before = time.perf_counter()
+                following = rounds.launch()
+                host.append(time.perf_counter() - before)
+                count += sum(map(len, waiting()))
+                waiting = following
+            rate = count / (time.perf_counter() - begun)
+            plain = rate if depth == 0 else plain
+            note = f"{rate:.0f} tokens/s, host {1e6 * statistics.median(host):.0f} us a round"
+            if depth and plain:
+                note += f", {rate / plain:.2f} of no drafts"
+            name = f"{size} {kind}, {batch} sequences, {depth} drafts"
+            self.figures.append(Figure(name, seconds, _bytes_of_round(weights, head, batch, depth), note))
+
+
+def _bytes_of(value: object, seen: set[int]) -> int:
+    """Of all matrices in a part of a model, each counted once."""
+    if isinstance(value, CudaMatrix):
+        units = value.strips * value.units * {0: 1024, 1: 2048 + 64, 2: 2048 + 256 + 64}[value.format]
+        return 0 if id(value) in seen or seen.add(id(value)) else units
+    if isinstance(value, list | tuple):
+        return sum(_bytes_of(each, seen) for each in cast("Sequence[object]", value))
+    fields = getattr(value, "__dataclass_fields__", {})
+    return sum(_bytes_of(getattr(value, name), seen) for name in fields if name not in ("embedding", "config", "mtp"))
+
+
+def _bytes_of_round(weights: ModelWeights, head: CudaHead, batch: int, depth: int) -> float:
+    """The trunk once and the head's layer and vocabulary for every draft, and every state read and written."""
+    c, seen = weights.config, set[int]()
+    trunk = _bytes_of(weights.layers, seen) + _bytes_of(weights.head, seen)
+    drafts = depth * (_bytes_of([weights.mtp.fc, weights.mtp.layer] if weights.mtp else [], seen) + _bytes_of(head.head, set()))
+    return trunk + drafts + batch * 2 * 4 * c.num_delta * c.value_heads * c.key_dim * c.value_dim
+
+
+def bench_cuda(write: Callable[[str], object], sizes: Sequence[str]) -> None:
+    """All kernels, then rounds of the `sizes` (each NAME:TYPE, a name of PUBLISHED and one of FORMATS); a table whose lines are written as
+    they are found. InvalidRequest when a size is unknown or there is no device."""
+    for size in sizes:
+        name, _, kind = size.partition(":")
+        if name not in PUBLISHED or kind not in FORMATS:
+            known = f"{', '.join(PUBLISHED)}, then : and {', '.join(FORMATS)}"
+            raise InvalidRequest([("--size", f"{size!r:.50} is unknown; expected one of {known}")])
+    try:
+        device = CudaDevice()
+    except OSError as error:
+        raise InvalidRequest([("--device", str(error))]) from error
+    bench = Bench(device)
+    write(f"copy: {bench.bandwidth / 1e12:.2f} TB/s\n| | us | limit, us | of the limit | |\n|---|---|---|---|---|\n")
+    parts: list[Callable[[], None]] = [
+        lambda: bench.products(17408, 5120, (1, 4, 8, 16, 32)),
+        lambda: bench.products(5120, 17408, (1, 4)),
+        lambda: bench.delta(1, (1, 2, 4, 8), False),
+        lambda: bench.delta(1, (4,), True),
+        lambda: bench.delta(64, (1, 4), True),
+    ]
+    for size in sizes:
+        name, _, kind = size.partition(":")
+        parts.append(lambda name=name, kind=kind: bench.rounds(name, kind, 1, (0, 3)))
+    if "0.8B:bf16" in sizes:
+        parts.append(lambda: bench.rounds("0.8B", "bf16", 16, (0, 3)))
+    for measure in parts:
+        begun = len(bench.figures)
+        measure()
+        for figure in bench.figures[begun:]:
+            write(figure.line(bench.bandwidth) + "\n")
+        device.free()
