@@ -13,14 +13,9 @@
 #define WARPS 8
 #define TILES ((HEAD_DIM / 8 + WARPS - 1) / WARPS) /* of 8 dimensions, that a warp has of the output */
 
-__device__ __forceinline__ u16 *key_at(const Span &s, int layer, i64 position, int kv) {
-    i64 page = (i64)layer * s.num_pages + s.table[position / PAGE];
-    return s.keys + ((page * KV_HEADS + kv) * PAGE + position % PAGE) * HEAD_DIM;
-}
-/* Dimension d of the value stands PAGE d further. */
-__device__ __forceinline__ u16 *value_at(const Span &s, int layer, i64 position, int kv) {
-    i64 page = (i64)layer * s.num_pages + s.table[position / PAGE];
-    return s.values + (page * KV_HEADS + kv) * PAGE * HEAD_DIM + position % PAGE;
+/* Where the page of a position begins, of one head: of its keys [PAGE, HEAD_DIM], and of its values [HEAD_DIM, PAGE]. */
+__device__ __forceinline__ i64 page_at(const Span &s, int layer, i64 position, int kv) {
+    return (((i64)layer * s.num_pages + s.table[position / PAGE]) * KV_HEADS + kv) * PAGE * HEAD_DIM;
 }
 
 /* Norms and turns queries and keys, and puts keys and values into their pages. q [rows, HEADS, 2 HEAD_DIM] with gates between, queries
@@ -38,28 +33,32 @@ extern "C" __global__ void __launch_bounds__(128)
     const float *from = kv < 0 ? q + (i64)row * q_stride + head * 2 * HEAD_DIM : k + (i64)row * k_stride + kv * HEAD_DIM;
     const float *norm = kv < 0 ? q_norm : k_norm;
     float *own = turned[threadIdx.x / WARP], square = 0;
-    for (int i = lane; i < HEAD_DIM; i += WARP) square = fmaf(from[i], from[i], square);
+    float x[HEAD_DIM / WARP];
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / WARP; i++) x[i] = from[lane + i * WARP], square = fmaf(x[i], x[i], square);
     float scale = rsqrtf(warp_sum(square) / HEAD_DIM + eps);
-    for (int i = lane; i < HEAD_DIM; i += WARP) own[i] = from[i] * scale * norm[i];
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / WARP; i++) own[lane + i * WARP] = x[i] * scale * norm[lane + i * WARP];
     __syncwarp();
-    u16 *to = kv < 0 ? queries + ((i64)row * HEADS + head) * HEAD_DIM : key_at(s, layer, position, kv);
+    i64 page = kv < 0 ? 0 : page_at(s, layer, position, kv);
+    u16 *to = kv < 0 ? queries + ((i64)row * HEADS + head) * HEAD_DIM : s.keys + page + position % PAGE * HEAD_DIM;
     for (int i = 2 * lane; i < HEAD_DIM; i += 2 * WARP) {
         float pair[2];
         for (int j = 0; j < 2; j++) {
             int at = i + j, frequency = at % (ROTARY_DIM / 2);
-            float x = own[at];
+            float value = own[at];
             if (at < ROTARY_DIM) {
                 bool is_first = at < ROTARY_DIM / 2;
-                float other = own[is_first ? at + ROTARY_DIM / 2 : at - ROTARY_DIM / 2], angle = (float)position * frequencies[frequency];
-                float turn = is_first ? -sinf(angle) : sinf(angle);
-                x = fmaf(other, turn, x * cosf(angle));
+                float other = own[is_first ? at + ROTARY_DIM / 2 : at - ROTARY_DIM / 2], sine, cosine;
+                sincosf((float)position * frequencies[frequency], &sine, &cosine);
+                value = fmaf(other, is_first ? -sine : sine, value * cosine);
             }
-            pair[j] = x;
+            pair[j] = value;
         }
         *(u32 *)(to + i) = to_halves(pair[0], pair[1]);
     }
     if (kv < 0) return;
-    u16 *value = value_at(s, layer, position, kv);
+    u16 *value = s.values + page + position % PAGE;
     for (int i = lane; i < HEAD_DIM; i += WARP) value[(i64)i * PAGE] = (u16)to_halves(v[(i64)row * v_stride + kv * HEAD_DIM + i], 0);
 }
 EXPORT(keys)
@@ -74,7 +73,7 @@ __device__ __forceinline__ float merge(float before, float highest, float *by_be
 
 /* Grid: (parts, or 1 if `is_looped`; KV_HEADS * groups of PAIRS; spans). Sums [rows, HEADS, parts, HEAD_DIM] and ends [rows, HEADS, parts]
  * (highest score, sum of the shares); shared: WARPS-wide scores and shares. */
-extern "C" __global__ void __launch_bounds__(WARPS *WARP)
+extern "C" __global__ void __launch_bounds__(WARPS *WARP, 1)
     attend(const Span *spans, int layer, const u16 *queries, float *sums, float2 *ends, int max_parts, int is_looped) {
     __shared__ float scores[PAIRS * SCORE_STRIDE];
     __shared__ __align__(16) u16 shares[PAIRS * SHARE_STRIDE];
@@ -101,15 +100,20 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP)
     if (threadIdx.x < PAIRS) highest[threadIdx.x] = -INFINITE, total[threadIdx.x] = 0;
     int from = is_looped ? 0 : blockIdx.x, to = is_looped ? num_parts : from + 1;
     for (int part = from; part < to; part++) {
-        i64 start = (i64)part * PART;
+        i64 start = (i64)part * PART, pages[PART / PAGE]; /* where this head's keys, and values, begin */
+#pragma unroll
+        for (int i = 0; i < PART / PAGE; i++)
+            pages[i] = start + i * PAGE <= last ? page_at(s, layer, start + i * PAGE, kv) : 0;
         __syncthreads();
         float found[4][4];
         const u16 *key[4];
         for (int n = 0; n < 4; n++) {
             i64 position = start + warp * 32 + n * 8 + group;
-            key[n] = position <= last ? key_at(s, layer, position, kv) + quarter * 8 : nullptr;
+            i64 page = warp < 2 ? pages[0] : warp < 4 ? pages[1] : warp < 6 ? pages[2] : pages[3]; /* two warps share a page */
+            key[n] = position <= last ? s.keys + page + position % PAGE * HEAD_DIM + quarter * 8 : nullptr;
             for (int i = 0; i < 4; i++) found[n][i] = 0;
         }
+#pragma unroll 4
         for (int d = 0; d < HEAD_DIM; d += 32) {
             const uint4 zero = make_uint4(0, 0, 0, 0);
             uint4 a0 = query[0] ? *(const uint4 *)(query[0] + d) : zero, a1 = query[1] ? *(const uint4 *)(query[1] + d) : zero;
@@ -147,11 +151,12 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP)
         float more[TILES][4];
         for (int t = 0; t < TILES; t++)
             for (int i = 0; i < 4; i++) more[t][i] = 0;
-        for (int at = 0; at < PART && start + at <= last; at += 32) {
+#pragma unroll
+        for (int at = 0; at < PART; at += 32) {
             uint4 a0 = *(const uint4 *)(shares + group * SHARE_STRIDE + at + quarter * 8);
             uint4 a1 = *(const uint4 *)(shares + (group + 8) * SHARE_STRIDE + at + quarter * 8);
             bool is_there = start + at + quarter * 8 <= last;
-            const u16 *values = is_there ? value_at(s, layer, start + at + quarter * 8, kv) : nullptr;
+            const u16 *values = s.values + pages[at / PAGE] + at % PAGE + quarter * 8;
 #pragma unroll
             for (int t = 0; t < TILES; t++) {
                 int dimension = (warp + t * WARPS) * 8 + group;

@@ -19,7 +19,7 @@ from ..model.weights import DeltaWeights, ModelWeights
 from .device import NOWHERE, SPAN, Array, Device, Kernels, SpanStruct
 from .matrices import CudaBackend, CudaMatrix
 from .memory import CudaSequence, spans_array
-from .program import PART, Column, Parts, Prepared, Program
+from .program import PART, Column, Parts, Prepared, Program, threads_for
 
 #: Shapes of batches that are kept recorded, for each kind of program; the longest unused is forgotten.
 MAX_RECORDED = 32
@@ -161,15 +161,16 @@ def build_head(p: Program, head: HeadBase, weights: ModelWeights, *, embedded_to
     both = p.prepared("both", 2 * c.hidden, rows, {w.fc.format})
     floats = p.packing.floats
     p.step(
-        "pair_norm", (rows,), 256, embedded, p.address("before"), floats(w.embedding_norm), floats(w.hidden_norm), c_float(c.rms_eps),
-        c.hidden, both.struct, shared=8 * c.hidden,
+        "pair_norm", (rows,), threads_for(c.hidden), embedded, p.address("before"), floats(w.embedding_norm), floats(w.hidden_norm),
+        c_float(c.rms_eps), c.hidden, both.struct, shared=8 * c.hidden,
     )  # fmt: skip
     x = p.product(w.fc, both, "mtp x", rows).address
     parts = p.layer(x, None, w.layer, c.num_attention)
     all_out = p.prepared("all out", c.hidden, rows, set(), keeps_floats="all out")
     p.add_norm(x, parts, w.norm, all_out, rows)
     ready = p.prepared("out", c.hidden, num_picked, {head.head.format}, keeps_floats="out")
-    p.step("prepare", (num_picked,), 256, p.address("all out"), picked, c.hidden, ready.struct, shared=4 * c.hidden)
+    out = p.address("all out")
+    p.step("prepare", (num_picked,), threads_for(c.hidden), out, picked, c.hidden, ready.struct, shared=4 * c.hidden)
     return ready
 
 
@@ -269,7 +270,7 @@ class CudaHead(HeadBase):
             p.buffer("before", (p.rows, hidden))
             p.buffer("picked", (len(picked),), np.int32)
             if not is_given:
-                p.step("read_hidden", (p.rows,), 256, p.address("spans"), p.address("span of"), p.address("before"), hidden, 0)
+                p.step("read_hidden", (p.rows,), 256, p.address("spans"), p.address("span of"), p.address("before"), hidden)
             ready = build_head(
                 p, self, self._weights, embedded_tokens=p.address("tokens"), picked=p.address("picked"), num_picked=len(picked)
             )

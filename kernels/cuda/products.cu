@@ -314,13 +314,3 @@ extern "C" __global__ void embed(Matrix m, const int *tokens, float *out, int n)
     for (int i = threadIdx.x; i < n; i += blockDim.x) out[(i64)blockIdx.x * n + i] = weight_at(m, token, i);
 }
 EXPORT(embed)
-
-/* The whole matrix as bfloat16 [outputs, inputs], for products of many rows. Grid: any. */
-extern "C" __global__ void unpack(Matrix m, u16 *out, int inputs) {
-    wait_for_previous();
-    for (i64 i = blockIdx.x * (i64)blockDim.x + threadIdx.x; i < (i64)m.outputs * inputs / 2; i += (i64)gridDim.x * blockDim.x) {
-        int output = (int)(2 * i / inputs), input = (int)(2 * i % inputs);
-        ((u32 *)out)[i] = to_halves(weight_at(m, output, input), weight_at(m, output, input + 1));
-    }
-}
-EXPORT(unpack)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import c_float, c_int, c_void_p
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from math import lcm
 from typing import Any
@@ -35,8 +35,6 @@ class Prepared:
     """Rows in the forms that the matrices which read them want."""
 
     struct: RowsStruct
-    width: int
-    alive: list[Array] = field(default_factory=list[Array])
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +78,7 @@ class Program:
             struct.sums = self.device.address(self.buffer(f"{name} sums", (rows, stride // 32), np.float32))
         if keeps_floats is not None:
             struct.floats = self.device.address(self.buffer(keeps_floats, (rows, width)))
-        return Prepared(struct, width)
+        return Prepared(struct)
 
     # Steps
 
@@ -95,7 +93,7 @@ class Program:
         """x += parts (where, how many); `to` are its normed rows."""
         n, where = self.config.hidden, parts or (NOWHERE, 0)
         w = self.packing.floats(weight)
-        self.step("add_norm", (rows,), _threads(n), x, where[0], where[1], w, c_float(self.config.rms_eps), n, to.struct, shared=4 * n)
+        self.step("add_norm", (rows,), threads_for(n), x, where[0], where[1], w, c_float(self.config.rms_eps), n, to.struct, shared=4 * n)
 
     def product(self, m: CudaMatrix, x: Prepared, name: str, rows: int, *, splits: int = 1) -> Column:
         """Into the buffer `name` [splits, rows, outputs filled up]."""
@@ -280,5 +278,6 @@ def _tiles(rows: int, number: int) -> int:
     return 1 if rows <= 8 else 2 if rows <= 16 or number == Q4_K else 4
 
 
-def _threads(n: int) -> int:
+def threads_for(n: int) -> int:
+    """Of a block that walks through a row of n."""
     return min(1024, max(32, -(-n // 128) * 32))

@@ -118,7 +118,7 @@ class DeviceRounds:
         draft.buffers["out"] = catch_up.buffers["out"] = draft.buffer("before", (num, hidden))
         catch_up.buffer("before", (num * rows, hidden))
         catch_up.step(
-            "read_hidden", (num * rows,), 256, catch_up.address("spans"), catch_up.address("span of"), catch_up.address("before"), hidden, 0
+            "read_hidden", (num * rows,), 256, catch_up.address("spans"), catch_up.address("span of"), catch_up.address("before"), hidden
         )
         steps = list[Step]()
         for step in range(1, self.depth + 1):

@@ -106,14 +106,13 @@ extern "C" __global__ void keep_hidden(const Span *spans, const int *span_of, co
 }
 EXPORT(keep_hidden)
 
-/* Rows of a sequence's hidden rows: for each row of the spans the one of the position before, zeros before position 0; or, if `is_same`, the
- * very position. Grid: rows. */
-extern "C" __global__ void read_hidden(const Span *spans, const int *span_of, float *rows, int n, int is_same) {
+/* For each row of the spans its sequence's hidden row of the position before, zeros before position 0. Grid: rows. */
+extern "C" __global__ void read_hidden(const Span *spans, const int *span_of, float *rows, int n) {
     wait_for_previous();
     let_next_begin();
     int row = blockIdx.x;
     const Span &span = spans[span_of[row]];
-    i64 position = span.position + row - span.first_row - (is_same ? 0 : 1);
+    i64 position = span.position + row - span.first_row - 1;
     const float *from = span.hidden + max(position, (i64)0) % span.hidden_slots * n;
     for (int i = threadIdx.x; i < n; i += blockDim.x) rows[(i64)row * n + i] = position < 0 ? 0.0f : from[i];
 }
