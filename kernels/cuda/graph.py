@@ -59,7 +59,6 @@ class _Recorded:
         program.buffer("span of", (program.rows,), np.int32)
         program.buffer("tokens", (program.rows,), np.int32)
         self._kernels, self._run = kernels, cast("Callable[[], None] | None", None)
-        self.outputs: dict[str, Array] = {}
 
     def run(self, spans: Sequence[SpanStruct], tokens: Sequence[int]) -> None:
         device, buffers = self.program.device, self.program.buffers
@@ -224,7 +223,6 @@ class CudaTrunk(TrunkBase):
             if states.state_slots == 1:
                 span = memory.span(position, 0, 0, base=states.base_position)
                 self._graphs.get("replay", 0, 1, 1, self._build_replay).run([span], [])
-            states.moved_to(position)
         states.moved_to(position)
 
     def _build_replay(self, p: Program) -> None:

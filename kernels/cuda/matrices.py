@@ -126,17 +126,17 @@ class Packing:
             self._stacked[key] = Stacked(products, [at[i] for i in range(len(matrices))]), matrices
         return self._stacked[key][0]
 
-    def gated(self, gate: Sequence[CudaMatrix], up: Sequence[CudaMatrix]) -> CudaMatrix:
-        """Gate and up for one product: of bfloat16 strip by strip, else gate then up; of experts all of them, one after another."""
+    def gated(self, gate: Sequence[CudaMatrix], up: Sequence[CudaMatrix], is_interleaved: bool) -> CudaMatrix:
+        """Gate and up for one product: strip by strip (bfloat16), else gate then up; of experts all of them, one after another."""
         matrices = (*gate, *up)
         key = tuple(id(m) for m in matrices)
         if key not in self._gated:
-            if gate[0].format == BF16:
+            if is_interleaved:
                 both = self.backend.interleave(self._together(gate), self._together(up))
                 for m in matrices:
                     m.tiles = both.tiles
             else:
-                both = self.backend.stack([m for pair in zip(gate, up, strict=True) for m in pair])
+                both = self.all([m for pair in zip(gate, up, strict=True) for m in pair])
             self._gated[key] = both, matrices
         return self._gated[key][0]
 
@@ -144,7 +144,11 @@ class Packing:
         return self.backend.stack(matrices) if len(matrices) > 1 else matrices[0]
 
     def all(self, matrices: Sequence[CudaMatrix]) -> CudaMatrix:
-        return self.stack(*matrices).products[0]
+        """One matrix of all. ModelFileError when they are not of one type."""
+        products = self.stack(*matrices).products
+        if len(products) > 1:
+            raise ModelFileError("the CUDA kernels cannot compute experts of one layer in several types")
+        return products[0]
 
     def floats(self, values: F32) -> Address:
         if id(values) not in self._floats:

@@ -189,21 +189,19 @@ class Program:
         rows, width = self.rows, w.gate.outputs
         h = self.prepared(f"{name} {w.down.format}", width, rows, {w.down.format})
         if w.gate.format == w.up.format == w.down.format == BF16:
-            m, number = self.packing.gated([w.gate], [w.up]), _tiles(rows, BF16)
+            m, number = self.packing.gated([w.gate], [w.up], True), _tiles(rows, BF16)
             self.step(
                 f"gated_bf16_{number}", (m.strips // 2 * -(-rows // (8 * number)), 1), 32 * WARPS, self.packing.struct(m), u.struct,
                 NOWHERE, 0, h.struct, rows,
             )  # fmt: skip
             return h
         gate, up = self.products(self.packing.stack(w.gate, w.up), u, f"gate up {name}", rows)
-        if gate.stride != up.stride:
-            raise NotImplementedError("gate and up of different formats")
-        self.swiglu(gate, (up.address - gate.address) // 4, width, rows, h)
+        self.swiglu(gate, up, width, rows, h)
         return h
 
-    def swiglu(self, gate: Column, second: int, width: int, rows: int, to: Prepared) -> None:
+    def swiglu(self, gate: Column, up: Column, width: int, rows: int, to: Prepared) -> None:
         self.step(
-            "swiglu", (rows, -(-width // SEGMENT)), 256, gate.address, gate.stride, second, width, SEGMENT, to.struct,
+            "swiglu", (rows, -(-width // SEGMENT)), 256, gate.address, up.address, gate.stride, width, SEGMENT, to.struct,
             shared=4 * min(SEGMENT, -(-width // 4) * 4),
         )  # fmt: skip
 
@@ -220,10 +218,11 @@ class Program:
         router, gate = self.products(self.packing.stack(w.router, w.shared_gate), u, "router", rows)
         routes = device.address(self.buffer("routes", (rows, 2 * used)))
         self.step("route", (rows,), 32, router.address, router.stride, num_experts, used, routes)
-        m, down = self.packing.gated(experts.gate, experts.up), self.packing.all(experts.down)
+        is_gated = {m.format for m in (*experts.gate, *experts.up, *experts.down)} == {BF16}
+        m, down = self.packing.gated(experts.gate, experts.up, is_gated), self.packing.all(experts.down)
         width = experts.gate[0].outputs
         strips, h = experts.gate[0].strips, self.prepared(f"experts {down.format}", width, rows * used, {down.format})
-        if m.format == BF16 and down.format == BF16:
+        if is_gated:
             self.step(
                 "expert_gated_bf16",
                 (strips, rows * used),
@@ -243,7 +242,7 @@ class Program:
             self.step(
                 name, (2 * strips, rows * used), 32 * WARPS, self.packing.struct(m), u.struct, routes, used, 1, both, stride, RowsStruct()
             )
-            self.swiglu(Column(both, stride), STRIP * strips, width, rows * used, h)
+            self.swiglu(Column(both, stride), Column(both + 4 * STRIP * strips, stride), width, rows * used, h)
         y = device.address(self.buffer("experts down", (rows * used, c.hidden)))
         self.step(
             f"expert_{NAMES[down.format]}", (experts.down[0].strips, rows * used), 32 * WARPS, self.packing.struct(down), h.struct,

@@ -49,15 +49,15 @@ extern "C" __global__ void pair_norm(const float *embedded, const float *hidden,
 }
 EXPORT(pair_norm)
 
-/* silu(gate) * up, both in x [rows, stride], at columns 0 and `second`. Grid: rows, columns / `width`; shared: width floats. */
-extern "C" __global__ void swiglu(const float *x, int stride, int second, int n, int width, Rows to) {
+/* silu(gate) * up, both [rows, stride]. Grid: rows, columns / `width`; shared: width floats. */
+extern "C" __global__ void swiglu(const float *gate, const float *up, int stride, int n, int width, Rows to) {
     SHARED(float, values);
     i64 row = blockIdx.x;
     int first = blockIdx.y * width, count = min(width, n - first);
     wait_for_previous();
     let_next_begin();
     for (int i = threadIdx.x; i < count; i += blockDim.x)
-        values[i] = silu(x[row * stride + first + i]) * x[row * stride + second + first + i];
+        values[i] = silu(gate[row * stride + first + i]) * up[row * stride + first + i];
     __syncthreads();
     emit(values, count, to, row, first);
 }
