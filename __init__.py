@@ -10,6 +10,7 @@ from .actors.embedding import Embedding
 from .actors.engine import ActorStatistics, Engine, EngineStatistics, open_engine
 from .actors.model import Model, load_model
 from .actors.stream import DEFAULT_MAX_TOKENS, Options, Stream
+from .core.embeddings import EmbeddingRows
 from .core.errors import (
     DeadlineExceeded,
     EngineClosed,
@@ -40,6 +41,7 @@ __all__ = [
     "Delta",
     "DrafterStatistics",
     "Embedding",
+    "EmbeddingRows",
     "Engine",
     "EngineClosed",
     "EngineDead",

@@ -10,6 +10,7 @@ from types import TracebackType
 import anyio
 
 from ..core.channel import Mailbox
+from ..core.embeddings import Encoded
 from ..core.errors import ActorRestarted, DeadlineExceeded, ForerunError, LeaseLost, RequestFailed
 from ..core.messages import Admit, Forget, Prefill, Release
 from ..core.protocol import chunk_ends
@@ -30,7 +31,7 @@ class Embedding:
     def __init__(
         self,
         request_id: str,
-        encode: Callable[[], Awaitable[tuple[int, ...]]],
+        encode: Callable[[], Awaitable[Encoded]],
         boundary_ids: frozenset[int],
         mailboxes: tuple[Mailbox, Mailbox],
         pool: SequencePool,
@@ -43,7 +44,7 @@ class Embedding:
         self._memory, self._target = mailboxes
         self._timeout_seconds, self._deadline = timeout_seconds, math.inf
         self._flow = Flow(request_id, 0)
-        self._prompt: tuple[int, ...] = ()
+        self._prompt = Encoded(())
         self._ends: tuple[int, ...] = ()
         self._lease: Lease | None = None
         self._num_computed = self._num_given = self._num_losses = 0
@@ -53,7 +54,7 @@ class Embedding:
     @property
     def num_prompt_tokens(self) -> int:
         """Rows there will be in all; known once the first have come."""
-        return len(self._prompt)
+        return len(self._prompt.ids)
 
     async def __aenter__(self) -> Embedding:
         if self._timeout_seconds is not None:
@@ -82,10 +83,10 @@ class Embedding:
         raise DeadlineExceeded(f"not finished after {self._timeout_seconds} s")
 
     async def _next(self) -> tuple[int, F32]:
-        if not self._prompt:
+        if not self._prompt.ids:
             self._prompt = await self._encode()
-            self._ends = chunk_ends(self._prompt, self._boundary_ids)
-        if self._num_given == len(self._prompt):
+            self._ends = chunk_ends(self._prompt.ids, self._boundary_ids)
+        if self._num_given == len(self._prompt.ids):
             raise StopAsyncIteration
         while True:
             try:
@@ -113,13 +114,13 @@ class Embedding:
 
             # No ends: with nothing in it, for the rows of what is cached are gone.
             is_replay = self._was_preempted or self._num_losses > 0
-            admit = Admit(self._flow, self._prompt, (), "", len(self._prompt), 1, is_replay, self._was_preempted)
+            admit = Admit(self._flow, self._prompt, (), "", len(self._prompt.ids), 1, is_replay, self._was_preempted)
             self._memory_life = self._memory.life
             keep(await self._memory.ask(admit, undo=keep))
         assert self._lease is not None
         lease, position = self._lease.number, self._num_computed
         end = next(end for end in self._ends if end > position)
-        chunk = self._prompt[position:end]
+        chunk = self._prompt.ids[position:end]
         choosing = Choosing(SamplingParams())
         await self._target.ask(Prefill(self._flow, lease, position, chunk, choosing, is_last=False, is_kept=False))
         rows = self._pool[lease].hidden.read(position, len(chunk))

@@ -20,6 +20,7 @@ from anyio.abc import TaskGroup
 from ..core.actor import Actor, Executor, InPlace, Threads
 from ..core.channel import Mailbox, MailboxStatistics
 from ..core.checks import RANGES, check_logit_bias, check_ranges, check_stop
+from ..core.embeddings import Encoded
 from ..core.errors import (
     ActorRestarted,
     DeadlineExceeded,
@@ -50,6 +51,7 @@ from ..core.vocabulary import (
     check_salt,
 )
 from ..kernels.model import saved
+from ..kernels.model.inputs import violations_of
 from ..kernels.model.memory import MemoryParams, SequencePool
 from ..kernels.model.memory import num_pages as pages_of
 from ..kernels.model.prefix import PrefixStatistics
@@ -319,10 +321,10 @@ class Engine:
         self._check_open()
         prompt, name, stop_ids = check_prompt(prompt, self.model.context), request_id or self._new_id(), self.model.defaults.stop_ids
 
-        async def encode() -> tuple[int, ...]:
-            ids = await self._encode(name, prompt)
-            self._check_ids(ids)
-            return ids
+        async def encode() -> Encoded:
+            encoded = await self._encode(name, prompt)
+            self._check_encoded(encoded)
+            return encoded
 
         def tell(embedding: Embedding, is_open: bool) -> None:
             if is_open:
@@ -402,8 +404,8 @@ class Engine:
         fingerprint, blank, num_ids, context = self.model.fingerprint, self._pool.blank, self.model.num_token_ids, self.model.context
 
         def work() -> tuple[Request, tuple[int, ...], str]:
-            position, record, checksum = saved.check(path, fingerprint, blank)
-            request, output = saved.parse_record(record, request_id, num_ids, context)
+            position, record, checksum, rows = saved.check(path, fingerprint, blank)
+            request, output = saved.parse_record(record, rows, request_id, num_ids, context)
             if position != len(request.prompt_ids) + len(output) - 1:
                 raise SavedSequenceError(f"{path}: its request does not fit its position {position}")
             return request, output, checksum
@@ -419,9 +421,9 @@ class Engine:
         return request, Origin(SavedFile(path, checksum), output)
 
     async def tokenize(self, prompt: Prompt) -> tuple[int, ...]:
-        """The ids that `generate` takes a prompt for. InvalidRequest if it cannot be a prompt; RequestFailed, EngineClosed, EngineDead.
-        Cancelled: nothing is left behind."""
-        return await self._encode("tokenize", check_prompt(prompt, self.model.context))
+        """The ids that `generate` takes a prompt for, below 0 for embedding rows. InvalidRequest if it cannot be a prompt; RequestFailed,
+        EngineClosed, EngineDead. Cancelled: nothing is left behind."""
+        return (await self._encode("tokenize", check_prompt(prompt, self.model.context))).ids
 
     async def detokenize(self, token_ids: list[int]) -> str:
         """The text of at most as many ids as the context has positions; special tokens have none, and bytes that are no text become
@@ -436,8 +438,8 @@ class Engine:
             raise InvalidRequest([("ids", f"token id {bad[0]} is not below the vocabulary's {self.model.num_token_ids}")])
         return await anyio.to_thread.run_sync(lambda: Detokenizer(vocabulary).push(tuple(token_ids), is_last=True))
 
-    async def _encode(self, request_id: str, prompt: Prompt) -> tuple[int, ...]:
-        """The prompt's ids. A tokenizer that dies is asked once more; twice may be this prompt's doing."""
+    async def _encode(self, request_id: str, prompt: Prompt) -> Encoded:
+        """A tokenizer that dies is asked once more; twice may be this prompt's doing."""
         mailbox, message = self._mailboxes["tokenizer"], Encode(Flow(request_id, 0), prompt)
         try:
             return await mailbox.ask(message)
@@ -448,11 +450,11 @@ class Engine:
         except ActorRestarted as error:
             raise RequestFailed("the tokenizer failed twice on this request") from error
 
-    def _request(self, job: Job, ids: tuple[int, ...]) -> Request:
-        max_tokens, context = job.options.get("max_tokens"), self.model.context
+    def _request(self, job: Job, prompt: Encoded) -> Request:
+        max_tokens, context, ids = job.options.get("max_tokens"), self.model.context, prompt.ids
         room = context - len(ids)
         vocabulary = self.model.num_token_ids
-        self._check_ids(ids)
+        self._check_encoded(prompt)
         if room < 1:
             raise InvalidRequest([("prompt", f"{len(ids)} tokens leave no room in a context of {context}")])
         if max_tokens is not None and max_tokens > room:
@@ -468,17 +470,20 @@ class Engine:
         max_tokens = max_tokens or min(room, DEFAULT_MAX_TOKENS)
         salt = job.options.get("cache_salt") or ""
         num_logprobs = job.options.get("num_logprobs")
-        return Request(job.request_id, ids, max_tokens, job.sampling, stop_ids, vocabulary, boundary_ids, salt, stops, num_logprobs)
+        rest = boundary_ids, salt, stops, num_logprobs, prompt.embeddings
+        return Request(job.request_id, ids, max_tokens, job.sampling, stop_ids, vocabulary, *rest)
 
-    def _check_ids(self, ids: tuple[int, ...]) -> None:
-        """What a prompt's tokens must be, whatever is to be done with them."""
-        vocabulary, context = self.model.num_token_ids, self.model.context
+    def _check_encoded(self, prompt: Encoded) -> None:
+        """What a prompt's tokens and rows must be, whatever is to be done with them."""
+        vocabulary, context, ids = self.model.num_token_ids, self.model.context, prompt.ids
         if not ids:
             raise InvalidRequest([("prompt", "must not be empty")])
-        if bad := [token for token in ids if not 0 <= token < vocabulary]:
+        if bad := [token for token in prompt.token_ids if not 0 <= token < vocabulary]:
             raise InvalidRequest([("prompt", f"token id {bad[0]} is not below the vocabulary's {vocabulary}")])
         if len(ids) > context:
             raise InvalidRequest([("prompt", f"{len(ids)} tokens exceed the context of {context}")])
+        if violations := violations_of(prompt.embeddings, self.model.hidden):
+            raise InvalidRequest(violations)
 
     # Observation
 

@@ -101,7 +101,7 @@ class MemoryManager(Actor):
                 break
             await self._archive(self._folder, entry)
         waiting = [each for each in self._queue if not each[1].is_replay]
-        sizes = itertools.accumulate(len(admit.prompt) for _, admit, _ in waiting)
+        sizes = itertools.accumulate(len(admit.prompt.ids) for _, admit, _ in waiting)
         for place, (each, num_tokens) in enumerate(zip(waiting, sizes, strict=True)):
             if place >= self._queue_size or num_tokens > self._queue_tokens:
                 self._queue.remove(each)
@@ -207,11 +207,11 @@ class MemoryManager(Actor):
         if folder is None or not len(folder) or self._looked_up is envelope or self._pool.num_used == self._pool.num_slots:
             return
         self._looked_up = envelope
-        found = prefixes.find(message.prompt, message.ends, message.salt)
+        found = prefixes.find(message.prompt.ids, message.ends, message.salt)
         start = found.checkpoint.position if found is not None else 0
         there = [
             (end, key)
-            for end, key in keys(message.prompt, message.ends[:-1], message.salt)
+            for end, key in keys(message.prompt.ids, message.ends[:-1], message.salt)
             if end > start and key in folder and folder.size(key) <= prefixes.max_bytes
         ]
         if not there:

@@ -49,7 +49,8 @@ class Defaults:
 
 
 class Model(Protocol):
-    """A model ready to run. `vocabulary` is None without a tokenizer; there are `num_token_ids` ids and `context` positions."""
+    """A model ready to run. `vocabulary` is None without a tokenizer; there are `num_token_ids` ids and `context` positions;
+    rows have `hidden` dimensions."""
 
     @property
     def name(self) -> str: ...
@@ -61,6 +62,8 @@ class Model(Protocol):
     def num_token_ids(self) -> int: ...
     @property
     def context(self) -> int: ...
+    @property
+    def hidden(self) -> int: ...
     @property
     def has_mtp(self) -> bool: ...
 
@@ -97,6 +100,10 @@ class LoadedModel:
     @property
     def context(self) -> int:
         return self.weights.config.context
+
+    @property
+    def hidden(self) -> int:
+        return self.weights.config.hidden
 
     @property
     def has_mtp(self) -> bool:

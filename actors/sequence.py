@@ -15,6 +15,7 @@ from pathlib import Path
 import anyio
 
 from ..core.channel import Mailbox
+from ..core.embeddings import Encoded
 from ..core.errors import ActorRestarted, ForerunError, LeaseLost, RequestFailed, SavedSequenceError, WorkFailed
 from ..core.messages import Admit, Commit, Forget, Freeze, Observe, Prefill, Publish, Release, Save, Verify
 from ..core.outbox import Outbox
@@ -174,7 +175,8 @@ class Sequence:
         prompt, ends = request.prompt_ids, self.protocol.chunk_ends
         saved = self._origin.file if self._origin is not None and not is_replay else None
         num_tokens = len(prompt) + request.max_tokens
-        admit = Admit(self._flow, prompt, ends, request.cache_salt, num_tokens, max_rows, is_replay, self._was_preempted, saved)
+        encoded = Encoded(prompt, request.embeddings)
+        admit = Admit(self._flow, encoded, ends, request.cache_salt, num_tokens, max_rows, is_replay, self._was_preempted, saved)
         self._memory_life = self._to.memory.life
 
         def keep(lease: Lease) -> None:

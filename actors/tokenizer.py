@@ -16,15 +16,18 @@ from tokenizers import Tokenizer
 
 from ..core.actor import Actor, Executor
 from ..core.channel import RETRY_AFTER_SECONDS, Envelope, Mailbox
+from ..core.embeddings import EmbeddingRows, Encoded, Part, lay_out
 from ..core.errors import ActorStuck, ForerunError, InternalBug, InvalidRequest, Overloaded, RequestFailed
 from ..core.messages import Encode
-from ..core.vocabulary import Message
+from ..core.vocabulary import Message, Prompt
 from . import chat_template
 
 logger = logging.getLogger("forerun")
 
 #: encoding speed of byte-level BPE on one core, characters a second, rounded down
 CHARACTERS_PER_SECOND = 1e6
+#: of embedding rows, likewise
+BYTES_PER_SECOND = 1e8
 #: prompts taken out of the mailbox at a time
 NUM_AT_ONCE = 64
 #: a text of more characters is long: encoding takes some 250 bytes a character, so few are encoded at a time, and few may wait for that
@@ -101,8 +104,8 @@ class Detokenizer:
 
 
 class TokenizerActor(Actor):
-    """Texts and chats are encoded side by side, so that a slow one holds up its own request alone; a prompt of ids is no work. What is
-    wrong with one prompt, even a bug that it alone brings out, ends that request."""
+    """Texts, chats and parts are encoded side by side, so that a slow one holds up its own request alone; a prompt of ids is no work.
+    What is wrong with one prompt, even a bug that it alone brings out, ends that request."""
 
     def __init__(self, mailbox: Mailbox, executor: Executor, vocabulary: Vocabulary | None) -> None:
         super().__init__(mailbox, executor)
@@ -122,15 +125,15 @@ class TokenizerActor(Actor):
                 raise InternalBug(f"tokenizer got {message!r}")
             prompt = message.prompt
             if isinstance(prompt, list) and all(isinstance(token, int) for token in prompt):
-                envelope.answer(tuple(cast("list[int]", prompt)))
+                envelope.answer(Encoded(tuple(cast("list[int]", prompt))))
             else:
                 await self._room.acquire()  # while it waits the mailbox fills, and refuses
-                self._group.start_soon(self._encode, envelope, cast("str | list[Message]", prompt))
+                self._group.start_soon(self._encode, envelope, prompt)
 
-    async def _encode(self, envelope: Envelope, prompt: str | list[Message]) -> None:
+    async def _encode(self, envelope: Envelope, prompt: Prompt) -> None:
         try:
             if not envelope.is_abandoned:
-                envelope.answer(await self._ids(prompt))
+                envelope.answer(await self._encoded(prompt))
         except ForerunError as error:
             envelope.fail(error)
         except (InternalBug, ActorStuck):
@@ -144,19 +147,26 @@ class TokenizerActor(Actor):
             self._room.release()
             self.num_steps += 1
 
+    async def _encoded(self, prompt: Prompt) -> Encoded:
+        if not isinstance(prompt, str) and not isinstance(prompt[0], dict):
+            parts = cast("list[Part]", prompt)
+            num_bytes = sum(len(part.data) for part in parts if isinstance(part, EmbeddingRows))
+            return await self.compute(lambda: lay_out(parts), num_bytes / BYTES_PER_SECOND)
+        return Encoded(await self._ids(cast("str | list[Message]", prompt)))
+
     async def _ids(self, prompt: str | list[Message]) -> tuple[int, ...]:
         vocabulary = self._vocabulary
         if vocabulary is None:
             raise InvalidRequest([("prompt", "this model has no tokenizer.json, only token ids can be given")])
         if isinstance(prompt, str):
-            return await self._encoded(lambda: vocabulary.encode(prompt), len(prompt))
+            return await self._tokens(lambda: vocabulary.encode(prompt), len(prompt))
         if vocabulary.chat_template is None:
             raise InvalidRequest([("prompt", "this model has no chat template, give text or token ids")])
         async with self._renderers:
             parts = await chat_template.render(vocabulary.chat_template, prompt, vocabulary.specials)
-        return await self._encoded(lambda: vocabulary.encode_rendered(parts), sum(len(text) for _, text in parts))
+        return await self._tokens(lambda: vocabulary.encode_rendered(parts), sum(len(text) for _, text in parts))
 
-    async def _encoded(self, work: Callable[[], tuple[int, ...]], length: int) -> tuple[int, ...]:
+    async def _tokens(self, work: Callable[[], tuple[int, ...]], length: int) -> tuple[int, ...]:
         if length <= LONG:
             return await self.compute(work, length / CHARACTERS_PER_SECOND)
         if self._num_long == MAX_LONG:

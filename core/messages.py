@@ -1,8 +1,9 @@
 """Every message between actors: who sends it, to whom, when. This file is the architecture diagram.
 
-Messages carry handles and small integers, never activations. A `Mail[R]` is answered with an R when it is asked, and
-with nothing when it is told. Every request names the absolute position it continues from, so rolling back is asking for
-an earlier position. `lease` is a number never given twice; memory of a former life is refused by it (LeaseLost).
+Messages carry handles and small integers, never activations; the rows a prompt brings are the caller's, and pass by
+reference. A `Mail[R]` is answered with an R when it is asked, and with nothing when it is told. Every request names the
+absolute position it continues from, so rolling back is asking for an earlier position. `lease` is a number never given
+twice; memory of a former life is refused by it (LeaseLost).
 
     sequence --Encode--> tokenizer              sequence --Admit/Publish/Save/Release--> memory manager
     sequence --Prefill/Verify/Freeze/Forget--> target decoder
@@ -16,6 +17,7 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
 
+from .embeddings import Encoded
 from .speculation import Draft
 from .trace import Flow
 from .vocabulary import Choosing, Lease, Prompt, SavedFile, Verdict
@@ -40,8 +42,8 @@ class Mail(Generic[R]):
 
 
 @dataclass(frozen=True, slots=True)
-class Encode(Mail[tuple[int, ...]]):
-    """Sequence to tokenizer, once: prompt to token ids. Special tokens come from the chat template alone."""
+class Encode(Mail[Encoded]):
+    """Sequence to tokenizer, once: prompt to ids. Special tokens come from the chat template alone."""
 
     prompt: Prompt
     when_full = WhenFull.REFUSE
@@ -55,7 +57,7 @@ class Admit(Mail[Lease]):
     again, and nobody for it. With `saved`, what that file
     holds is in the memory, and nothing else."""
 
-    prompt: tuple[int, ...]
+    prompt: Encoded
     ends: tuple[int, ...]
     salt: str
     num_tokens: int

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import SupportsIndex, TypedDict, cast
 
 from .checks import check_logit_bias, check_ranges, check_text
+from .embeddings import EmbeddingRows, Part
 from .errors import InvalidRequest
 from .speculation import DrafterName, Speculation
 
@@ -22,8 +23,8 @@ class Message(TypedDict):
     content: str
 
 
-#: What a caller may give as a prompt: text, token ids, or a chat.
-Prompt = str | list[int] | list[Message]
+#: What a caller may give as a prompt: text, token ids, a chat, or parts that are token ids or embedding rows.
+Prompt = str | list[int] | list[Message] | list[Part]
 
 
 #: who may speak in a chat
@@ -35,7 +36,7 @@ MAX_MESSAGES, MAX_VIOLATIONS = 4096, 32
 
 
 def check_prompt(prompt: object, most: int) -> Prompt:
-    """The prompt, with its ids as plain ints, `most` of them; InvalidRequest lists what is wrong with its form."""
+    """The prompt, with its ids as plain ints, `most` of them (rows are counted too); InvalidRequest lists what is wrong with its form."""
     violations: list[tuple[str, str]] = []
     if isinstance(prompt, str):
         violations += check_text("prompt", prompt)
@@ -53,14 +54,43 @@ def check_prompt(prompt: object, most: int) -> Prompt:
             violations += [(f"prompt[{i}].{key}", "is not part of a message") for key in message if key not in ("role", "content")]
             if len(violations) > MAX_VIOLATIONS:
                 break
+    elif (ids := _plain_ids(cast("object", prompt))) is not None:
+        return ids
+    elif all(isinstance(part, Sequence | EmbeddingRows) for part in cast("Sequence[object]", prompt)):
+        return _check_parts(cast("Sequence[object]", prompt), most)
     else:
-        parts = cast("Sequence[object]", prompt)
-        if all(isinstance(part, SupportsIndex) and not isinstance(part, bool) for part in parts):
-            return [index(part) for part in cast("Sequence[SupportsIndex]", parts)]
-        violations.append(("prompt", "must hold token ids only, or chat messages only"))
+        violations.append(("prompt", "must hold token ids only, chat messages only, or parts only"))
     if violations:
         raise InvalidRequest(violations)
     return cast(Prompt, prompt)
+
+
+def _plain_ids(ids: object) -> list[int] | None:
+    """A sequence of whole numbers, of whatever type."""
+    given = cast("Sequence[object]", ids) if isinstance(ids, Sequence) else (None,)
+    if not all(isinstance(each, SupportsIndex) and not isinstance(each, bool) for each in given):
+        return None
+    return [index(each) for each in cast("Sequence[SupportsIndex]", given)]
+
+
+def _check_parts(given: Sequence[object], most: int) -> Prompt:
+    parts: list[Part] = []
+    violations: list[tuple[str, str]] = []
+    for i, part in enumerate(given):
+        if isinstance(part, EmbeddingRows):
+            violations += part.check(f"prompt[{i}]")
+            parts.append(part)
+        elif (ids := _plain_ids(part)) is not None:
+            parts.append(ids)
+        else:
+            violations.append((f"prompt[{i}]", "must be token ids or embedding rows"))
+        if len(violations) > MAX_VIOLATIONS:
+            break
+    if not violations and not 0 < sum(len(part) for part in parts) <= most:
+        violations.append(("prompt", f"must have 1 to {most} token ids and rows"))
+    if violations:
+        raise InvalidRequest(violations)
+    return parts
 
 
 #: characters of a cache salt: room for a tenant's name and a hash
@@ -151,7 +181,7 @@ class Request:
     prompts is shared by those with the same `cache_salt`."""
 
     request_id: str
-    prompt_ids: tuple[int, ...]
+    prompt_ids: tuple[int, ...]  # an embedding row has one below 0
     max_tokens: int
     sampling: SamplingParams
     stop_ids: frozenset[int]
@@ -160,6 +190,7 @@ class Request:
     cache_salt: str = ""
     stop: tuple[str, ...] = ()
     num_logprobs: int | None = None
+    embeddings: tuple[tuple[int, EmbeddingRows], ...] = ()  # as in embeddings.Encoded
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from forerun.core.embeddings import EmbeddingRows, Part
 from forerun.kernels.formats import safetensors
 from forerun.kernels.model.config import load_config
 from forerun.kernels.model.weights import expected_tensors
@@ -62,6 +63,24 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 def prompt(length: int) -> list[int]:
     return [int(t) for t in np.random.Generator(np.random.PCG64(length)).integers(0, 250, length)]
+
+
+def prompt_with_rows(hidden: int, *, is_text: bool = False) -> list[Part]:
+    """9 tokens, 20 rows that lie as an image of 4 by 5 patches does, 8 tokens, 3 rows that lie as text does, 50 tokens. `is_text`: all
+    rows lie so."""
+    rng = np.random.Generator(np.random.PCG64(hidden))
+    image, more = ((rng.random((n, hidden)) * 2 - 1).astype(np.float32) for n in (20, 3))
+    patches = None if is_text else [(0, i // 5, i % 5) for i in range(20)]
+    ids = prompt(67)
+    return [ids[:9], EmbeddingRows.of(image, patches), ids[9:17], EmbeddingRows.of(more), ids[17:]]
+
+
+def places_of_rows(*, is_text: bool = False) -> list[tuple[int, int, int]]:
+    """(t, h, w) of that prompt's positions, written down by hand, and of STEPS more."""
+    if is_text:
+        return [(i, i, i) for i in range(90 + STEPS)]
+    image = [(9, 9 + i // 5, 9 + i % 5) for i in range(20)]
+    return [(i, i, i) for i in range(9)] + image + [(i, i, i) for i in range(14, 14 + 61 + STEPS)]
 
 
 def _random(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:

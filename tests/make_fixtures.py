@@ -6,7 +6,7 @@
 Trunk: logits of every position of prompts of LENGTHS tokens, then of STEPS greedy steps. MTP: the formulas of
 DeepSeek-V3 section 2.2 as Qwen3.5 uses them, written out here in torch, independently of kernels/model/mtp.py: logits
 of every row of a warm-up over the whole 65-token prompt and its greedy continuation, and of three chained drafts from
-several positions, greedily.
+several positions, greedily. Rows: logits of a prompt with embedding rows (checkpoints.prompt_with_rows) and STEPS greedy steps.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as functional
+from forerun.core.embeddings import EmbeddingRows, Part
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, Qwen3_5MoeForCausalLM
 
-from tests.checkpoints import DRAFT_FROM, LAYOUTS, LENGTHS, NUM_DRAFTS, STEPS, make, prompt
+from tests.checkpoints import DRAFT_FROM, LAYOUTS, LENGTHS, NUM_DRAFTS, STEPS, make, places_of_rows, prompt, prompt_with_rows
 
 
 class Mtp:
@@ -126,7 +127,26 @@ def record(name: str, folder: Path) -> dict[str, Any]:
             tokens = torch.cat([tokens, logits[-1:].argmax(-1)])
             rows = torch.cat([rows, outputs[-1:]])
     out["mtp_chains"] = np.stack(chains).reshape(len(DRAFT_FROM), NUM_DRAFTS, -1)
-    return out
+    return out | rows(model, is_text=name == "next")
+
+
+def rows(model: Any, *, is_text: bool) -> dict[str, Any]:
+    """A prompt with embedding rows, and what follows it."""
+    table, parts = model.get_input_embeddings(), prompt_with_rows(model.config.get_text_config().hidden_size, is_text=is_text)
+
+    def embedded(part: Part) -> Any:
+        if isinstance(part, EmbeddingRows):
+            return torch.tensor(np.frombuffer(part.data, "<f4").reshape(-1, part.width))
+        return table(torch.tensor(part))
+
+    x, places, tokens = torch.cat([embedded(part) for part in parts])[None], torch.tensor(places_of_rows(is_text=is_text)).T[:, None], []
+    for _ in range(STEPS + 1):
+        at = places[0, :, : x.shape[1]] if is_text else places[..., : x.shape[1]]
+        given = {"inputs_embeds": x, "position_ids": at, "attention_mask": torch.ones(x.shape[:2], dtype=torch.long), "use_cache": False}
+        logits = model(**given).logits[0]
+        tokens.append(int(logits[-1].argmax()))
+        x = torch.cat([x, table(torch.tensor([tokens[-1:]]))], 1)
+    return {"logits_rows": logits.numpy(), "tokens_rows": np.array(tokens[:-1])}
 
 
 def main() -> None:

@@ -129,7 +129,7 @@ async def test_damaged_and_foreign_files_are_refused_and_what_runs_goes_on(
         places += [good.index(text) + 12 for text in (b'"checksum"', b'"position"', b'"record"')] + [len(good) - 1]
         places += random.Random(1).sample(range(len(header.raw)), 20) + random.Random(2).sample(range(len(good)), 20)
         broken = [good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :] for place in places]
-        broken += [good[:-1], good + b"\0", good[:100], b"", good.replace(b"sequence 1", b"sequence 2")]
+        broken += [good[:-1], good + b"\0", good[:100], b"", good.replace(b"sequence 2", b"sequence 1")]
         async with engine.generate(HELD_OUT[0], **OPTIONS) as running:
             for contents in broken:
                 bad.write_bytes(contents)
@@ -171,10 +171,13 @@ async def test_a_forged_answer_ends_its_own_request_when_it_is_computed_again(de
         assert len(other.result.token_ids) == 60
 
 
+NO_ROWS = np.zeros((0, 4), np.float32)
+
+
 def test_requests_that_make_no_sense_are_refused() -> None:
     request = Request("a", (1, 2), 10, SamplingParams(0.5, seed=2**63), frozenset({5}), 100, frozenset({5}), "salt")
     record = saved.record_of(request, [3, 4])
-    assert saved.parse_record(record, "b", 100, 50) == (replace(request, request_id="b"), (3, 4))
+    assert saved.parse_record(record, NO_ROWS, "b", 100, 50) == (replace(request, request_id="b"), (3, 4))
     values: dict[str, Any] = json.loads(record)
     wrong: list[dict[str, Any]] = [
         {"prompt_ids": []}, {"prompt_ids": [1, 100]}, {"prompt_ids": [1.5]}, {"prompt_ids": 7}, {"output_ids": []}, {"output_ids": [-1]},
@@ -186,15 +189,16 @@ def test_requests_that_make_no_sense_are_refused() -> None:
     ]  # fmt: skip
     for change in wrong:
         with pytest.raises(forerun.SavedSequenceError, match="makes no sense"):
-            saved.parse_record(json.dumps(values | change), "b", 100, 50)
+            saved.parse_record(json.dumps(values | change), NO_ROWS, "b", 100, 50)
     for text in ("", "[]", "null", "{}", "[" * 100_000):
         with pytest.raises(forerun.SavedSequenceError, match="makes no sense"):
-            saved.parse_record(text, "b", 100, 50)
+            saved.parse_record(text, NO_ROWS, "b", 100, 50)
 
 
 def snapshot(value: float, position: int = 64) -> Snapshot:
     state = [np.full((2, 1, 1, 64, 512), value, np.float32) for _ in range(3)]
-    return Snapshot(Checkpoint(position, *state), *(np.full((2, 1, 1, position, 512), value, np.float32) for _ in range(2)))
+    trunk, mtp = (np.full((2, 1, 1, position, 512), value, np.float32) for _ in range(2))
+    return Snapshot(Checkpoint(position, *state), trunk, mtp, np.full((1, 512), value, np.float32))
 
 
 def value_in(path: Path) -> float:
@@ -256,7 +260,7 @@ def test_hostile_headers_cost_nothing(tmp_path: Path) -> None:
             saved.check(tmp_path / "bad", "f" * 64, snapshot(0, 0))
 
     metadata = {"format": saved.FORMAT, "model": "f" * 64, "position": "64", "record": "", "checksum": "0" * 64}
-    shapes = snapshot(0, 0).shapes_at(64)
+    shapes = snapshot(0, 0).shapes_at(64, 1)
     offset, tensors = 0, dict[str, Any]()
     for name, shape in sorted(shapes.items()):
         end = offset + 4 * int(np.prod(shape))

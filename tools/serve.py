@@ -30,6 +30,7 @@ def add_parser(commands: Any) -> None:
     flags.option(parser, "--queue-size", type=int, default=256, help="requests that may wait for memory (default: 256)")
     flags.option(parser, "--queue-tokens", type=int, default=4_000_000, help="tokens their prompts may have together (default: 4000000)")
     flags.option(parser, "--stall-timeout", type=float, default=30.0, help="seconds after which who does not read is dropped (default: 30)")
+    flags.option(parser, "--max-message-mib", type=int, default=4, help="MiB a request may have, embedding rows need more (default: 4)")
     flags.option(parser, "--state-folder", type=Path, help="where AdminService saves requests")
     parser.add_argument("--otel", action="store_true", help="export OpenTelemetry spans, where OTEL_EXPORTER_OTLP_ENDPOINT says")
     flags.option(parser, "--event-loop", default="asyncio", help="asyncio or trio (default: asyncio)")
@@ -57,7 +58,11 @@ def run(args: argparse.Namespace) -> None:
     tls = Tls(args.ssl_cert_file, args.ssl_key_file, args.ssl_client_ca_file) if args.ssl_cert_file is not None else None
     if args.ssl_client_ca_file is not None and tls is None:
         raise InvalidRequest([("--ssl-client-ca-file", "needs --ssl-cert-file")])
-    params = ServerParams(args.host, args.port, _tokens(args), args.admin_key, tls, args.insecure, args.stall_timeout)
+    if not 1 <= args.max_message_mib <= 1024:
+        raise InvalidRequest([("--max-message-mib", "must be between 1 and 1024")])
+    params = ServerParams(
+        args.host, args.port, _tokens(args), args.admin_key, tls, args.insecure, args.stall_timeout, args.max_message_mib * 2**20
+    )
     num_pages = None if args.ctx_size is None else max(1, -(-args.ctx_size // PAGE))
     run_server(
         lambda: flags.engine(

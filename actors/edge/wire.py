@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, cast
 
 from forerun.v1 import generation_service_pb2 as pb
 from forerun.v1 import trace_service_pb2
 
+from ...core.embeddings import EmbeddingRows, Part
 from ...core.errors import InvalidRequest
 from ...core.trace import Counter, Event, Span
 from ...core.vocabulary import (
@@ -43,8 +45,20 @@ def prompt_of(prompt: pb.Prompt) -> Prompt:
             if len(prompt.chat.messages) > MAX_MESSAGES:
                 raise InvalidRequest([("prompt.chat.messages", f"must be at most {MAX_MESSAGES}")])
             return [Message(role=message.role, content=message.content) for message in prompt.chat.messages]
+        case "parts":
+            return [_part_of(part, f"prompt[{i}]") for i, part in enumerate(prompt.parts.parts)]
         case _:
-            raise InvalidRequest([("prompt", "must be text, token_ids or chat")])
+            raise InvalidRequest([("prompt", "must be text, token_ids, chat or parts")])
+
+
+def _part_of(part: pb.PromptPart, field: str) -> Part:
+    if part.WhichOneof("kind") != "rows":
+        return list(part.token_ids.ids)
+    rows, flat = part.rows, part.rows.coordinates
+    if len(flat) % 3:
+        raise InvalidRequest([(f"{field}.coordinates", "must be three numbers for each row")])
+    triples = [(flat[i], flat[i + 1], flat[i + 2]) for i in range(0, len(flat), 3)]
+    return EmbeddingRows(rows.data, rows.width, triples or None)
 
 
 def options_of(request: pb.GenerateRequest) -> Options:
@@ -58,9 +72,13 @@ def options_of(request: pb.GenerateRequest) -> Options:
 
 def with_paths(error: InvalidRequest) -> InvalidRequest:
     """The same violations, each with the path of its field in the message."""
-    return InvalidRequest(
-        [(PATHS.get(field, field.replace("prompt[", "prompt.chat.messages[")), problem) for field, problem in error.violations]
-    )
+    return InvalidRequest([(_path_of(field), problem) for field, problem in error.violations])
+
+
+def _path_of(field: str) -> str:
+    if part := re.fullmatch(r"prompt\[(\d+)\]\.((?:data|width|coordinates).*)", field):
+        return f"prompt.parts.parts[{part[1]}].rows.{part[2]}"
+    return PATHS.get(field, field.replace("prompt[", "prompt.chat.messages["))
 
 
 def sampling_message(sampling: SamplingParams) -> pb.SamplingParams:

@@ -79,7 +79,8 @@ typedef struct {
     const Op *ops;
     int32_t num_ops, num_buffers;
     const int32_t *widths; /* of the buffers */
-    const int32_t *tokens; /* [rows] */
+    const int32_t *tokens; /* [rows]; -1 - i stands for row i of: */
+    const float *rows;     /* [., width of what embeddings go into] */
     const float *cos, *sin; /* [rows, rotary_dim / 2] */
     const Span *spans;
     int32_t num_spans, num_rows;

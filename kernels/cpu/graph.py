@@ -10,11 +10,12 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from ..backend import F32
+from ..model.inputs import Rotary, inputs_of
 from ..model.memory import SequenceMemory
 from ..model.mtp import HeadBase, MtpRows
 from ..model.pages import PAGE, KeyValues
 from ..model.recurrent import RecurrentLog, RecurrentStore, SnapshotRing
-from ..model.trunk import Rotary, Rows, TrunkBase
+from ..model.trunk import Rows, TrunkBase
 from ..model.weights import DeltaWeights, ModelWeights
 from .library import CHUNK, LOG, RING, SpanStruct
 from .matrices import CpuBackend, CpuMatrix, address
@@ -75,7 +76,7 @@ class CpuTrunk(TrunkBase):
     def __init__(self, weights: ModelWeights, backend: CpuBackend) -> None:
         self.weights, c = weights, weights.config
         self.operations_per_second = backend.operations_per_second
-        self._rotary, self._spans = Rotary(c.rotary_dim, c.rope_theta), _Spans()
+        self._rotary, self._spans = Rotary(c.rotary_dim, c.rope_theta, c.mrope_sections), _Spans()
         self._chunks, self._steps, self._replays = (Program(c, backend) for _ in range(3))
         for program in (self._chunks, self._steps):
             x, self._hidden = program.buffer("x", c.hidden), program.buffer("hidden", c.hidden)
@@ -110,12 +111,11 @@ class CpuTrunk(TrunkBase):
         return hidden
 
     def _run(self, program: Program, batch: Sequence[Rows], spans: Sequence[SpanStruct], given: dict[int, F32]) -> None:
-        tokens = [token for rows in batch for token in rows.tokens]
-        rotary = self._rotary([p for rows in batch for p in range(rows.position, rows.position + len(rows.tokens))])
+        inputs, rotary = inputs_of(batch), self._rotary(batch)
         for rows in batch:
             rows.memory.recurrent.begin()
         try:
-            program.run(len(tokens), given, tokens, rotary, spans)
+            program.run(len(inputs[0]), given, inputs, rotary, spans)
         except (IndexError, MemoryError):  # nothing has been touched
             for rows in batch:
                 rows.memory.recurrent.stayed()
@@ -133,7 +133,7 @@ class CpuHead(HeadBase):
     def __init__(self, weights: ModelWeights, backend: CpuBackend) -> None:
         super().__init__(weights, backend)
         c = weights.config
-        self._rotary, self._spans = Rotary(c.rotary_dim, c.rope_theta), _Spans()
+        self._rotary, self._spans = Rotary(c.rotary_dim, c.rope_theta, c.mrope_sections), _Spans()
         self._all, self._last, self._guess = (self._graph(weights, backend, is_last) for is_last in (False, True, True))
         program, _, out = self._guess
         self._logits = program.buffer("logits", self.head.outputs)
@@ -168,10 +168,8 @@ class CpuHead(HeadBase):
     ) -> F32:
         program, before, out = graph
         spans = [self._spans.mtp(rows.memory, rows.position, len(rows.tokens)) for rows in batch]
-        tokens = [token for rows in batch for token in rows.tokens]
         hidden, outputs = self.hidden_of(batch), np.empty((num_outputs, self.hidden), np.float32)
-        rotary = self._rotary([p for rows in batch for p in range(rows.position, rows.position + len(rows.tokens))])
-        program.run(len(tokens), {before: hidden, out: outputs, **given}, tokens, rotary, spans)
+        program.run(len(hidden), {before: hidden, out: outputs, **given}, inputs_of(batch), self._rotary(batch), spans)
         return outputs
 
     def logits(self, outputs: F32) -> F32:

@@ -50,8 +50,8 @@ class OpStruct(Structure):
 class CallStruct(Structure):
     _fields_ = [
         ("sizes", POINTER(SizesStruct)), ("ops", POINTER(OpStruct)), ("num_ops", c_int32), ("num_buffers", c_int32),
-        ("widths", POINTER(c_int32)), ("tokens", POINTER(c_int32)), ("cos", c_void_p), ("sin", c_void_p), ("spans", POINTER(SpanStruct)),
-        ("num_spans", c_int32), ("num_rows", c_int32), ("given", POINTER(c_void_p)),
+        ("widths", POINTER(c_int32)), ("tokens", POINTER(c_int32)), ("rows", c_void_p), ("cos", c_void_p), ("sin", c_void_p),
+        ("spans", POINTER(SpanStruct)), ("num_spans", c_int32), ("num_rows", c_int32), ("given", POINTER(c_void_p)),
     ]  # fmt: skip
 
 

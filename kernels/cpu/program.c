@@ -409,8 +409,12 @@ static void step(Run *run, int number, int thread, int num_threads) {
     int rows = rows_of(run, op), unit;
     switch (op->code) {
     case EMBED:
-        while ((unit = take(run, number)) < rows)
-            row_of(op->matrices, call->tokens[unit], run->buffers[op->out[0]] + (int64_t)unit * call->widths[op->out[0]]);
+        while ((unit = take(run, number)) < rows) {
+            int32_t token = call->tokens[unit], n = call->widths[op->out[0]];
+            float *to = run->buffers[op->out[0]] + (int64_t)unit * n;
+            if (token < 0) memcpy(to, call->rows + (int64_t)(-1 - token) * n, n * sizeof *to);
+            else row_of(op->matrices, token, to);
+        }
         break;
     case NORM:
         while ((unit = take(run, number)) < rows) {

@@ -133,19 +133,24 @@ class Program:
         return CallStruct(pointer(self._sizes), ops, len(ops), len(widths), widths)
 
     def run(
-        self, num_rows: int, given: Mapping[int, F32], tokens: Sequence[int] = (), rotary: tuple[F32, F32] | None = None,
-        spans: Sequence[SpanStruct] = (),
+        self, num_rows: int, given: Mapping[int, F32], inputs: tuple[Sequence[int], F32 | None] = ((), None),
+        rotary: tuple[F32, F32] | None = None, spans: Sequence[SpanStruct] = (),
     ) -> None:  # fmt: skip
-        """Runs all steps over `num_rows` rows. `given` are buffers of the caller's, [rows, width], read or written; they, and the tables
-        of `rotary`, are C-contiguous. IndexError when a token has no embedding, MemoryError: then nothing has been touched."""
+        """Runs all steps over `num_rows` rows, whose `inputs` are as in model/inputs.py. `given` are buffers of the caller's, [rows,
+        width], read or written; they, and the tables of `rotary`, are C-contiguous. IndexError when a token has no embedding,
+        MemoryError: then nothing has been touched."""
         call = CallStruct.from_buffer_copy(self._call)  # other threads may be calling, too
         addresses = (c_void_p * call.num_buffers)()
         for buffer, array in given.items():
             addresses[buffer] = address(array)
-        if any(not 0 <= token < self._num_ids for token in tokens):  # C would read what is not there
+        tokens, rows = inputs
+        num_given = len(rows) if rows is not None else 0
+        if any(not -num_given <= token < self._num_ids for token in tokens):  # C would read what is not there
             raise IndexError(f"a token is not one of {self._num_ids}")
         ids, of = (c_int32 * len(tokens))(*tokens), (SpanStruct * len(spans))(*spans)
         call.tokens, call.spans, call.num_spans, call.num_rows, call.given = ids, of, len(spans), num_rows, addresses
+        if rows is not None:
+            call.rows = address(rows)
         if rotary is not None:
             call.cos, call.sin = address(rotary[0]), address(rotary[1])
         self._backend.library.run(call, self._backend.num_threads)

@@ -18,6 +18,13 @@ __device__ __forceinline__ i64 page_at(const Span &s, int layer, i64 position, i
     return (((i64)layer * s.num_pages + s.table[position / PAGE]) * KV_HEADS + kv) * PAGE * HEAD_DIM;
 }
 
+/* What frequency i turns by (M-RoPE): h where i % 3 == 1 and i < 3 MROPE_H, w where i % 3 == 2 and i < 3 MROPE_W, else t. */
+__device__ __forceinline__ i64 coordinate(const Span &s, i64 position, int i) {
+    if (position >= s.num_coordinates) return position - s.num_coordinates + s.free;
+    int axis = i % 3 == 1 && i < 3 * MROPE_H ? 1 : i % 3 == 2 && i < 3 * MROPE_W ? 2 : 0;
+    return s.coordinates[3 * position + axis];
+}
+
 /* Norms and turns queries and keys, and puts keys and values into their pages. q [rows, HEADS, 2 HEAD_DIM] with gates between, queries
  * [rows, HEADS, HEAD_DIM]. Grid: (rows, (HEADS + KV_HEADS) / 4), a warp a head. */
 extern "C" __global__ void __launch_bounds__(128)
@@ -50,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(128)
             if (at < ROTARY_DIM) {
                 bool is_first = at < ROTARY_DIM / 2;
                 float other = own[is_first ? at + ROTARY_DIM / 2 : at - ROTARY_DIM / 2], sine, cosine;
-                sincosf((float)position * frequencies[frequency], &sine, &cosine);
+                sincosf((float)coordinate(s, position, frequency) * frequencies[frequency], &sine, &cosine);
                 value = fmaf(other, is_first ? -sine : sine, value * cosine);
             }
             pair[j] = value;

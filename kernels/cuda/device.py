@@ -33,7 +33,7 @@ def sizes_of(config: ModelConfig) -> dict[str, int]:
     return {
         "KEY_DIM": c.key_dim, "VALUE_DIM": c.value_dim, "KEY_HEADS": c.key_heads, "VALUE_HEADS": c.value_heads, "IS_TILED": int(c.is_tiled),
         "CONV_WIDTH": c.conv_width, "NUM_DELTA": max(c.num_delta, 1), "COLUMNS": columns_of(c), "HEADS": c.heads, "KV_HEADS": c.kv_heads,
-        "HEAD_DIM": c.head_dim, "ROTARY_DIM": c.rotary_dim,
+        "HEAD_DIM": c.head_dim, "ROTARY_DIM": c.rotary_dim, "MROPE_H": c.mrope_sections[1], "MROPE_W": c.mrope_sections[2],
     }  # fmt: skip
 
 
@@ -290,7 +290,8 @@ class SpanStruct(ctypes.Structure):
 
     _fields_ = (
         ("position", c_longlong), ("base", c_longlong), ("states", c_void_p), ("columns", c_void_p), ("gates", c_void_p),
-        ("keys", c_void_p), ("values", c_void_p), ("table", c_void_p), ("hidden", c_void_p), ("num_pages", c_longlong),
+        ("keys", c_void_p), ("values", c_void_p), ("table", c_void_p), ("hidden", c_void_p), ("coordinates", c_void_p),
+        ("given", c_void_p), ("num_coordinates", c_longlong), ("free", c_longlong), ("num_pages", c_longlong),
         ("first_row", c_int), ("num_rows", c_int), ("store", c_int), ("state_slots", c_int), ("column_slots", c_int),
         ("hidden_slots", c_int),
     )  # fmt: skip

@@ -32,6 +32,9 @@ struct Span {
     u16 *values;      /* bfloat16 [layers, pages, KV, D, PAGE] */
     const int *table; /* its pages */
     float *hidden;    /* post-norm rows [hidden_slots, hidden], in slot position % hidden_slots */
+    const int *coordinates; /* (t, h, w) [num_coordinates, 3] of its first positions; those after them go on by one from `free` */
+    const float *given;     /* rows that its prompt has in place of tokens, [., hidden] */
+    i64 num_coordinates, free;
     i64 num_pages;    /* of the whole arena */
     int first_row, num_rows;
     int store, state_slots; /* LOG, RING or CHUNK (the base moves over all rows); states in a ring */

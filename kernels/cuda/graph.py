@@ -11,6 +11,7 @@ import numpy as np
 
 from ...core.errors import InternalBug
 from ..backend import F32
+from ..model.inputs import HasRows, numbered
 from ..model.memory import SequenceMemory
 from ..model.mtp import HeadBase, MtpRows
 from ..model.recurrent import RecurrentLog
@@ -119,9 +120,12 @@ class _Graphs:
         rows = device.copy(buffers["logits"][0][:, : head.outputs])
         return cast("F32", DeviceRows(device, rows, device.copy(buffers["choices"])))
 
-    def check_tokens(self, tokens: Sequence[int]) -> None:
-        if any(not 0 <= token < self.config.vocabulary for token in tokens):
+    def tokens(self, batch: Sequence[HasRows]) -> list[int]:
+        """As `embed` in products.cu takes them."""
+        tokens = [token for rows in batch for token in numbered(rows)]
+        if any(token >= self.config.vocabulary or (token < 0 and rows.memory.given is None) for rows in batch for token in rows.tokens):
             raise IndexError(f"a token is not one of {self.config.vocabulary}")
+        return tokens
 
 
 def build_trunk(p: Program, weights: ModelWeights, *, is_chunk: bool) -> None:
@@ -199,8 +203,7 @@ class CudaTrunk(TrunkBase):
         return self._graphs.copy(recorded, "hidden")
 
     def _run(self, kind: str, batch: Sequence[Rows], spans: Sequence[SpanStruct], build: Callable[[Program], Any]) -> _Recorded:
-        tokens = [token for rows in batch for token in rows.tokens]
-        self._graphs.check_tokens(tokens)
+        tokens = self._graphs.tokens(batch)
         end = max(rows.position + len(rows.tokens) for rows in batch)
         recorded = self._graphs.get(kind, len(tokens), len(spans), end, build)
         for rows in batch:
@@ -259,8 +262,7 @@ class CudaHead(HeadBase):
 
     def _run(self, batch: Sequence[MtpRows], kind: str, picked: list[int]) -> tuple[F32, F32 | None]:
         device, hidden = self._device, self._weights.config.hidden
-        tokens = [token for rows in batch for token in rows.tokens]
-        self._graphs.check_tokens(tokens)
+        tokens = self._graphs.tokens(batch)
         is_given = all(rows.hidden is not None for rows in batch)
         end = max(rows.position + len(rows.tokens) for rows in batch)
 

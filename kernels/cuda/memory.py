@@ -14,10 +14,11 @@ from ...core.errors import PositionLost
 from ...core.protocol import CHUNK as CHUNK_ROWS
 from ..backend import F32
 from ..model.config import ModelConfig
+from ..model.inputs import GivenRows
 from ..model.memory import SequenceMemory
 from ..model.pages import PAGE, Arena, PageRows
 from ..model.recurrent import RecurrentPositions, StoreName
-from .device import CHUNK, LOG, RING, Array, Device, SpanStruct
+from .device import CHUNK, LOG, NOWHERE, RING, Array, Device, SpanStruct
 
 
 class CudaStates(RecurrentPositions):
@@ -162,13 +163,20 @@ class CudaSequence(SequenceMemory):
         self.recurrent, self.hidden = cast("Any", self.states), cast("Any", self.rows)
         self.trunk, self.mtp = (cast("Any", CudaKeyValues(arena, table, is_mtp)) for is_mtp in (False, True))
         self.max_checkpoint_bytes, self.checkpoints, self.frozen = 0, [], None
+        self._device = device
         self._table: Array = device.to_device(np.array(table, np.int32))
         s, address = self.states, device.address
         self._span = SpanStruct(
             0, 0, address(s.states), address(s.columns), address(s.gates), address(arena.keys), address(arena.values),
-            address(self._table), address(self.rows.rows), arena.num_pages, 0, 0, s.number, s.state_slots, s.column_slots,
-            self.rows.rows.shape[0],
+            address(self._table), address(self.rows.rows), NOWHERE, NOWHERE, 0, 0, arena.num_pages, 0, 0, s.number,
+            s.state_slots, s.column_slots, self.rows.rows.shape[0],
         )  # fmt: skip
+
+    def give(self, given: GivenRows) -> None:
+        super().give(given)
+        self._given = [self._device.to_device(array) for array in (given.coordinates, given.rows)]
+        self._span.coordinates, self._span.given = map(self._device.address, self._given)
+        self._span.num_coordinates, self._span.free = len(given.coordinates), given.free
 
     def span(self, position: int, first_row: int, num_rows: int, *, base: int | None = None, is_chunk: bool = False) -> SpanStruct:
         """What kernels are told of rows from `position`."""

@@ -306,11 +306,12 @@ __device__ __forceinline__ float weight_at(const Matrix &m, int output, int inpu
     return from_half(ends[is_high]) * (float)bytes[is_high] * (float)quant - from_half(ends[2 + is_high]) * (float)bytes[2 + is_high];
 }
 
-/* out [rows, n] = rows `tokens` of a table. Grid: rows. */
-extern "C" __global__ void embed(Matrix m, const int *tokens, float *out, int n) {
+/* out [rows, n] = rows `tokens` of a table; -1 - i is row i of what the sequence was given. Grid: rows. */
+extern "C" __global__ void embed(Matrix m, const int *tokens, const Span *spans, const int *span_of, float *out, int n) {
     wait_for_previous();
     let_next_begin();
     int token = tokens[blockIdx.x];
-    for (int i = threadIdx.x; i < n; i += blockDim.x) out[(i64)blockIdx.x * n + i] = weight_at(m, token, i);
+    const float *given = token < 0 ? spans[span_of[blockIdx.x]].given + (i64)(-1 - token) * n : nullptr;
+    for (int i = threadIdx.x; i < n; i += blockDim.x) out[(i64)blockIdx.x * n + i] = given ? given[i] : weight_at(m, token, i);
 }
 EXPORT(embed)

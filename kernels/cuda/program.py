@@ -87,7 +87,8 @@ class Program:
         self.steps.append(Step(kernel, (whole[0], whole[1], whole[2]), threads, shared, tuple(_argument(each) for each in arguments)))
 
     def embed(self, table: CudaMatrix, tokens: Address, out: Address, rows: int) -> None:
-        self.step("embed", (rows,), 256, self.packing.struct(table), tokens, out, self.config.hidden)
+        spans, span_of = self.address("spans"), self.address("span of")
+        self.step("embed", (rows,), 256, self.packing.struct(table), tokens, spans, span_of, out, self.config.hidden)
 
     def add_norm(self, x: Address, parts: Parts | None, weight: F32, to: Prepared, rows: int) -> None:
         """x += parts (where, how many); `to` are its normed rows."""
@@ -264,7 +265,7 @@ class Program:
 
 @cache
 def frequencies(dim: int, theta: float) -> F32:
-    """Of the rotary embedding, [dim / 2], as trunk.Rotary has them."""
+    """Of the rotary embedding, [dim / 2], as inputs.Rotary has them."""
     return (1 / np.float32(theta) ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))).astype(np.float32)
 
 

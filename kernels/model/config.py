@@ -43,6 +43,7 @@ class ModelConfig:
     head_dim: int
     rotary_dim: int
     rope_theta: float
+    mrope_sections: tuple[int, int, int]  # of the rotary frequencies, those of t, h and w
     rms_eps: float
     key_heads: int
     value_heads: int
@@ -178,6 +179,7 @@ def load_config(folder: Path) -> ModelConfig:
         head_dim=head_dim,
         rotary_dim=rotary,
         rope_theta=rope.number("rope_theta", 10_000.0),
+        mrope_sections=mrope_sections(path, rope.get("mrope_section") if family != "qwen3_next" else None, rotary),
         rms_eps=read.number("rms_norm_eps", 1e-6),
         key_heads=read.integer("linear_num_key_heads"),
         value_heads=read.integer("linear_num_value_heads"),
@@ -195,6 +197,18 @@ def load_config(folder: Path) -> ModelConfig:
     if rotary % 2 or not 0 < rotary <= head_dim:
         raise rope.fail("partial_rotary_factor", f"{rotary} rotary dimensions of a head of {head_dim} cannot be paired")
     return config
+
+
+def mrope_sections(path: Path, given: object, rotary: int) -> tuple[int, int, int]:
+    """Three counts of frequencies, from a file; all are t's where it says none."""
+    if given is None:
+        return rotary // 2, 0, 0
+    counts = cast("list[object]", given) if isinstance(given, list) else []
+    match counts:
+        case [int(t), int(h), int(w)] | [int(t), int(h), int(w), 0] if min(t, h, w) >= 0 and t + h + w == rotary // 2:
+            return t, h, w
+        case _:
+            raise ModelFileError(f"{path}: mrope_section: expected three counts that make {rotary // 2}, got {given!r:.50}")
 
 
 def _mtp_layers(read: _Reader) -> int | None:

@@ -19,7 +19,7 @@ from ...core.errors import ModelFileError
 from ..backend import F32
 from ..formats.gguf import GgufFile
 from ..formats.stored import Stored
-from .config import ModelConfig, MoeConfig
+from .config import ModelConfig, MoeConfig, mrope_sections
 from .weights import fingerprint
 
 FAMILIES: dict[str, Literal["qwen3_5", "qwen3_5_moe"]] = {"qwen35": "qwen3_5", "qwen35moe": "qwen3_5_moe"}
@@ -139,6 +139,7 @@ def gguf_config(file: GgufFile, *, has_sidecar: bool = False) -> ModelConfig:
         head_dim=head_dim,
         rotary_dim=rotary,
         rope_theta=float(file.get(f"{architecture}.rope.freq_base", (int, float), 10_000.0)),
+        mrope_sections=mrope_sections(file.path, file.metadata.get(f"{architecture}.rope.dimension_sections"), rotary),
         rms_eps=float(file.get(f"{architecture}.attention.layer_norm_rms_epsilon", float)),
         key_heads=key_heads,
         value_heads=value_heads,

@@ -8,11 +8,13 @@ from typing import Protocol
 
 import numpy as np
 
+from ...core.embeddings import Encoded
 from ...core.errors import InternalBug, LeaseLost, PositionLost
 from ...core.protocol import CHUNK
 from ...core.vocabulary import Lease
 from ..backend import F32
 from .config import ModelConfig
+from .inputs import GivenRows
 from .pages import PAGE, Arena, KeyValues
 from .prefix import Checkpoint, Entry, PrefixIndex, Snapshot
 from .recurrent import STORES, StoreName
@@ -52,6 +54,8 @@ class HiddenRows:
 class SequenceMemory:
     """All of one sequence: room in the pages of `table` for `capacity` positions, and for `max_rows` rows in one verify."""
 
+    given: GivenRows | None = None  # what its prompt has in place of tokens
+
     def __init__(self, config: ModelConfig, arena: Arena, table: list[int], capacity: int, max_rows: int, store: StoreName) -> None:
         self.capacity, self.table = capacity, table
         self.trunk, self.mtp = KeyValues(arena.trunk, table), KeyValues(arena.mtp, table)
@@ -61,6 +65,10 @@ class SequenceMemory:
         self.max_checkpoint_bytes = 0
         self.checkpoints: list[Checkpoint] = []  # taken while the prompt was computed
         self.frozen: Snapshot | None = None  # all of it, on its way to a file
+
+    def give(self, given: GivenRows) -> None:
+        """Says what stands in place of tokens, before anything is computed."""
+        self.given = given
 
     def check(self, position: int, num_rows: int, *, is_chunk: bool) -> None:
         """PositionLost unless `num_rows` rows can be computed from `position`. Changes nothing."""
@@ -79,7 +87,8 @@ class SequenceMemory:
     def snapshot(self) -> Snapshot:
         """A copy of everything, at the position memory goes on from."""
         checkpoint = self.checkpoint()
-        return Snapshot(checkpoint, self.trunk.read(checkpoint.position), self.mtp.read(checkpoint.position))
+        rows = self.given.rows if self.given is not None else checkpoint.hidden[:0]
+        return Snapshot(checkpoint, self.trunk.read(checkpoint.position), self.mtp.read(checkpoint.position), rows)
 
     def keep(self) -> None:
         """Takes a checkpoint where a prefill chunk has just ended; the oldest are dropped beyond `max_checkpoint_bytes`."""
@@ -195,13 +204,12 @@ class SequencePool:
         """Whether a lease of `capacity` positions fits into empty memory."""
         return num_pages(capacity, 1) <= self._params.num_pages
 
-    def lease(
-        self, owner: str, tokens: tuple[int, ...], ends: tuple[int, ...], capacity: int, max_rows: int, salt: str = ""
-    ) -> Lease | None:
+    def lease(self, owner: str, prompt: Encoded, ends: tuple[int, ...], capacity: int, max_rows: int, salt: str = "") -> Lease | None:
         """Memory for a prompt whose chunks end at `ends` (no ends: with nothing in it), with as much of it in place as is known; None while
         there is too little. Room for drafts beyond the last position gives way first, then checkpoints of prefixes."""
         if len(self._leases) == self.num_slots:
             return None
+        tokens = prompt.ids
         found = self.prefixes.find(tokens, ends, salt) if self._params.prefix_bytes else None
         shared = self._shared_pages(found)
         while num_pages(capacity, max_rows) - len(shared) > self._arena.num_free:
@@ -219,6 +227,8 @@ class SequencePool:
         except MemoryError:
             self._arena.give_back(table)
             raise
+        if prompt.embeddings:
+            memory.give(GivenRows(prompt.embeddings))
         memory.max_checkpoint_bytes = self._params.prefix_bytes
         position = found.checkpoint.position if found is not None else 0
         if found is not None:

@@ -93,13 +93,12 @@ class MtpHead(HeadBase):
 
     def forward(self, batch: Sequence[MtpRows]) -> F32:
         graph, backend, eps, w = self._graph, self._graph.backend, self._graph.config.rms_eps, self.mtp
-        embedded = backend.embed(graph.weights.embedding, [token for rows in batch for token in rows.tokens])
-        hidden = self.hidden_of(batch)
+        embedded, rotary, hidden = graph.embed(batch), graph.rotary(batch), self.hidden_of(batch)
         both = [backend.rms_norm(embedded, w.embedding_norm, eps), backend.rms_norm(hidden, w.hidden_norm, eps)]
         spans = [(rows.memory.mtp, rows.position, len(rows.tokens)) for rows in batch]
         is_chunk = len(hidden) >= CHUNK_ROWS
         x = graph.linear(is_chunk)(np.concatenate(both, axis=-1), w.fc)
-        x = graph.layer(x, w.layer, lambda u: graph.attention(u, self._attention, spans, 0, is_chunk), is_chunk)
+        x = graph.layer(x, w.layer, lambda u: graph.attention(u, self._attention, rotary, spans, 0, is_chunk), is_chunk)
         return backend.rms_norm(x, w.norm, eps)
 
     def logits(self, outputs: F32) -> F32:

@@ -42,27 +42,28 @@ class Checkpoint:
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """A sequence at a position, and its keys and values before it: trunk [2, layers, KV, positions, D], MTP head
-    [2, 1, KV, positions, D]."""
+    [2, 1, KV, positions, D]; and the rows that its prompt has in place of tokens, [n, hidden], where they are wanted."""
 
     checkpoint: Checkpoint
     trunk: F32
     mtp: F32
+    rows: F32
 
     @property
     def arrays(self) -> dict[str, F32]:
         c = self.checkpoint
-        return {"state": c.state, "columns": c.columns, "hidden": c.hidden, "trunk": self.trunk, "mtp": self.mtp}
+        return {"state": c.state, "columns": c.columns, "hidden": c.hidden, "trunk": self.trunk, "mtp": self.mtp, "rows": self.rows}
 
     @property
     def num_bytes(self) -> int:
         return sum(array.nbytes for array in self.arrays.values())
 
-    def shapes_at(self, position: int) -> dict[str, tuple[int, ...]]:
-        """Of the arrays of a sequence of the same model at another position."""
+    def shapes_at(self, position: int, num_rows: int) -> dict[str, tuple[int, ...]]:
+        """Of the arrays of a sequence of the same model at another position, with so many embedding rows."""
         return {
             name: (*array.shape[:3], position, *array.shape[4:]) if name in ("trunk", "mtp") else array.shape
             for name, array in self.arrays.items()
-        }
+        } | {"rows": (num_rows, *self.rows.shape[1:])}
 
 
 @dataclass(slots=True, eq=False)
@@ -256,7 +257,7 @@ class PrefixIndex:
         rows = [self._arena.read(block.place) if isinstance(block.place, int) else block.place for block in entry.blocks]
         position = entry.checkpoint.position
         trunk, mtp = (np.concatenate(parts, axis=3)[:, :, :, :position] for parts in zip(*rows, strict=True))
-        return Snapshot(entry.checkpoint, trunk, mtp)
+        return Snapshot(entry.checkpoint, trunk, mtp, entry.checkpoint.hidden[:0])
 
     @property
     def holders(self) -> list[list[int]]:

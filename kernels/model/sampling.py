@@ -124,6 +124,7 @@ def _penalised(logits: F32, params: SamplingParams, history: History | None) -> 
             x[token] += np.float32(bias)
     if history is not None:
         seen = np.unique(history.tokens)
+        seen = seen[seen >= 0]  # embedding rows are no tokens
         seen = seen[seen < len(x)]  # a draft's logits may be of fewer tokens
         x[seen] = np.where(x[seen] > 0, x[seen] / np.float32(params.repetition_penalty), x[seen] * np.float32(params.repetition_penalty))
         tokens, counts = np.unique(np.array(history.tokens[history.num_prompt :], np.int64), return_counts=True)

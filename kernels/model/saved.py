@@ -1,9 +1,10 @@
 """One sequence in a file: everything it needs to go on, in this engine or another of the same model, in any slot.
 
-The file is safetensors, all float32: `state`, `columns` and `hidden` as in prefix.Checkpoint, and the keys and values of all
-positions before, `trunk` and `mtp`. Its metadata are FORMAT, the model's fingerprint, the position, the request with what it
-has produced (JSON), and a BLAKE2b checksum of the whole file with the checksum's own digits zero. There is nothing in it
-to execute. A file that is not wholly what it should be is refused before anything is changed.
+The file is safetensors, all float32: `state`, `columns` and `hidden` as in prefix.Checkpoint, the keys and values of
+all positions before, `trunk` and `mtp`, and `rows`, those that the prompt has in place of tokens. Its metadata are
+FORMAT, the model's fingerprint, the position, the request with what it has produced (JSON), and a BLAKE2b checksum of
+the whole file with the checksum's own digits zero. There is nothing in it to execute. A file that is not wholly what it
+should be is refused before anything is changed.
 
 A file appears under its name at once or not at all: it is written beside it under a name nobody else has, synced, and renamed.
 """
@@ -14,19 +15,21 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import stat
 import tempfile
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from ...core.checks import check_ranges, check_stop
+from ...core.embeddings import EmbeddingRows, Encoded, Part, lay_out
 from ...core.errors import InvalidRequest, ModelFileError, SavedSequenceError
 from ...core.vocabulary import Request, SamplingParams, check_salt
 from ..backend import F32
@@ -35,7 +38,7 @@ from .prefix import Checkpoint, PrefixIndex, Snapshot
 
 logger = logging.getLogger("forerun")
 
-FORMAT = "forerun sequence 1"
+FORMAT = "forerun sequence 2"
 CHECKSUM_DIGITS = 64
 #: Far above the header of a request of 262,144 tokens.
 MAX_HEADER_BYTES = 8_000_000
@@ -100,15 +103,22 @@ def _remove_left_behind(path: Path) -> None:
                     other.unlink()
 
 
-def check(path: Path, fingerprint: str, blank: Snapshot) -> tuple[int, str, str]:
-    """Position, record and checksum of a file that is whole, of this format, and of the model whose sequences are shaped like `blank`.
-    SavedSequenceError otherwise. Takes as much memory as the file's header."""
-    with _open(path, fingerprint, blank) as (file, position, metadata, header, _):
+def check(path: Path, fingerprint: str, blank: Snapshot) -> tuple[int, str, str, F32]:
+    """Position, record, checksum and embedding rows of a file that is whole, of this format, and of the model whose sequences are shaped
+    like `blank`. SavedSequenceError otherwise. Takes as much memory as the file's header and the rows."""
+    with _open(path, fingerprint, blank) as (file, position, metadata, header, shapes):
         digest = hashlib.blake2b(_with_checksum(header, "0" * CHECKSUM_DIGITS), digest_size=CHECKSUM_DIGITS // 2)
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
+        rows = np.empty(shapes["rows"], "<f4")
+        for name, shape in sorted(shapes.items()):
+            left = 4 * math.prod(shape)
+            while left and (block := file.read(min(left, BLOCK_BYTES))):
+                if name == "rows":
+                    rows.reshape(-1).view(np.uint8)[rows.nbytes - left :][: len(block)] = np.frombuffer(block, np.uint8)
+                digest.update(block)
+                left -= len(block)
+        digest.update(file.read(1))  # there should be no more
         _compare(path, digest.hexdigest(), metadata)
-        return position, metadata["record"], metadata["checksum"]
+        return position, metadata["record"], metadata["checksum"], rows
 
 
 def read(path: Path, fingerprint: str, blank: Snapshot, checksum: str | None = None) -> tuple[str, Snapshot]:
@@ -126,7 +136,7 @@ def read(path: Path, fingerprint: str, blank: Snapshot, checksum: str | None = N
         if checksum is not None and metadata["checksum"] != checksum:
             raise SavedSequenceError(f"{path}: is another file than it was a moment ago")
         checkpoint = Checkpoint(position, arrays["state"], arrays["columns"], arrays["hidden"])
-        return metadata["record"], Snapshot(checkpoint, arrays["trunk"], arrays["mtp"])
+        return metadata["record"], Snapshot(checkpoint, arrays["trunk"], arrays["mtp"], arrays["rows"])
 
 
 @contextmanager
@@ -145,13 +155,13 @@ def _open(
                 found = f"{metadata.get('model')!r:.70}, this one is {fingerprint}"
                 raise SavedSequenceError(f"{path}: was saved by another model: {found}")
             position, checksum, _ = int(metadata["position"]), metadata["checksum"], metadata["record"]
-            shapes = blank.shapes_at(position)
+            shapes = blank.shapes_at(position, tensors["rows"].shape[0])
             if {name: (info.dtype, info.shape) for name, info in tensors.items()} != {n: ("F32", s) for n, s in shapes.items()}:
                 raise SavedSequenceError(f"{path}: its arrays are not those of this model at position {position}")
             if len(checksum) != CHECKSUM_DIGITS or header.count(CHECKSUM_KEY + checksum.encode("ascii")) != 1:
                 raise SavedSequenceError(f"{path}: is damaged: it has no checksum")
             yield file, position, metadata, header, shapes
-    except (OSError, ModelFileError, ValueError, KeyError, OverflowError) as error:
+    except (OSError, ModelFileError, ValueError, KeyError, IndexError, OverflowError) as error:
         raise SavedSequenceError(f"{str(path)!r}: cannot be read: {error}") from error
 
 
@@ -237,20 +247,23 @@ class PrefixFolder:
 
 
 def record_of(request: Request, output: Sequence[int]) -> str:
-    """A request, and the tokens it has produced, as JSON."""
-    values = asdict(request)
+    """A request, and the tokens it has produced, as JSON; all but the embedding rows themselves."""
+    values = asdict(replace(request, embeddings=()))
     del values["request_id"], values["vocabulary"]
+    values["embeddings"] = [(start, len(rows), rows.coordinates) for start, rows in request.embeddings]
     for name in ("stop_ids", "boundary_ids"):
         values[name] = sorted(values[name])
     return json.dumps(values | {"output_ids": list(output)})
 
 
-def parse_record(record: str, request_id: str, vocabulary: int, context: int) -> tuple[Request, tuple[int, ...]]:
-    """The request under a new id, and what it had produced. SavedSequenceError unless this model could have been asked for it."""
+def parse_record(record: str, rows: F32, request_id: str, vocabulary: int, context: int) -> tuple[Request, tuple[int, ...]]:
+    """The request under a new id, with the embedding rows that were saved with it, and what it had produced. SavedSequenceError unless
+    this model could have been asked for it."""
     try:
         values: Any = json.loads(record)
         ids = {name: tuple(cast("list[int]", values.pop(name))) for name in ("prompt_ids", "output_ids", "stop_ids", "boundary_ids")}
-        for name, tokens in ids.items():
+        prompt = _laid_out(ids["prompt_ids"], values.pop("embeddings"), rows)
+        for name, tokens in (ids | {"prompt_ids": tuple(prompt.token_ids)}).items():
             if not all(type(token) is int and 0 <= token < vocabulary for token in tokens):
                 raise ValueError(f"{name} are not all token ids of this model")
         chosen: Any = values.pop("sampling")
@@ -264,10 +277,25 @@ def parse_record(record: str, request_id: str, vocabulary: int, context: int) ->
             raise ValueError("prompt and answer are longer than they could have been")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, InvalidRequest) as error:
         raise SavedSequenceError(f"the saved request makes no sense: {error}") from None
-    stop_ids, boundary_ids, prompt, num_logprobs = ids["stop_ids"], ids["boundary_ids"], ids["prompt_ids"], numbers["num_logprobs"]
-    return (
-        Request(
-            request_id, prompt, max_tokens, sampling, frozenset(stop_ids), vocabulary, frozenset(boundary_ids), salt, stops, num_logprobs
-        ),
-        ids["output_ids"],
-    )
+    stop_ids, boundary_ids, rest = frozenset(ids["stop_ids"]), frozenset(ids["boundary_ids"]), (numbers["num_logprobs"], prompt.embeddings)
+    request = Request(request_id, prompt.ids, max_tokens, sampling, stop_ids, vocabulary, boundary_ids, salt, stops, *rest)
+    return request, ids["output_ids"]
+
+
+def _laid_out(ids: tuple[int, ...], embeddings: Any, rows: F32) -> Encoded:
+    """A prompt as it was, `embeddings` being (start, number of rows, coordinates) of each part that has rows. ValueError when it was
+    not."""
+    parts: list[Part] = []
+    position = taken = 0
+    for start, count, coordinates in embeddings:
+        if type(start) is not int or type(count) is not int or start < position or count < 1:
+            raise ValueError("embedding rows are not where they could be")
+        part = EmbeddingRows(rows[taken : taken + count].tobytes(), rows.shape[1], coordinates)
+        if len(part) != count or part.check("rows"):
+            raise ValueError("embedding rows are not as they could be")
+        parts += [list(ids[position:start]), part]
+        position, taken = start + count, taken + count
+    prompt = lay_out([*parts, list(ids[position:])])
+    if taken != len(rows) or prompt.ids != ids or not np.isfinite(rows).all():
+        raise ValueError("embedding rows are not those of the prompt")
+    return prompt

@@ -44,9 +44,9 @@ def _config(
     full = tuple(i % 4 == 3 for i in range(layers))
     return ModelConfig(
         family="qwen3_5", vocabulary=248_320, hidden=hidden, intermediate=intermediate, is_full_attention=full, is_moe=(False,) * layers,
-        heads=heads[0], kv_heads=heads[1], head_dim=256, rotary_dim=64, rope_theta=1e7, rms_eps=1e-6, key_heads=delta_heads[0],
-        value_heads=delta_heads[1], key_dim=128, value_dim=128, conv_width=4, context=262_144, is_tied=is_tied, num_mtp_layers=1,
-        moe=None,
+        heads=heads[0], kv_heads=heads[1], head_dim=256, rotary_dim=64, rope_theta=1e7, mrope_sections=(11, 11, 10),
+        rms_eps=1e-6, key_heads=delta_heads[0], value_heads=delta_heads[1], key_dim=128, value_dim=128, conv_width=4,
+        context=262_144, is_tied=is_tied, num_mtp_layers=1, moe=None,
     )  # fmt: skip
 
 

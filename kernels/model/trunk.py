@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..backend import F32, Backend, DeltaInputs, Matrix
+from .inputs import HasRows, Rotary, inputs_of
 from .memory import SequenceMemory
 from .pages import KeyValues
 from .recurrent import RecurrentLog
@@ -27,32 +28,25 @@ class Rows:
     tokens: tuple[int, ...]
 
 
-class Rotary:
-    """Cosines and sines of positions. Text has equal (t, h, w) positions, for which M-RoPE is plain RoPE. The table grows by
-    whole blocks, so that an entry's bits do not depend on when it was first asked for."""
-
-    _block = 1024
-
-    def __init__(self, dim: int, theta: float) -> None:
-        self._inverse = 1 / np.float32(theta) ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
-        self._cos, self._sin = (np.zeros((0, dim // 2), np.float32) for _ in range(2))
-
-    def __call__(self, positions: list[int]) -> tuple[F32, F32]:
-        """[R, dim / 2] each."""
-        while len(self._cos) <= max(positions):
-            block = np.arange(len(self._cos), len(self._cos) + self._block, dtype=np.float32)
-            angle = block[:, None] * self._inverse
-            self._cos, self._sin = np.concatenate([self._cos, np.cos(angle)]), np.concatenate([self._sin, np.sin(angle)])
-        return self._cos[positions], self._sin[positions]
-
-
 class LayerGraph:
     """What every layer of the trunk and the MTP head shares: `linear` decides whether rows are a chunk or single."""
 
     def __init__(self, weights: ModelWeights, backend: Backend) -> None:
         self.weights, self.backend, self.config = weights, backend, weights.config
         c = self.config
-        self.rotary = Rotary(c.rotary_dim, c.rope_theta)
+        self.rotary = Rotary(c.rotary_dim, c.rope_theta, c.mrope_sections)
+
+    def embed(self, batch: Sequence[HasRows]) -> F32:
+        """What goes in for each row of a batch, [R, hidden]."""
+        tokens, given = inputs_of(batch)
+        if given is None:
+            return self.backend.embed(self.weights.embedding, tokens)
+        is_given = np.array(tokens) < 0
+        x = np.empty((len(tokens), self.config.hidden), np.float32)
+        x[is_given] = given
+        if not is_given.all():
+            x[~is_given] = self.backend.embed(self.weights.embedding, [token for token in tokens if token >= 0])
+        return x
 
     def linear(self, is_chunk: bool) -> Callable[[F32, Matrix], F32]:
         return self.backend.linear_chunk if is_chunk else self.backend.linear
@@ -68,15 +62,16 @@ class LayerGraph:
         shared = self.backend.sigmoid_gate(self.ffn(u, w.shared, is_chunk), linear(u, w.shared_gate))
         return self.backend.mixture(u, linear(u, w.router), w.experts) + shared
 
-    def attention(self, u: F32, w: AttentionWeights, spans: Sequence[tuple[KeyValues, int, int]], layer: int, is_chunk: bool) -> F32:
-        """`spans` says, in order of rows: whose keys and values, from which position, how many rows."""
+    def attention(
+        self, u: F32, w: AttentionWeights, rotary: tuple[F32, F32], spans: Sequence[tuple[KeyValues, int, int]], layer: int, is_chunk: bool
+    ) -> F32:
+        """`rotary` are the rows' cosines and sines; `spans` says, in their order: whose keys and values, from which position, how many."""
         c, linear, backend = self.config, self.linear(is_chunk), self.backend
         both = linear(u, w.q).reshape(len(u), c.heads, 2, c.head_dim)
         q = backend.rms_norm(np.ascontiguousarray(both[:, :, 0]), w.q_norm, c.rms_eps)
         k = backend.rms_norm(linear(u, w.k).reshape(len(u), c.kv_heads, c.head_dim), w.k_norm, c.rms_eps)
         v = linear(u, w.v).reshape(len(u), c.kv_heads, c.head_dim)
-        cos, sin = self.rotary([p for _, position, count in spans for p in range(position, position + count)])
-        q, k = backend.rotate(q, cos, sin), backend.rotate(k, cos, sin)
+        q, k = backend.rotate(q, *rotary), backend.rotate(k, *rotary)
         attend = backend.attention_chunk if is_chunk else backend.attention
         out, start = np.empty_like(q), 0
         for memory, position, count in spans:
@@ -169,7 +164,7 @@ class Trunk(LayerGraph, TrunkBase):
     def _forward(self, batch: Sequence[Rows], is_chunk: bool) -> F32:
         for rows in batch:
             rows.memory.recurrent.seek(rows.position, self.replay)
-        x = self.backend.embed(self.weights.embedding, [token for rows in batch for token in rows.tokens])
+        x, rotary = self.embed(batch), self.rotary(batch)
         spans = [(rows.memory.trunk, rows.position, len(rows.tokens)) for rows in batch]
         num_delta = num_attention = 0
         for w in self.weights.layers:
@@ -179,7 +174,7 @@ class Trunk(LayerGraph, TrunkBase):
                 num_delta += 1
             else:
                 full, at = mixer, num_attention
-                x = self.layer(x, w, lambda u, w=full, i=at: self.attention(u, w, spans, i, is_chunk), is_chunk)
+                x = self.layer(x, w, lambda u, w=full, i=at: self.attention(u, w, rotary, spans, i, is_chunk), is_chunk)
                 num_attention += 1
         return self.backend.rms_norm(x, self.weights.norm, self.config.rms_eps)
 

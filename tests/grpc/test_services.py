@@ -180,6 +180,18 @@ async def test_hidden_rows(server: Server) -> None:
         await quiet(client)
 
 
+async def test_embedding_rows_are_taken_as_in_process(server: Server) -> None:
+    width = forerun.load_model("demo").hidden
+    rows = np.random.default_rng(1).normal(size=(40, width)).astype(np.float32)
+    parts: forerun.Prompt = [[1, 2, 3], forerun.EmbeddingRows.of(rows, [(0, i // 8, i % 8) for i in range(40)]), [4, 5]]
+    async with forerun.open_engine("demo") as engine:
+        expected = await engine.complete(parts, max_tokens=20, ignore_eos=True)
+    async with Client(server.address) as client:
+        found = await client.complete(parts, max_tokens=20, ignore_eos=True)
+        assert (found.token_ids, found.usage) == (expected.token_ids, expected.usage)
+        assert (await client.embed(parts)).shape == (45, width)
+
+
 async def test_who_waits_to_be_embedded_is_counted() -> None:
     async with forerun.open_engine("demo", num_slots=1) as engine, serve(engine, ServerParams(port=0)) as address:
         async with Client(address) as client, client.generate(PROMPT, max_tokens=3000, ignore_eos=True):
@@ -322,6 +334,15 @@ BAD: list[tuple[dict[str, Any], set[str]]] = [
     ({"prompt": {"chat": {"messages": []}}}, {"prompt"}),
     ({"prompt": {"chat": {"messages": [{}] * 5000}}}, {"prompt.chat.messages"}),
     ({"prompt": {"token_ids": {"ids": [1] * 1_000_000}}}, {"prompt"}),
+    ({"prompt": {"parts": {"parts": []}}}, {"prompt"}),
+    ({"prompt": {"parts": {"parts": [{"token_ids": {"ids": [4096]}}]}}}, {"prompt"}),
+    ({"prompt": {"parts": {"parts": [{"token_ids": {"ids": [1]}}, {"rows": {"data": b"1234", "width": 1, "coordinates": [0, 0]}}]}}},
+     {"prompt.parts.parts[1].rows.coordinates"}),
+    ({"prompt": {"parts": {"parts": [{"rows": {"data": b"123", "width": 1}}, {"rows": {"data": b"1234"}}]}}},
+     {"prompt.parts.parts[0].rows.data", "prompt.parts.parts[1].rows.width"}),
+    ({"prompt": {"parts": {"parts": [{"rows": {"data": b"1234", "width": 1, "coordinates": [0, 1, 0]}}]}}},
+     {"prompt.parts.parts[0].rows.coordinates[0]"}),
+    ({"prompt": {"parts": {"parts": [{"rows": {"data": b"1234", "width": 1}}]}}}, {"prompt"}),
     ({"prompt": {"chat": {"messages": [{"role": "boss", "content": "x"}]}}}, {"prompt.chat.messages[0].role"}),
     ({"max_tokens": 0}, {"max_tokens"}),
     ({"max_tokens": 2**32 - 1}, {"max_tokens"}),

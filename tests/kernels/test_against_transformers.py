@@ -7,14 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from forerun.core.embeddings import lay_out
 from forerun.core.protocol import CHUNK
 from forerun.kernels.backends import AnyBackend, make_head, make_memory, make_trunk
+from forerun.kernels.model.inputs import GivenRows
 from forerun.kernels.model.memory import SequenceMemory, alone
 from forerun.kernels.model.mtp import MtpRows
 from forerun.kernels.model.trunk import Rows, TrunkBase
 from forerun.kernels.model.weights import ModelWeights
 
-from tests.checkpoints import DRAFT_FROM, LAYOUTS, LENGTHS, NUM_DRAFTS, STEPS, prompt
+from tests.checkpoints import DRAFT_FROM, LAYOUTS, LENGTHS, NUM_DRAFTS, STEPS, prompt, prompt_with_rows
 from tests.conftest import ALL_BACKENDS
 
 DATA = Path(__file__).parents[1] / "data"
@@ -109,3 +111,15 @@ def test_a_large_vocabulary_is_drafted_from_its_beginning(
     short = make_head(weights, backend)
     outputs = np.random.default_rng(0).random((3, weights.config.hidden), np.float32)
     np.testing.assert_allclose(short.logits(outputs), whole.logits(outputs)[:, :100], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows_a_verify", [1, 4])
+def test_rows_in_place_of_tokens(weights: ModelWeights, backend: AnyBackend, layout: str, recorded: Any, rows_a_verify: int) -> None:
+    encoded, tokens = lay_out(prompt_with_rows(weights.config.hidden, is_text=layout == "next")), recorded["tokens_rows"].tolist()
+    trunk, length = make_trunk(weights, backend), len(encoded.ids)
+    memory = alone(make_memory(weights.config, backend), length + STEPS, 8)
+    memory.give(GivenRows(encoded.embeddings))
+    logits = [prefill_all(trunk, memory, list(encoded.ids))]
+    for i in range(0, STEPS, rows_a_verify):
+        logits.append(trunk.verify([Rows(memory, length + i, tuple(tokens[i : i + rows_a_verify]))])[0])
+    assert_close(np.concatenate(logits), recorded["logits_rows"])

@@ -131,7 +131,7 @@ def test_embeddings_are_the_values_of_the_file(config: ModelConfig, kind: str) -
     x = program.buffer("x", 512)
     program.op(EMBED, [], [x], [CpuBackend(2).matrix(weight)])
     out, tokens = np.empty((4, 512), np.float32), [0, 82, 15, 16]
-    program.run(4, {x: out}, tokens)
+    program.run(4, {x: out}, (tokens, None))
     np.testing.assert_allclose(out, weight.values()[tokens], rtol=1e-6, atol=1e-6)
 
 

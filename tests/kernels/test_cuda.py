@@ -9,8 +9,9 @@ import forerun
 import numpy as np
 import pytest
 from forerun.actors.model import Defaults, LoadedModel
+from forerun.core.embeddings import lay_out
 from forerun.kernels.backends import make_head, make_memory, make_trunk
-from forerun.kernels.cuda.device import NOWHERE
+from forerun.kernels.cuda.device import NOWHERE, SPAN
 from forerun.kernels.cuda.graph import CudaHead, CudaTrunk, DeviceRows
 from forerun.kernels.cuda.matrices import BF16, CudaBackend, CudaMatrix
 from forerun.kernels.cuda.memory import CudaSequence
@@ -18,13 +19,14 @@ from forerun.kernels.cuda.program import Program
 from forerun.kernels.cuda.rounds import DeviceRounds, Start
 from forerun.kernels.formats.stored import BY_NAME, Stored, quantise
 from forerun.kernels.model.config import load_config
+from forerun.kernels.model.inputs import GivenRows
 from forerun.kernels.model.memory import alone
 from forerun.kernels.model.mtp import MtpRows
 from forerun.kernels.model.recurrent import STORES, StoreName
 from forerun.kernels.model.trunk import Rows
 from forerun.kernels.reference import ReferenceBackend
 
-from tests.checkpoints import LAYOUTS, prompt
+from tests.checkpoints import LAYOUTS, prompt, prompt_with_rows
 from tests.conftest import cuda_backend, load
 
 
@@ -99,6 +101,8 @@ def test_an_embedding_is_a_row_of_the_table(cuda: CudaBackend, config: Any, kind
     tokens = cuda.device.to_device(np.array([0, 39, 17], np.int32))
     out = p.buffer("out", (3, config.hidden))
     m = cuda.matrix(weight)
+    p.buffer("spans", (SPAN.itemsize,), np.uint8)
+    p.buffer("span of", (3,), np.int32)
     p.embed(m, cuda.device.address(tokens), p.address("out"), 3)
     cuda.kernels(config).run(p.steps)
     np.testing.assert_allclose(cuda.device.to_host(out), weight.values()[[0, 39, 17], : config.hidden], rtol=1e-6)
@@ -117,6 +121,24 @@ def test_logits_are_those_of_the_reference_but_for_rounding(cuda: CudaBackend, c
             head = make_head(weights, backend)
             hidden = np.random.default_rng(1).normal(size=(5, weights.config.hidden)).astype(np.float32)
             results += head.guess([MtpRows(memory, 0, tuple(tokens[:5]), hidden)])
+        found.append([np.asarray(each) for each in results])
+    for one, other in zip(*found, strict=True):
+        assert np.linalg.norm(one - other) < 0.15 * np.linalg.norm(other)
+
+
+def test_rows_in_place_of_tokens_and_their_places(cuda: CudaBackend, checkpoints: dict[str, Path]) -> None:
+    """With drafts of the MTP head, and from the middle of an image on."""
+    found, encoded = list[list[Any]](), lay_out(prompt_with_rows(64))
+    for backend in (cuda, ReferenceBackend()):
+        weights = load(checkpoints["dense"], backend)
+        trunk, head = make_trunk(weights, backend), make_head(weights, backend)
+        memory = alone(make_memory(weights.config, backend), 120, 9)
+        memory.give(GivenRows(encoded.embeddings))
+        results = list[Any]()
+        for start, end in ((0, 20), (20, 84), (84, 90)):
+            results += [trunk.prefill(Rows(memory, start, encoded.ids[start:end]), is_last=True)]
+            results += head.guess([MtpRows(memory, start, encoded.ids[start:end], memory.hidden.before(start, end - start))])
+        results += trunk.verify([Rows(memory, 90, (1, 2, 3))])
         found.append([np.asarray(each) for each in results])
     for one, other in zip(*found, strict=True):
         assert np.linalg.norm(one - other) < 0.15 * np.linalg.norm(other)

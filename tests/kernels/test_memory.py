@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from forerun.core.embeddings import Encoded
 from forerun.core.errors import InternalBug, LeaseLost, PositionLost
 from forerun.core.protocol import chunk_ends
 from forerun.core.vocabulary import Lease
@@ -81,9 +82,9 @@ class Pools(RuleBasedStateMachine):
     def lease(self, data: st.DataObject, salt: str, num_tokens: int, seed: int, rows: int) -> None:
         tokens = tuple((i * 5 + (seed if i > 100 else 0)) % 11 for i in range(num_tokens))
         ends = chunk_ends(tokens, BOUNDARY)
-        lease = self.pool.lease("someone", tokens, ends, num_tokens + 5, rows, salt)
+        lease = self.pool.lease("someone", Encoded(tokens), ends, num_tokens + 5, rows, salt)
         while lease is None and self.archive():
-            lease = self.pool.lease("someone", tokens, ends, num_tokens + 5, rows, salt)
+            lease = self.pool.lease("someone", Encoded(tokens), ends, num_tokens + 5, rows, salt)
         if lease is None:
             needed = -(-(num_tokens + 5 + 1) // PAGE)
             held = {page for number in self.leases for page in self.pool[number].table}
@@ -188,7 +189,7 @@ def test_a_lease_the_system_has_no_memory_for_leaves_nothing_behind(monkeypatch:
     with monkeypatch.context() as patch:
         patch.setattr(FakeMaker, "memory", fail)
         with pytest.raises(MemoryError):
-            pool.lease("someone", (1, 2), (2,), 10, 1)
+            pool.lease("someone", Encoded((1, 2)), (2,), 10, 1)
     pool.check_integrity()
     assert (pool.num_used, pool.num_pages_free) == (0, 10)
 

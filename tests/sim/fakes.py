@@ -209,6 +209,7 @@ class FakeModel:
     defaults: Defaults = field(default_factory=lambda: Defaults(frozenset({STOP}), {"temperature": 0.0}))
     num_token_ids: int = NUM_TOKEN_IDS
     context: int = 4096
+    hidden: int = 2
     has_mtp: bool = True
     fingerprint: str = "f" * 64
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from forerun.core.embeddings import EmbeddingRows, Part
 from forerun.core.speculation import DrafterName, DrafterStatistics, Speculation
 from forerun.core.vocabulary import (
     SAMPLING_NUMBERS,
@@ -34,8 +35,17 @@ def prompt_message(prompt: Prompt) -> pb.Prompt:
         return pb.Prompt(text=prompt)
     if prompt and isinstance(prompt[0], int):
         return pb.Prompt(token_ids=pb.TokenIds(ids=cast("list[int]", prompt)))
-    messages = [pb.ChatMessage(role=each["role"], content=each["content"]) for each in cast("list[dict[str, str]]", prompt)]
-    return pb.Prompt(chat=pb.Chat(messages=messages))
+    if isinstance(prompt[0], dict):
+        messages = [pb.ChatMessage(role=each["role"], content=each["content"]) for each in cast("list[dict[str, str]]", prompt)]
+        return pb.Prompt(chat=pb.Chat(messages=messages))
+    return pb.Prompt(parts=pb.PromptParts(parts=map(_part_message, cast("list[Part]", prompt))))
+
+
+def _part_message(part: Part) -> pb.PromptPart:
+    if isinstance(part, EmbeddingRows):
+        coordinates = [number for each in part.coordinates or () for number in each]
+        return pb.PromptPart(rows=pb.EmbeddingRows(data=part.data, width=part.width, coordinates=coordinates))
+    return pb.PromptPart(token_ids=pb.TokenIds(ids=part))
 
 
 def generate_message(prompt: Prompt, options: dict[str, Any]) -> pb.GenerateRequest:
