@@ -13,6 +13,7 @@ from forerun.actors.model import LoadedModel
 from forerun.core.embeddings import lay_out
 from forerun.kernels.backend import F32
 from forerun.kernels.model.inputs import GivenRows
+from forerun.kernels.reference import ReferenceBackend
 
 from tests.checkpoints import LAYOUTS, places_of_rows, prompt, prompt_with_rows
 
@@ -20,8 +21,9 @@ pytestmark = pytest.mark.anyio
 
 
 def rows_of(ids: list[int], model: forerun.Model) -> forerun.EmbeddingRows:
-    """What a model has for tokens."""
+    """What a model on the reference backend has for tokens."""
     assert isinstance(model, LoadedModel)
+    assert isinstance(model.backend, ReferenceBackend)
     return forerun.EmbeddingRows.of(model.backend.embed(model.weights.embedding, ids))
 
 

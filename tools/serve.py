@@ -60,9 +60,8 @@ def run(args: argparse.Namespace) -> None:
         raise InvalidRequest([("--ssl-client-ca-file", "needs --ssl-cert-file")])
     if not 1 <= args.max_message_mib <= 1024:
         raise InvalidRequest([("--max-message-mib", "must be between 1 and 1024")])
-    params = ServerParams(
-        args.host, args.port, _tokens(args), args.admin_key, tls, args.insecure, args.stall_timeout, args.max_message_mib * 2**20
-    )
+    limits = args.stall_timeout, args.max_message_mib * 2**20
+    params = ServerParams(args.host, args.port, _tokens(args), args.admin_key, tls, args.insecure, *limits)
     num_pages = None if args.ctx_size is None else max(1, -(-args.ctx_size // PAGE))
     run_server(
         lambda: flags.engine(
