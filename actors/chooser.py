@@ -13,6 +13,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from ..core.speculation import Draft
 
@@ -22,6 +23,10 @@ NEWEST_SHARE = 0.1
 OUTLIER = 2.0
 #: Measurements of other sizes after which one is forgotten: what was once slow must be tried again.
 FORGOTTEN_AFTER = 300
+#: Rounds without a draft of which one is measured: most are alike.
+MEASURED_EVERY = 4
+#: The share by which a mean moves before the curve is drawn anew.
+NOTABLE = 0.02
 #: How much cheaper than its only measurement a size may be.
 HOPE = 0.3
 #: What one row more costs, in verifies of one row, before two sizes have been measured. Low, so that drafts are tried.
@@ -33,12 +38,13 @@ MEMORY, SHORT_MEMORY, WORD = 12.0, 6.0, 1.5
 #: How sure a drafter is, in classes.
 CLASSES = (0.2, 0.4, 0.6, 0.75, 0.9, 0.97)
 #: Rounds between two questions to a head that is not worth it: at first, and at last, unless asking would then take more than a share of
-#: the time. After a right answer it is asked again at once.
+#: the time. After a right answer it is asked again at once, if being right would make it worth it.
 FIRST_PAUSE, LAST_PAUSE, ASKING_SHARE = 4, 16, 0.01
-#: Questions in a row that those who look up had no answer to, after which one more round goes by without a question; at most so many
-#: rounds, and no more than keep questions below a share of the time.
-EMPTY_ANSWERS, LOOK_PAUSE, LOOKING_SHARE = 8, 4, 0.02
-#: Drafts in a row that were wrong from the start: the text has changed its nature, and whoever was not worth it may be.
+#: Questions in a row, to those who look up, that the answers of late were not worth, after which one more round goes by without a question;
+#: at most so many rounds, and no more than keep questions below a share of the time.
+USELESS_ANSWERS, LOOK_PAUSE, LOOKING_SHARE = 8, 8, 0.02
+#: Drafts in a row that were wrong from the start where most were right: the text has changed its nature, and whoever was not worth it
+#: may be.
 NUM_MISSES = 2
 #: Tokens that another sequence in the batch gains by each of its rows, about.
 OTHERS_GAIN = 0.7
@@ -52,7 +58,8 @@ class Costs:
         self._means: dict[int, tuple[float, int, int]] = {}  # size -> mean, measurements, the clock at the last
         self._clock = 0
         self._curve: tuple[list[int], list[float]] = [], []
-        self._table: list[float] = []  # what `__call__` has said of sizes 0, 1, ... since the last measurement
+        self._drawn: dict[int, float] = {}  # the means it was made of
+        self._table: list[float] = []  # what `__call__` has said of sizes 0, 1, ... since the curve was drawn
 
     def saw(self, size: int, seconds: float) -> None:
         if seconds <= 0:
@@ -63,11 +70,15 @@ class Costs:
         self._means[size] = mean, number + 1, self._clock
         if self._clock % FORGOTTEN_AFTER == 0:
             self._means = {size: each for size, each in self._means.items() if self._clock - each[2] < FORGOTTEN_AFTER}
-        self._table.clear()
+            self._table.clear()
+        drawn = self._drawn.get(size, 0.0)
+        if abs(mean - drawn) > NOTABLE * drawn or number < 1 / NOTABLE:
+            self._table.clear()
 
     def _draw(self) -> None:
         """Makes the curve of what was measured."""
         sizes = sorted(self._means)
+        self._drawn = {size: mean for size, (mean, _, _) in self._means.items()}
         # Where more seemed to cost less, neighbours are averaged (pool adjacent violators).
         pools: list[tuple[float, int, int]] = []  # mean, measurements, sizes
         for each in sizes:
@@ -114,7 +125,7 @@ class _Belief:
     num_right: float = 0.0
     num_trials: float = 0.0
 
-    def saw(self, is_right: bool, memory: float = MEMORY) -> None:
+    def saw(self, is_right: float, memory: float = MEMORY) -> None:
         fading = 1 - 1 / memory
         self.num_right, self.num_trials = self.num_right * fading + is_right, self.num_trials * fading + 1
 
@@ -153,11 +164,12 @@ class Chooser:
         self._experience = experience
         self._beliefs: dict[tuple[str, int, int], _Belief] = {}
         self._first_guesses = [_Belief() for _ in range(64)]  # of the head, by position, however sure it was
-        self._num_other_rows = 0.0
-        self._pause, self._num_unasked, self._is_probing = FIRST_PAUSE, 0, False
+        self._num_other_rows, self._num_rounds = 0.0, 0
+        self._pause, self._num_unasked, self._is_probing, self._is_promising = FIRST_PAUSE, 0, False, False
         self._is_resting = False
-        self._num_misses = 0
-        self._num_empty, self._num_unlooked = 0, 0
+        self._num_misses, self._hits = 0, _Belief()  # of what was verified
+        self._num_useless, self._num_unlooked, self._is_looking = 0, 0, False
+        self._found = _Belief()  # tokens that were right of what was looked up and verified, for each question
 
     # What is expected
 
@@ -232,19 +244,19 @@ class Chooser:
     def looks(self) -> bool:
         """Whether to ask those who look up this round."""
         e = self._experience
-        pause = min(self._num_empty // EMPTY_ANSWERS, LOOK_PAUSE, round(e.looking(1) / (LOOKING_SHARE * max(e.verify(1), 1e-9))))
+        pause = min(self._num_useless // USELESS_ANSWERS, LOOK_PAUSE, round(e.looking(1) / (LOOKING_SHARE * max(e.verify(1), 1e-9))))
         self._num_unlooked = self._num_unlooked + 1 if self._num_unlooked < pause else 0
-        return self._num_unlooked == 0
+        self._is_looking = self._num_unlooked == 0
+        return self._is_looking
 
-    def looked(self, has_found: bool, seconds: float) -> None:
+    def looked(self, seconds: float) -> None:
         """They took so long to answer."""
-        self._num_empty = 0 if has_found else self._num_empty + 1
         self._experience.looking.saw(1, seconds)
 
     def rests(self) -> bool:
         """Whether, with nothing looked up, the head need not be thought of this round: it was not worth it, and nothing has been heard
         of it since."""
-        if not self._is_resting or self._num_unasked + 1 >= self._pause:
+        if not self._is_resting or self._is_promising or self._num_unasked + 1 >= self._pause:
             return False
         self._num_unasked += 1
         return True
@@ -253,15 +265,19 @@ class Chooser:
         """How many tokens the head should be asked for, when without it `plan` is the best, and the likelihood below which another is not
         worth it. One token, now and then, to see whether it has become worth it."""
         self._num_unasked += 1
-        best, wanted, expected, reach, floor = HEAD_MARGIN * plan.rate, 0, 1.0, 1.0, 0.0
+        best, wanted, expected, reach, floor, may_pay = HEAD_MARGIN * plan.rate, 0, 1.0, 1.0, 0.0, False
+        alone = self._rate(1.0, self._seconds(0, 0))
         for i in range(limit):
             reach *= self._first_guesses[i].share(self._experience.first_guesses[i].share(0.6))
             expected += reach
-            rate = self._rate(expected, self._seconds(i + 1, i + 1))
+            seconds = self._seconds(i + 1, i + 1)
+            may_pay |= self._rate(i + 2.0, seconds) > HEAD_MARGIN * alone
+            rate = self._rate(expected, seconds)
             if rate > best:
                 best, wanted = rate, i + 1
         self._is_resting = not wanted and not plan.parts
-        self._is_probing = not wanted and limit > 0 and self._num_unasked >= self._pause
+        is_due = self._num_unasked >= self._pause or (self._is_promising and may_pay)
+        self._is_probing, self._is_promising = not wanted and limit > 0 and is_due, False
         if wanted:
             floor = best * (self._seconds(wanted, wanted) - self._seconds(wanted - 1, wanted - 1))
         if wanted or self._is_probing:
@@ -272,20 +288,30 @@ class Chooser:
 
     def came(self, tokens: Sequence[int], drafts: Sequence[Draft], plan: Plan, num_rows: int, seconds: float) -> None:
         """A round brought `tokens`; `drafts` had been made for it, and the best of them was verified in a batch of `num_rows`."""
-        if num_rows:
+        self._num_rounds += 1
+        if num_rows and (plan.parts or self._num_rounds % MEASURED_EVERY == 1):
             # Of a plan that is no sense not all was verified.
             self._num_other_rows += 0.3 * (max(0, num_rows - len(plan.tokens) - 1) - self._num_other_rows)
             self._experience.verify.saw(num_rows, seconds)
+        if self._is_looking:
+            self._found.saw(_num_looked_up(plan, tokens))
+            is_worth_it = self._found.share(1.0) * self._experience.verify(1) > self._experience.looking(1)
+            self._num_useless = 0 if is_worth_it else self._num_useless + 1
         if not drafts:
             self._num_misses = 0
             return
         for draft in drafts:
             self._compare(draft, tokens)
             if draft.drafter == "draft-mtp" and self._is_probing:
-                self._pause = 1 if draft.tokens[:1] == tuple(tokens[:1]) else min(max(2 * self._pause, FIRST_PAUSE), self._last_pause)
-        self._num_misses = self._num_misses + 1 if plan.tokens and plan.tokens[:1] != tuple(tokens[:1]) else 0
-        if self._num_misses == NUM_MISSES:
-            self._pause = 1
+                self._is_promising = draft.tokens[:1] == tuple(tokens[:1])
+                if not self._is_promising:
+                    self._pause = min(2 * self._pause, self._last_pause)
+        is_miss = bool(plan.tokens) and plan.tokens[:1] != tuple(tokens[:1])
+        self._num_misses = self._num_misses + 1 if is_miss else 0
+        if self._num_misses == NUM_MISSES and self._hits.share(0.5) > 0.5:
+            self._pause, self._is_promising = FIRST_PAUSE, True
+        if plan.tokens:
+            self._hits.saw(not is_miss)
         if len(plan.parts) > 1 and tuple(tokens[: len(plan.parts[0].tokens)]) == plan.parts[0].tokens:
             self._compare(plan.parts[1], tokens[len(plan.parts[0].tokens) :], " tail")
 
@@ -299,6 +325,16 @@ class Chooser:
                 self._experience.first_guesses[i].saw(token == right, 8 * MEMORY)
             if token != right:
                 break
+
+
+def _num_looked_up(plan: Plan, tokens: Sequence[int]) -> int:
+    """How many of the tokens that came had been looked up, and verified."""
+    left, found = list(tokens), 0
+    for part in plan.parts:
+        right = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(part.tokens, left, strict=False)))
+        found += right if part.drafter != "draft-mtp" else 0
+        left = left[len(part.tokens) :] if right == len(part.tokens) else []
+    return found
 
 
 def _confidences(draft: Draft) -> tuple[float, ...]:

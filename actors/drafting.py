@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ..core.channel import Mailbox, Reply
 from ..core.errors import ForerunError
@@ -23,12 +23,13 @@ TOLD_AFTER = CHUNK
 
 @dataclass(slots=True)
 class _Drafter:
-    """A drafter as this sequence sees it: `life` is the one it has told of its lease; `untold` is what stands and it has not been told
-    yet, for one message before the next question costs less than one every round."""
+    """A drafter as this sequence sees it: `life` is the one it has told of its lease; it has not been told yet of `untold`, and that these
+    tokens stand after it, for one message before the next question costs less than one every round."""
 
     mailbox: Mailbox
     life: int
     untold: Commit | None = None
+    then: list[int] = field(default_factory=list[int])
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ class Drafting:
         self._drafts, self._plan = [], NOTHING
         if look_ups:
             self._drafts += await self._ask(look_ups, question, (question.last_token,), question.room, 0.0)
-            self._chooser.looked(bool(self._drafts), (self._trace.clock() - now) / 1e9)
+            self._chooser.looked((self._trace.clock() - now) / 1e9)
         if is_first_best:
             if not self._drafts and HEAD in self._drafters:
                 self._drafts += await self._ask([HEAD], question, (question.last_token,), question.room, 0.0)
@@ -187,14 +188,17 @@ class Drafting:
 
     async def commit(self, message: Commit) -> None:
         for drafter in self._drafters.values():
-            before = drafter.untold
-            drafter.untold = message if before is None else replace(before, flow=message.flow, tokens=before.tokens + message.tokens)
-            if len(drafter.untold.tokens) >= TOLD_AFTER:
+            if drafter.untold is None:
+                drafter.untold = message
+            else:
+                drafter.then += message.tokens
+            if len(drafter.untold.tokens) + len(drafter.then) >= TOLD_AFTER:
                 await self._tell(drafter)
 
     async def _tell(self, drafter: _Drafter) -> None:
-        message, drafter.untold = drafter.untold, None
-        if message is not None:
+        if drafter.untold is not None:
+            message = replace(drafter.untold, tokens=(*drafter.untold.tokens, *drafter.then))
+            drafter.untold, drafter.then = None, []
             await self._settled(await self._inform(drafter, message))
 
     async def _settled(self, reply: Reply[None] | None) -> None:
@@ -216,7 +220,7 @@ class Drafting:
         self._observed.clear()
         for name, drafter in self._drafters.items():
             if name == HEAD:
-                drafter.untold = None  # it learns nothing for others
+                drafter.untold, drafter.then = None, []  # it learns nothing for others
             await self._tell(drafter)
             with suppress(ForerunError):
                 await drafter.mailbox.ask(Forget(flow, lease))

@@ -130,6 +130,7 @@ class Sequence:
             self._overlap,
             lambda: self.protocol.computed,
         )
+        self._plain_choosing = Choosing(request.sampling, None, request.num_logprobs)
         self._num_cached = 0
         self._has_queued = self._was_preempted = False
         self._memory_life = 0  # in which the lease was lent
@@ -250,9 +251,10 @@ class Sequence:
 
     def _choosing(self, num_before: int | None = None) -> Choosing:
         """How tokens are chosen, the first of them after `num_before` of prompt and answer; after all of them if None."""
-        request, history = self._request, None
-        if request.sampling.needs_history:
-            history = History((*request.prompt_ids, *self.protocol.output)[:num_before], len(request.prompt_ids))
+        request = self._request
+        if not request.sampling.needs_history:
+            return self._plain_choosing
+        history = History((*request.prompt_ids, *self.protocol.output)[:num_before], len(request.prompt_ids))
         return Choosing(request.sampling, history, request.num_logprobs)
 
     async def _commit(self) -> None:

@@ -12,7 +12,6 @@ import argparse
 import json
 import random
 import statistics
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,9 +56,8 @@ async def measure(model: Model, way: str, texts: list[str], num_tokens: int) -> 
             seconds, rounds, tokens = 0.0, 0, list[int]()
             for prompt, how in requests:
                 how: Options = {**how, "max_tokens": num_tokens, "ignore_eos": True}
-                begin = time.perf_counter()
                 result = await engine.complete(prompt, **how)
-                seconds += time.perf_counter() - begin - result.timings.prefill_seconds
+                seconds += result.timings.decode_seconds
                 rounds += result.speculation.num_rounds
                 tokens += result.token_ids
             found[part] = Measured(seconds, len(tokens), rounds, tuple(tokens))

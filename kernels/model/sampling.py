@@ -9,7 +9,7 @@ by the seed, its counter starting at the position: any (position, token) can be 
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -79,7 +79,6 @@ def _contenders(x: F64, uniforms: F64) -> Places:
     return np.flatnonzero(uniforms <= np.exp(np.minimum(x - so_much, 1.0).astype(np.float32)) * np.float32(1 + 1e-5))
 
 
-@runtime_checkable
 class HasChoices(Protocol):
     """Logits of a device, which knows the highest of each row."""
 
@@ -87,13 +86,15 @@ class HasChoices(Protocol):
     def choices(self) -> list[int]: ...
 
 
-def choose_rows(logits: F32, how: Choosing, position: int, ahead: tuple[int, ...] = ()) -> list[int]:
+def choose_rows(logits: F32 | HasChoices, how: Choosing, position: int, ahead: tuple[int, ...] = ()) -> list[int]:
     """The tokens at `position`... from logits [R, V], of which each row but the first follows one token more of `ahead`."""
-    if how.sampling.temperature == 0 and not how.sampling.logit_bias and not how.sampling.needs_history and isinstance(logits, HasChoices):
+    is_plain = how.sampling.temperature == 0 and not how.sampling.logit_bias and not how.sampling.needs_history
+    if is_plain and not isinstance(logits, np.ndarray):
         return logits.choices
+    rows = np.asarray(logits)
     return [
         choose(row, how.sampling, position + i, how.history.then(ahead[:i]) if how.history is not None else None)
-        for i, row in enumerate(logits)
+        for i, row in enumerate(rows)
     ]
 
 
