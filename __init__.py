@@ -23,7 +23,7 @@ from .core.errors import (
     SavedSequenceError,
 )
 from .core.speculation import DRAFTERS, DrafterStatistics, Speculation, SpeculationOptions, SpeculationParams
-from .core.trace import Counter, Flow, Notice, Span, Subscription
+from .core.trace import Counter, Event, Flow, Notice, Span, Stage, Subscription
 from .core.vocabulary import Delta, FinishReason, Message, Prompt, Result, SamplingParams, Started, Timings, TokenLogprob, Usage
 from .kernels.backends import BACKENDS
 from .kernels.model.prefix import PrefixStatistics
@@ -46,6 +46,7 @@ __all__ = [
     "EngineClosed",
     "EngineDead",
     "EngineStatistics",
+    "Event",
     "FinishReason",
     "Flow",
     "ForerunError",
@@ -66,6 +67,7 @@ __all__ = [
     "Speculation",
     "SpeculationOptions",
     "SpeculationParams",
+    "Stage",
     "Started",
     "StoreName",
     "Stream",

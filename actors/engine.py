@@ -36,7 +36,7 @@ from ..core.messages import Encode
 from ..core.outbox import CAPACITY, MERGED_TOKENS, Outbox
 from ..core.speculation import DrafterName, Speculation, SpeculationOptions, SpeculationParams, parse_spec_type
 from ..core.supervisor import ChildSpec, Group, Supervisor, WhenExhausted
-from ..core.trace import Flow, Subscription, Trace
+from ..core.trace import Flow, Stage, Subscription, Trace
 from ..core.vocabulary import (
     FinishReason,
     Prompt,
@@ -356,7 +356,7 @@ class Engine:
         return SamplingParams(**chosen)
 
     async def _run(self, job: Job) -> None:
-        is_delivered = False
+        is_delivered, began = False, self._trace.clock()
         try:
             with job.scope:
                 origin: Origin | None = None
@@ -364,6 +364,8 @@ class Engine:
                     request, origin = await self._look_into(job.saved, job.request_id)
                 else:
                     request = self._request(job, await self._encode(job.request_id, job.prompt))
+                if self._trace.is_on:
+                    self._trace.record(Stage(Flow(job.request_id, 0), "encoding", began, self._trace.clock()))
                 writer, progress = Writer(Detokenizer(self.model.vocabulary), request.stop), job.options.get("prefill_progress")
                 job.sequence = Sequence(request, self._surroundings, writer, job.outbox, job.saves, origin, progress, job.start)
                 await job.sequence.run()

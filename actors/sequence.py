@@ -21,7 +21,7 @@ from ..core.messages import Admit, Commit, Forget, Freeze, Observe, Prefill, Pub
 from ..core.outbox import Outbox
 from ..core.protocol import CHUNK, SequenceProtocol, State
 from ..core.speculation import DrafterName, Speculation, SpeculationParams
-from ..core.trace import Flow, Trace
+from ..core.trace import Flow, Stage, Trace
 from ..core.vocabulary import (
     Choosing,
     Delta,
@@ -133,6 +133,7 @@ class Sequence:
         self._plain_choosing = Choosing(request.sampling, None, request.num_logprobs)
         self._num_cached = 0
         self._has_queued = self._was_preempted = False
+        self._stage_began = self._trace.clock() if self._trace.is_on else 0
         self._memory_life = 0  # in which the lease was lent
         self._lease: Lease | None = None
         self._flow = Flow(request.request_id, 0)
@@ -156,10 +157,12 @@ class Sequence:
         }  # fmt: skip
         try:
             while not protocol.is_over:
+                state = protocol.state
                 try:
-                    await states[protocol.state]()
+                    await states[state]()
                 except (ActorRestarted, LeaseLost) as error:
                     await self._lose_memory(error)
+                self._tell_stage(state)
         except BaseException as error:
             if not protocol.is_over:
                 protocol.fail() if isinstance(error, Exception) else protocol.cancel()
@@ -167,6 +170,17 @@ class Sequence:
         finally:
             await self._give_back()
             protocol.released()
+            self._tell_stage(State.FINISHING)
+
+    def _tell_stage(self, state: State) -> None:
+        """The stage that begins where the last one ended is over."""
+        if self._trace.is_on:
+            now = self._trace.clock()
+            if self._stage_began:
+                self._trace.record(Stage(self._flow, state.name.lower(), self._stage_began, now))
+            self._stage_began = now
+        else:
+            self._stage_began = 0
 
     # One function for each state
 

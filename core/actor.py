@@ -119,6 +119,15 @@ class Actor(ABC):
         """Has `work` done by the executor, which `seconds` tells how long it may take. Cancelled: the work is finished first, so
         that an owner never sees its memory half written; only a supervisor that ends the actor's life leaves it behind, with all
         the memory it had."""
+        clock = self.mailbox.clock
+        began = clock() if clock is not None else 0
+        try:
+            return await self._compute(work, seconds)
+        finally:
+            if clock is not None:
+                self.mailbox.computed_ns += clock() - began
+
+    async def _compute(self, work: Callable[[], T], seconds: float) -> T:
         if self._executor.is_inline(seconds):
             return work()
         await checkpoint_if_cancelled()  # an actor that is to end begins nothing that nobody would leave

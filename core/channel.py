@@ -100,23 +100,23 @@ class Reply(Generic[R]):
 class Envelope:
     """A message on its way, with its reply when it was asked, and its times when somebody watches."""
 
-    __slots__ = ("_mailbox", "_trace", "enqueued_ns", "message", "reply", "started_ns")
+    __slots__ = ("_computed_before_ns", "_mailbox", "_trace", "enqueued_ns", "message", "reply", "started_ns")
 
-    def __init__(self, message: Mail[Any], reply: Reply[Any] | None, mailbox: str, trace: Trace) -> None:
+    def __init__(self, message: Mail[Any], reply: Reply[Any] | None, mailbox: Mailbox, trace: Trace) -> None:
         self.message, self.reply = message, reply
         self._mailbox, self._trace = mailbox, trace
         self.enqueued_ns = trace.clock() if trace.is_on else 0
-        self.started_ns = 0
+        self.started_ns = self._computed_before_ns = 0
 
     @property
     def is_abandoned(self) -> bool:
         """Whether it was asked, and nobody waits for the answer any more."""
         return self.reply is not None and not self.reply.is_wanted
 
-    def start(self) -> None:
-        """The actor takes this message up: called for all of a batch when it is taken, again by an actor that works one by one."""
+    def start(self, now_ns: int = 0) -> None:
+        """The actor takes this message up: said of all of a batch when it is taken, again by an actor that works one by one."""
         if self.enqueued_ns:
-            self.started_ns = self._trace.clock()
+            self.started_ns, self._computed_before_ns = now_ns or self._trace.clock(), self._mailbox.computed_ns
 
     def answer(self, value: object) -> None:
         if self.reply is not None:
@@ -131,9 +131,10 @@ class Envelope:
     def finish(self, outcome: str) -> None:
         """Records the span, once."""
         if self.enqueued_ns and self._trace.is_on:
-            now, message = self._trace.clock(), self.message
+            now, message, mailbox = self._trace.clock(), self.message, self._mailbox
             start = self.started_ns or now
-            self._trace.record(Span(self._mailbox, type(message).__name__, message.flow, self.enqueued_ns, start, now, outcome))
+            computed = mailbox.computed_ns - self._computed_before_ns if self.started_ns else 0
+            self._trace.record(Span(mailbox.name, type(message).__name__, message.flow, self.enqueued_ns, start, now, outcome, computed))
         self.enqueued_ns = 0
 
 
@@ -158,6 +159,7 @@ class Mailbox:
         self.name = name
         self.capacity = capacity
         self.life = 0
+        self.computed_ns = 0  # that its actor's executor was at work, while somebody watched
         self._trace = trace or Trace(1)
         self._waiting: deque[Envelope] = deque()
         self._unanswered: dict[Reply[Any], Envelope] = {}
@@ -171,15 +173,20 @@ class Mailbox:
     def is_closed(self) -> bool:
         return self._closed is not None
 
+    @property
+    def clock(self) -> Callable[[], int] | None:
+        """The trace's, while somebody watches."""
+        return self._trace.clock if self._trace.is_on else None
+
     async def tell(self, message: Mail[Any]) -> None:
         """Delivers; nobody hears an answer. Cancelled: not delivered, unless the actor took it at that very moment."""
-        await self._put(Envelope(message, None, self.name, self._trace))
+        await self._put(Envelope(message, None, self, self._trace))
 
     async def post(self, message: Mail[R], undo: Callable[[R], None] | None = None) -> Reply[R]:
         """Delivers, and returns where the answer will appear; who does not wait for it abandons it. Cancelled: as `tell`, and abandoned."""
         reply: Reply[R] = Reply(self._unanswered, undo, self._new_event)
         try:
-            await self._put(Envelope(message, reply, self.name, self._trace))
+            await self._put(Envelope(message, reply, self, self._trace))
         except BaseException:
             reply.abandon()
             raise
@@ -255,8 +262,10 @@ class Mailbox:
         taken = list(self._waiting)
         self._waiting.clear()
         self._call_senders()
-        for envelope in taken:
-            envelope.start()
+        if self._trace.is_on:
+            now = self._trace.clock()
+            for envelope in taken:
+                envelope.start(now)
         return taken
 
     def restart(self, error: ForerunError) -> None:

@@ -33,8 +33,8 @@ class Flow(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One message: put into `actor`'s mailbox, taken up, done with. Times from the trace's clock, in nanoseconds.
-    `outcome` is "ok", or the class of the error it ended with."""
+    """One message: put into `actor`'s mailbox, taken up, done with. Times from the trace's clock, in nanoseconds; for `computed_ns` of
+    them, while it was handled, the actor's executor was at work: the device. `outcome` is "ok", or the class of the error it ended with."""
 
     actor: str
     message: str
@@ -43,6 +43,17 @@ class Span:
     started_ns: int
     finished_ns: int
     outcome: str
+    computed_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A request was in one state of its protocol, from then until then. The stages of a request follow each other without gaps."""
+
+    flow: Flow
+    state: str
+    started_ns: int
+    finished_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +75,7 @@ class Notice:
     text: str
 
 
-Event = Span | Counter | Notice
+Event = Span | Stage | Counter | Notice
 Observer = Callable[[Event], None]
 
 

@@ -19,6 +19,7 @@ from . import chat, client_command, flags, serve
 from .bench import TEXT, BenchParams, bench, table
 from .bench_cuda import bench_cuda
 from .convert import OUT_TYPES, convert, info
+from .tracing import command as tracing
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_parser(commands)
     serve.add_parser(commands)
     client_command.add_parsers(commands)
+    tracing.add_parser(commands)
     measured = commands.add_parser("bench", help="measure a model on this machine", allow_abbrev=False)
     flags.add_model(measured)
     flags.option(measured, "-n", "--predict", type=int, default=128, help="tokens of a run (default: 128)")
@@ -146,7 +148,7 @@ def main() -> None:
             if result is not None:
                 sys.stderr.write(figures(result) + "\n")
         elif args.command == "trace":
-            anyio.run(client_command.watch, args, write)
+            anyio.run(tracing.trace, args, write)
         else:
             anyio.run(_generate, args, write)
     except ForerunError as error:

@@ -1,11 +1,10 @@
-"""forerun client and forerun trace: a running server, asked from the command line."""
+"""forerun client: a running server, asked from the command line."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from collections.abc import Callable
-from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,20 +32,21 @@ def add_parsers(commands: Any) -> None:
     detokenize.add_argument("ids", type=flags.token_ids, help="as 1,2,3")
     abort = asks.add_parser("abort", help="end a request", allow_abbrev=False)
     abort.add_argument("request_id")
-    trace: argparse.ArgumentParser = commands.add_parser("trace", help="watch a running server, a line an event", allow_abbrev=False)
-    trace.add_argument("--actor", action="append", default=[], help="events of this actor alone; may be given again")
-    trace.add_argument("--request", default="", help="events of this request alone")
-    trace.add_argument("--events", type=int, help="end after so many")
     others = (asks.add_parser("info", help="what model and server are"), asks.add_parser("loads", help="how busy the server is"))
-    for parser in (generate, tokenize, detokenize, abort, trace, *others):
-        flags.option(parser, "-a", "--address", default="127.0.0.1:50051", help="host:port or unix:PATH (default: 127.0.0.1:50051)")
-        flags.option(parser, "--api-key", help="bearer token")
-        flags.option(parser, "--ssl-ca-file", type=Path, help="PEM file of who vouches for the server: speaks TLS")
-        flags.option(parser, "--ssl-cert-file", type=Path, help="PEM file of the client's certificate")
-        flags.option(parser, "--ssl-key-file", type=Path, help="PEM file of its key")
+    for parser in (generate, tokenize, detokenize, abort, *others):
+        add_connection(parser)
 
 
-def _client(args: argparse.Namespace) -> Client:
+def add_connection(parser: argparse.ArgumentParser) -> None:
+    """Where a server is, and how it knows us."""
+    flags.option(parser, "-a", "--address", default="127.0.0.1:50051", help="host:port or unix:PATH (default: 127.0.0.1:50051)")
+    flags.option(parser, "--api-key", help="bearer token")
+    flags.option(parser, "--ssl-ca-file", type=Path, help="PEM file of who vouches for the server: speaks TLS")
+    flags.option(parser, "--ssl-cert-file", type=Path, help="PEM file of the client's certificate")
+    flags.option(parser, "--ssl-key-file", type=Path, help="PEM file of its key")
+
+
+def connect(args: argparse.Namespace) -> Client:
     from forerun.client import Client
 
     return Client(
@@ -56,7 +56,7 @@ def _client(args: argparse.Namespace) -> Client:
 
 async def ask(args: argparse.Namespace, write: Write, to_json: Callable[[Any], Any]) -> Any:
     """Does what `forerun client` was told. Returns the result when an answer was written as text."""
-    async with _client(args) as client:
+    async with connect(args) as client:
         match args.ask:
             case "generate":
                 chat: list[Any] = [{"role": "user", "content": args.chat}]
@@ -81,25 +81,3 @@ async def ask(args: argparse.Namespace, write: Write, to_json: Callable[[Any], A
             case _:
                 write(str(await client.loads()))
     return None
-
-
-async def watch(args: argparse.Namespace, write: Write) -> None:
-    """One line an event: how long a message waited and took, in milliseconds, or what a figure is now."""
-    left = args.events
-    async with _client(args) as client, aclosing(client.watch(actors=tuple(args.actor), request_id=args.request)) as responses:
-        async for response in responses:
-            for event in response.events:
-                match event.WhichOneof("kind"):
-                    case "span":
-                        each = event.span
-                        waited, took = (each.started_ns - each.enqueued_ns) / 1e6, (each.finished_ns - each.started_ns) / 1e6
-                        times = f"waited {waited:8.3f} took {took:8.3f}"
-                        write(f"{each.request_id} round {each.round:4} {times}  {each.actor}: {each.message} {each.outcome}\n")
-                    case "counter":
-                        write(f"{event.counter.request_id or '-'} {event.counter.name} = {event.counter.value}\n")
-                    case _:
-                        write(f"{event.notice.actor}: {event.notice.text}\n")
-                if left is not None:
-                    left -= 1
-                    if not left:
-                        return

@@ -14,7 +14,7 @@ from forerun.v1 import admin_service_pb2, generation_service_pb2, model_service_
 
 from ...core.channel import RETRY_AFTER_SECONDS
 from ...core.errors import InvalidRequest, Overloaded, SavedSequenceError
-from ...core.trace import Counter, Event, Span
+from ...core.trace import Counter, Event, Notice, Span, Stage
 from ...core.vocabulary import Delta, Result, Started
 from . import wire
 from .served import Served
@@ -165,8 +165,8 @@ class TraceService:
         actors, request_id = frozenset(request.actors), request.request_id
 
         def is_wanted(event: Event) -> bool:
-            of = event.actor if not isinstance(event, Counter) else event.name.removesuffix(" depth")
-            flow = None if not isinstance(event, Span | Counter) else event.flow
+            of = event.name.removesuffix(" depth") if isinstance(event, Counter) else "" if isinstance(event, Stage) else event.actor
+            flow = None if isinstance(event, Notice) else event.flow
             return (not actors or of in actors) and (not request_id or (flow is not None and flow.request == request_id))
 
         if self._num_watchers == MAX_WATCHERS:

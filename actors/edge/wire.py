@@ -10,7 +10,7 @@ from forerun.v1 import trace_service_pb2
 
 from ...core.embeddings import EmbeddingRows, Part
 from ...core.errors import InvalidRequest
-from ...core.trace import Counter, Event, Span
+from ...core.trace import Counter, Event, Span, Stage
 from ...core.vocabulary import (
     MAX_MESSAGES,
     SAMPLING_NUMBERS,
@@ -157,6 +157,17 @@ def event_message(event: Event) -> trace_service_pb2.TraceEvent:
                 started_ns=event.started_ns,
                 finished_ns=event.finished_ns,
                 outcome=event.outcome,
+                computed_ns=event.computed_ns,
+            )
+        )
+    if isinstance(event, Stage):
+        return trace_service_pb2.TraceEvent(
+            stage=trace_service_pb2.Stage(
+                request_id=event.flow.request,
+                round=event.flow.round,
+                state=event.state,
+                started_ns=event.started_ns,
+                finished_ns=event.finished_ns,
             )
         )
     if isinstance(event, Counter):

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from forerun.core.embeddings import EmbeddingRows, Part
 from forerun.core.speculation import DrafterName, DrafterStatistics, Speculation
+from forerun.core.trace import Counter, Event, Flow, Notice, Span, Stage
 from forerun.core.vocabulary import (
     SAMPLING_NUMBERS,
     Delta,
@@ -20,6 +21,7 @@ from forerun.core.vocabulary import (
     check_prompt,
 )
 from forerun.v1 import generation_service_pb2 as pb
+from forerun.v1 import trace_service_pb2
 
 FINISH_REASONS = {
     pb.FINISH_REASON_STOP: FinishReason.STOP,
@@ -56,6 +58,23 @@ def generate_message(prompt: Prompt, options: dict[str, Any]) -> pb.GenerateRequ
         sampling.logit_bias[token] = bias
     stop = given.pop("stop", [])
     return pb.GenerateRequest(prompt=prompt_message(prompt), sampling=sampling, stop=[stop] if isinstance(stop, str) else stop, **given)
+
+
+def event_of(message: trace_service_pb2.TraceEvent) -> Event:
+    match message.WhichOneof("kind"):
+        case "span":
+            each = message.span
+            times = each.enqueued_ns, each.started_ns, each.finished_ns
+            return Span(each.actor, each.message, Flow(each.request_id, each.round), *times, each.outcome, each.computed_ns)
+        case "stage":
+            stage = message.stage
+            return Stage(Flow(stage.request_id, stage.round), stage.state, stage.started_ns, stage.finished_ns)
+        case "counter":
+            counter = message.counter
+            flow = Flow(counter.request_id, counter.round) if counter.request_id else None
+            return Counter(counter.name, flow, counter.at_ns, counter.value)
+        case _:
+            return Notice(message.notice.actor, message.notice.at_ns, message.notice.text)
 
 
 def started_of(message: pb.Started) -> Started:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x66orerun/v1/trace_service.proto\x12\nforerun.v1\"2\n\x0cWatchRequest\x12\x0e\n\x06\x61\x63tors\x18\x01 \x03(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"K\n\rWatchResponse\x12&\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x16.forerun.v1.TraceEvent\x12\x12\n\nnum_missed\x18\x02 \x01(\x04\"\x84\x01\n\nTraceEvent\x12 \n\x04span\x18\x01 \x01(\x0b\x32\x10.forerun.v1.SpanH\x00\x12&\n\x07\x63ounter\x18\x02 \x01(\x0b\x32\x13.forerun.v1.CounterH\x00\x12$\n\x06notice\x18\x03 \x01(\x0b\x32\x12.forerun.v1.NoticeH\x00\x42\x06\n\x04kind\"\x98\x01\n\x04Span\x12\r\n\x05\x61\x63tor\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12\x13\n\x0b\x65nqueued_ns\x18\x05 \x01(\x04\x12\x12\n\nstarted_ns\x18\x06 \x01(\x04\x12\x13\n\x0b\x66inished_ns\x18\x07 \x01(\x04\x12\x0f\n\x07outcome\x18\x08 \x01(\t\"X\n\x07\x43ounter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12\r\n\x05\x61t_ns\x18\x04 \x01(\x04\x12\r\n\x05value\x18\x05 \x01(\x03\"4\n\x06Notice\x12\r\n\x05\x61\x63tor\x18\x01 \x01(\t\x12\r\n\x05\x61t_ns\x18\x02 \x01(\x04\x12\x0c\n\x04text\x18\x03 \x01(\t2N\n\x0cTraceService\x12>\n\x05Watch\x12\x18.forerun.v1.WatchRequest\x1a\x19.forerun.v1.WatchResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x66orerun/v1/trace_service.proto\x12\nforerun.v1\"2\n\x0cWatchRequest\x12\x0e\n\x06\x61\x63tors\x18\x01 \x03(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"K\n\rWatchResponse\x12&\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x16.forerun.v1.TraceEvent\x12\x12\n\nnum_missed\x18\x02 \x01(\x04\"\xa8\x01\n\nTraceEvent\x12 \n\x04span\x18\x01 \x01(\x0b\x32\x10.forerun.v1.SpanH\x00\x12&\n\x07\x63ounter\x18\x02 \x01(\x0b\x32\x13.forerun.v1.CounterH\x00\x12$\n\x06notice\x18\x03 \x01(\x0b\x32\x12.forerun.v1.NoticeH\x00\x12\"\n\x05stage\x18\x04 \x01(\x0b\x32\x11.forerun.v1.StageH\x00\x42\x06\n\x04kind\"\xad\x01\n\x04Span\x12\r\n\x05\x61\x63tor\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12\x13\n\x0b\x65nqueued_ns\x18\x05 \x01(\x04\x12\x12\n\nstarted_ns\x18\x06 \x01(\x04\x12\x13\n\x0b\x66inished_ns\x18\x07 \x01(\x04\x12\x0f\n\x07outcome\x18\x08 \x01(\t\x12\x13\n\x0b\x63omputed_ns\x18\t \x01(\x04\"b\n\x05Stage\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\r\x12\r\n\x05state\x18\x03 \x01(\t\x12\x12\n\nstarted_ns\x18\x04 \x01(\x04\x12\x13\n\x0b\x66inished_ns\x18\x05 \x01(\x04\"X\n\x07\x43ounter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12\r\n\x05\x61t_ns\x18\x04 \x01(\x04\x12\r\n\x05value\x18\x05 \x01(\x03\"4\n\x06Notice\x12\r\n\x05\x61\x63tor\x18\x01 \x01(\t\x12\r\n\x05\x61t_ns\x18\x02 \x01(\x04\x12\x0c\n\x04text\x18\x03 \x01(\t2N\n\x0cTraceService\x12>\n\x05Watch\x12\x18.forerun.v1.WatchRequest\x1a\x19.forerun.v1.WatchResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,13 +36,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHRESPONSE']._serialized_start=98
   _globals['_WATCHRESPONSE']._serialized_end=173
   _globals['_TRACEEVENT']._serialized_start=176
-  _globals['_TRACEEVENT']._serialized_end=308
-  _globals['_SPAN']._serialized_start=311
-  _globals['_SPAN']._serialized_end=463
-  _globals['_COUNTER']._serialized_start=465
-  _globals['_COUNTER']._serialized_end=553
-  _globals['_NOTICE']._serialized_start=555
-  _globals['_NOTICE']._serialized_end=607
-  _globals['_TRACESERVICE']._serialized_start=609
-  _globals['_TRACESERVICE']._serialized_end=687
+  _globals['_TRACEEVENT']._serialized_end=344
+  _globals['_SPAN']._serialized_start=347
+  _globals['_SPAN']._serialized_end=520
+  _globals['_STAGE']._serialized_start=522
+  _globals['_STAGE']._serialized_end=620
+  _globals['_COUNTER']._serialized_start=622
+  _globals['_COUNTER']._serialized_end=710
+  _globals['_NOTICE']._serialized_start=712
+  _globals['_NOTICE']._serialized_end=764
+  _globals['_TRACESERVICE']._serialized_start=766
+  _globals['_TRACESERVICE']._serialized_end=844
 # @@protoc_insertion_point(module_scope)

@@ -23,17 +23,19 @@ class WatchResponse(_message.Message):
     def __init__(self, events: _Optional[_Iterable[_Union[TraceEvent, _Mapping]]] = ..., num_missed: _Optional[int] = ...) -> None: ...
 
 class TraceEvent(_message.Message):
-    __slots__ = ("span", "counter", "notice")
+    __slots__ = ("span", "counter", "notice", "stage")
     SPAN_FIELD_NUMBER: _ClassVar[int]
     COUNTER_FIELD_NUMBER: _ClassVar[int]
     NOTICE_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
     span: Span
     counter: Counter
     notice: Notice
-    def __init__(self, span: _Optional[_Union[Span, _Mapping]] = ..., counter: _Optional[_Union[Counter, _Mapping]] = ..., notice: _Optional[_Union[Notice, _Mapping]] = ...) -> None: ...
+    stage: Stage
+    def __init__(self, span: _Optional[_Union[Span, _Mapping]] = ..., counter: _Optional[_Union[Counter, _Mapping]] = ..., notice: _Optional[_Union[Notice, _Mapping]] = ..., stage: _Optional[_Union[Stage, _Mapping]] = ...) -> None: ...
 
 class Span(_message.Message):
-    __slots__ = ("actor", "message", "request_id", "round", "enqueued_ns", "started_ns", "finished_ns", "outcome")
+    __slots__ = ("actor", "message", "request_id", "round", "enqueued_ns", "started_ns", "finished_ns", "outcome", "computed_ns")
     ACTOR_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
@@ -42,6 +44,7 @@ class Span(_message.Message):
     STARTED_NS_FIELD_NUMBER: _ClassVar[int]
     FINISHED_NS_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_NS_FIELD_NUMBER: _ClassVar[int]
     actor: str
     message: str
     request_id: str
@@ -50,7 +53,22 @@ class Span(_message.Message):
     started_ns: int
     finished_ns: int
     outcome: str
-    def __init__(self, actor: _Optional[str] = ..., message: _Optional[str] = ..., request_id: _Optional[str] = ..., round: _Optional[int] = ..., enqueued_ns: _Optional[int] = ..., started_ns: _Optional[int] = ..., finished_ns: _Optional[int] = ..., outcome: _Optional[str] = ...) -> None: ...
+    computed_ns: int
+    def __init__(self, actor: _Optional[str] = ..., message: _Optional[str] = ..., request_id: _Optional[str] = ..., round: _Optional[int] = ..., enqueued_ns: _Optional[int] = ..., started_ns: _Optional[int] = ..., finished_ns: _Optional[int] = ..., outcome: _Optional[str] = ..., computed_ns: _Optional[int] = ...) -> None: ...
+
+class Stage(_message.Message):
+    __slots__ = ("request_id", "round", "state", "started_ns", "finished_ns")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    STARTED_NS_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_NS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    round: int
+    state: str
+    started_ns: int
+    finished_ns: int
+    def __init__(self, request_id: _Optional[str] = ..., round: _Optional[int] = ..., state: _Optional[str] = ..., started_ns: _Optional[int] = ..., finished_ns: _Optional[int] = ...) -> None: ...
 
 class Counter(_message.Message):
     __slots__ = ("name", "request_id", "round", "at_ns", "value")
