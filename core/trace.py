@@ -13,7 +13,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import anyio
@@ -31,8 +30,7 @@ class Flow(NamedTuple):
     round: int
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """One message: put into `actor`'s mailbox, taken up, done with. Times from the trace's clock, in nanoseconds; for `computed_ns` of
     them, while it was handled, the actor's executor was at work: the device. `outcome` is "ok", or the class of the error it ended with."""
 
@@ -46,8 +44,7 @@ class Span:
     computed_ns: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Stage:
+class Stage(NamedTuple):
     """A request was in one state of its protocol, from then until then. The stages of a request follow each other without gaps."""
 
     flow: Flow
@@ -56,8 +53,7 @@ class Stage:
     finished_ns: int
 
 
-@dataclass(frozen=True, slots=True)
-class Counter:
+class Counter(NamedTuple):
     """A figure at a time: "<actor> depth" (messages waiting), "slots used", "accepted" (drafts, by request and round)."""
 
     name: str
@@ -66,8 +62,7 @@ class Counter:
     value: int
 
 
-@dataclass(frozen=True, slots=True)
-class Notice:
+class Notice(NamedTuple):
     """Something that happens seldom: an actor was restarted or switched off."""
 
     actor: str
@@ -89,13 +84,16 @@ class Trace:
         self._num_recorded = 0
         self._observers: list[Observer] = []
         self._subscriptions: list[Subscription] = []
+        self._asleep: set[anyio.Event] = set()  # what subscriptions wait for
 
     def record(self, event: Event) -> None:
         """Callers ask `is_on` first, and so build no event that nobody wants."""
         self._ring[self._num_recorded % len(self._ring)] = event
         self._num_recorded += 1
-        for subscription in self._subscriptions:
-            subscription.arrived.set()
+        if self._asleep:
+            for arrived in self._asleep:
+                arrived.set()
+            self._asleep.clear()
         for observer in tuple(self._observers):
             try:
                 observer(event)
@@ -140,6 +138,14 @@ class Trace:
         self._switch()
         return self._num_recorded
 
+    async def next_event(self, arrived: anyio.Event) -> None:
+        """Waits until an event comes, or somebody else sets `arrived`. Cancelled: nothing is left behind."""
+        self._asleep.add(arrived)
+        try:
+            await arrived.wait()
+        finally:
+            self._asleep.discard(arrived)
+
     def close(self, subscription: Subscription) -> None:
         if subscription in self._subscriptions:
             self._subscriptions.remove(subscription)
@@ -160,7 +166,7 @@ class Subscription:
         self._cursor = 0
         self._pending: deque[Event] = deque()
         self._is_open = False
-        self.arrived = anyio.Event()
+        self._arrived = anyio.Event()
         self.num_missed = 0
 
     def __enter__(self) -> Subscription:
@@ -177,7 +183,7 @@ class Subscription:
             self._fetch()
             self._is_open = False
             self._trace.close(self)
-            self.arrived.set()
+            self._arrived.set()
 
     def _fetch(self) -> None:
         events, num_missed, self._cursor = self._trace.read(self._cursor)
@@ -207,8 +213,8 @@ class Subscription:
         while not self._pending:
             if not self._is_open:
                 return False
-            self.arrived = anyio.Event()
+            self._arrived = anyio.Event()
             self._fetch()
             if not self._pending:
-                await self.arrived.wait()
+                await self._trace.next_event(self._arrived)
         return True

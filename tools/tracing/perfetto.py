@@ -191,7 +191,7 @@ _KINDS: dict[type, str] = {Span: "span", Stage: "stage", Counter: "counter", Not
 
 
 def _fields(event: Event) -> list[Any]:
-    return [getattr(event, name) for name in type(event).__dataclass_fields__]
+    return list(event)
 
 
 def _events(raw: Any) -> Iterator[Event]:
