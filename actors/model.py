@@ -13,6 +13,7 @@ from ..kernels.formats.gguf import GgufFile
 from ..kernels.model.config import load_config, read_json
 from ..kernels.model.gguf_names import GgufCheckpoint, find_sidecar, gguf_config
 from ..kernels.model.memory import MemoryMaker
+from ..kernels.model.synthetic import SyntheticCheckpoint, size_of
 from ..kernels.model.weights import FolderCheckpoint, ModelWeights, Progress, load_weights
 from .hub import REPOSITORY, fetch
 from .mtp_drafter import DraftHead
@@ -117,6 +118,13 @@ class LoadedModel:
 
     def draft_head(self) -> DraftHead:
         return make_head(self.weights, self.backend)
+
+
+def synthetic_model(size: str, *, num_threads: int | None = None) -> LoadedModel:
+    """A model of random weights, NAME:TYPE as in kernels/model/synthetic.py, on the CPU's kernels. InvalidRequest as there."""
+    (config, kind), on = size_of(size), make_backend(None, num_threads)
+    weights = load_weights(SyntheticCheckpoint(config, kind), config, on)
+    return LoadedModel(size, weights, on, None, Defaults(frozenset(), {"temperature": 0.0}))
 
 
 def load_model(name: str, progress: Progress | None = None, *, backend: str | None = None, num_threads: int | None = None) -> LoadedModel:

@@ -15,9 +15,7 @@ from typing import Any
 import anyio
 
 from .. import ForerunError, InvalidRequest, Prompt, Result
-from . import chat, client_command, flags, serve
-from .bench import TEXT, BenchParams, bench, table
-from .bench_cuda import bench_cuda
+from . import bench_command, chat, client_command, flags, serve
 from .convert import OUT_TYPES, convert, info
 from .tracing import command as tracing
 
@@ -39,21 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_parser(commands)
     client_command.add_parsers(commands)
     tracing.add_parser(commands)
-    measured = commands.add_parser("bench", help="measure a model on this machine", allow_abbrev=False)
-    flags.add_model(measured)
-    flags.option(measured, "-n", "--predict", type=int, default=128, help="tokens of a run (default: 128)")
-    measured.add_argument("--prompt-tokens", type=int, default=512, help="tokens of the prompt that is timed (default: 512)")
-    measured.add_argument("-p", "--prompt", default=TEXT, help="text that runs continue")
-    measured.add_argument("--runs", type=int, default=5, help="runs of each kind, in turn (default: 5)")
-    measured.add_argument(
-        "--spec-type", action="append", help="a way to speculate, as in generate; may be given again (default: draft-mtp)"
-    )
-    measured.add_argument("--device", choices=("cuda",), help="instead: kernels and whole rounds on an NVIDIA device; needs no model")
-    measured.add_argument(
-        "--size", action="append", help="with --device: random weights of such a size and type; may be given again (default: 0.8B:bf16)"
-    )
-    measured.add_argument("--vs", choices=("llama.cpp",), help="runs it in turn on the same GGUF file (needs the extra `bench`)")
-    measured.add_argument("--json", action="store_true", help="every run's figure, instead of a table")
+    bench_command.add_parser(commands)
     shown = commands.add_parser("info", help="say what a model file is", allow_abbrev=False)
     shown.add_argument("path", type=Path, help="a GGUF file, a Hugging Face folder, or demo")
     converted = commands.add_parser("convert", help="write a Hugging Face folder as a GGUF file", allow_abbrev=False)
@@ -131,14 +115,8 @@ def main() -> None:
             write(info(args.path) + "\n")
         elif args.command == "convert":
             convert(args.folder, args.out, args.outtype)
-        elif args.command == "bench" and args.device == "cuda":
-            bench_cuda(write, args.size or ["0.8B:bf16"])
         elif args.command == "bench":
-            params = BenchParams(
-                args.prompt_tokens, args.predict, args.runs, args.spec_type or ["draft-mtp"], args.prompt, args.threads, args.vs is not None
-            )
-            measured = anyio.run(bench, args.model, params)
-            write(json.dumps([figure.to_json() for figure in measured]) + "\n" if args.json else table(measured) + "\n")
+            bench_command.run(args, write)
         elif args.command == "chat":
             anyio.run(chat.chat, args, write, figures)
         elif args.command == "serve":

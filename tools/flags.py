@@ -21,7 +21,11 @@ RENAMED = {
 BAR_WIDTH = 30
 
 
-def _rates(text: str) -> tuple[float, ...]:
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
+def rates(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(",") if part)
 
 
@@ -47,7 +51,7 @@ SPECULATION_FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "lookup_cache_static": (str, "file of counts that ngram-cache reads"),
     "lookup_cache_dynamic": (str, "file of counts that it reads, and brings up to date"),
     "choose": (str, "rate: the draft with the most expected tokens per second; first: the first there is, whole"),
-    "synth_rates": (_rates, "accept drafts at random at these rates, as 0.8,0.7,0.6, to measure speed: the text is senseless"),
+    "synth_rates": (rates, "accept drafts at random at these rates, as 0.8,0.7,0.6, to measure speed: the text is senseless"),
 }
 
 

@@ -23,6 +23,7 @@ class Run:
     token_ids: tuple[int, ...]
     num_drafted: int = 0
     num_accepted: int = 0
+    num_rounds: int = 0  # where they are told
 
 
 class LlamaCpp:
