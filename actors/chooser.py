@@ -137,10 +137,12 @@ NEVER = _Belief()
 
 
 class Experience:
-    """What all sequences of an engine have seen: what verifying, drafting and looking up take, and how often drafters were right."""
+    """What all sequences of an engine have seen: what verifying and looking up take, and drafting and the rest of a round, alone and in
+    company, where one waits for others; and how often drafters were right."""
 
     def __init__(self) -> None:
-        self.verify, self.drafting, self.looking, self.overhead = Costs(), Costs(), Costs(), Costs()
+        self.verify, self.looking = Costs(), Costs()
+        self.drafting, self.overhead = (Costs(), Costs()), (Costs(), Costs())
         self.beliefs: dict[tuple[str, int, int], _Belief] = {}
         self.first_guesses = [_Belief() for _ in range(64)]
 
@@ -175,13 +177,23 @@ class Chooser:
 
     def _seconds(self, num_drafts: int, num_head: int) -> float:
         """Of a round that verifies so many drafts, of which the head made so many."""
-        e = self._experience
-        return e.verify(round(self._num_other_rows) + num_drafts + 1) + (e.drafting(num_head) if num_head else 0.0) + e.overhead(1)
+        verify = self._experience.verify(round(self._num_other_rows) + num_drafts + 1)
+        return verify + (self.drafting(num_head) if num_head else 0.0) + self.overhead(1)
+
+    @property
+    def drafting(self) -> Costs:
+        """Of so many tokens of the head, in such company as there is."""
+        return self._experience.drafting[self._num_other_rows >= 0.5]
+
+    @property
+    def overhead(self) -> Costs:
+        """Of a round, besides drafting and verifying."""
+        return self._experience.overhead[self._num_other_rows >= 0.5]
 
     @property
     def _last_pause(self) -> int:
         e = self._experience
-        return max(LAST_PAUSE, round(e.drafting(1) / (ASKING_SHARE * max(e.verify(1), 1e-9))))
+        return max(LAST_PAUSE, round(self.drafting(1) / (ASKING_SHARE * max(e.verify(1), 1e-9))))
 
     def _rate(self, expected: float, seconds: float) -> float:
         return (expected + OTHERS_GAIN * self._num_other_rows) / seconds if seconds > 0 else expected

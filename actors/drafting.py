@@ -85,7 +85,7 @@ class Drafting:
         now = self._trace.clock()
         if self._round_began and self._experience.verify(1):
             spent = (now - self._round_began) / 1e9
-            self._experience.overhead.saw(1, min(spent, self._experience.verify(1)))
+            self._chooser.overhead.saw(1, min(spent, self._experience.verify(1)))
         self._drafts, self._plan = [], NOTHING
         if look_ups:
             self._drafts += await self._ask(look_ups, question, (question.last_token,), question.room, 0.0)
@@ -116,7 +116,7 @@ class Drafting:
         seconds = (self._trace.clock() - began) / 1e9
         if head is None:
             return plan
-        self._experience.drafting.saw(len(head.tokens), seconds)
+        self._chooser.drafting.saw(len(head.tokens), seconds)
         num_head = len(head.tokens)
         self._drafts.append(head)
         plan = chooser.best(self._drafts, num_head, room)

@@ -61,7 +61,7 @@ class Text:
             if num_head:
                 self.num_head_asked += 1
                 drafts.append(self._draft("draft-mtp", head, num_head, future, 0.7))
-                self.experience.drafting.saw(num_head, self.head_cost * num_head)
+                self.chooser.drafting.saw(num_head, self.head_cost * num_head)
                 plan = self.chooser.best(drafts, num_head, 40)
         tokens = plan.tokens
         num_right = next((i for i, token in enumerate(tokens) if token != future[i]), len(tokens))
