@@ -167,9 +167,10 @@ class Chooser:
         self._beliefs: dict[tuple[str, int, int], _Belief] = {}
         self._first_guesses = [_Belief() for _ in range(64)]  # of the head, by position, however sure it was
         self._num_other_rows, self._num_rounds = 0.0, 0
-        self._pause, self._num_unasked, self._is_probing, self._is_promising = FIRST_PAUSE, 0, False, False
+        self._pause, self._num_unasked = FIRST_PAUSE, 0
+        self._is_probing = self._is_promising = False  # of the head
         self._is_resting = False
-        self._num_misses, self._hits = 0, _Belief()  # of what was verified
+        self._num_misses, self._hits, self._has_changed = 0, _Belief(), False  # of what was verified; lately missed, where most was hit
         self._num_useless, self._num_unlooked, self._is_looking = 0, 0, False
         self._found = _Belief()  # tokens that were right of what was looked up and verified, for each question
 
@@ -283,7 +284,7 @@ class Chooser:
             reach *= self._first_guesses[i].share(self._experience.first_guesses[i].share(0.6))
             expected += reach
             seconds = self._seconds(i + 1, i + 1)
-            may_pay |= self._rate(i + 2.0, seconds) > HEAD_MARGIN * alone
+            may_pay |= self._rate(i + 2.0, seconds) > HEAD_MARGIN * (alone if self._has_changed else plan.rate)
             rate = self._rate(expected, seconds)
             if rate > best:
                 best, wanted = rate, i + 1
@@ -316,14 +317,16 @@ class Chooser:
             self._compare(draft, tokens)
             if draft.drafter == "draft-mtp" and self._is_probing:
                 self._is_promising = draft.tokens[:1] == tuple(tokens[:1])
+                self._has_changed &= self._is_promising
                 if not self._is_promising:
                     self._pause = min(2 * self._pause, self._last_pause)
         is_miss = bool(plan.tokens) and plan.tokens[:1] != tuple(tokens[:1])
         self._num_misses = self._num_misses + 1 if is_miss else 0
         if self._num_misses == NUM_MISSES and self._hits.share(0.5) > 0.5:
-            self._pause, self._is_promising = FIRST_PAUSE, True
+            self._pause, self._is_promising, self._has_changed = FIRST_PAUSE, True, True
         if plan.tokens:
             self._hits.saw(not is_miss)
+            self._has_changed &= is_miss
         if len(plan.parts) > 1 and tuple(tokens[: len(plan.parts[0].tokens)]) == plan.parts[0].tokens:
             self._compare(plan.parts[1], tokens[len(plan.parts[0].tokens) :], " tail")
 
