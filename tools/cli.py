@@ -17,6 +17,7 @@ import anyio
 from .. import ForerunError, InvalidRequest, Prompt, Result
 from . import bench_command, chat, client_command, flags, serve
 from .convert import OUT_TYPES, convert, info
+from .evaluation import command as evaluation
 from .tracing import command as tracing
 
 
@@ -38,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     client_command.add_parsers(commands)
     tracing.add_parser(commands)
     bench_command.add_parser(commands)
+    evaluation.add_parser(commands)
     shown = commands.add_parser("info", help="say what a model file is", allow_abbrev=False)
     shown.add_argument("path", type=Path, help="a GGUF file, a Hugging Face folder, or demo")
     converted = commands.add_parser("convert", help="write a Hugging Face folder as a GGUF file", allow_abbrev=False)
@@ -117,6 +119,9 @@ def main() -> None:
             convert(args.folder, args.out, args.outtype)
         elif args.command == "bench":
             bench_command.run(args, write)
+        elif args.command == "eval":
+            if not evaluation.run(args, write):
+                sys.exit("forerun: speculation changed a text")
         elif args.command == "chat":
             anyio.run(chat.chat, args, write, figures)
         elif args.command == "serve":
