@@ -7,8 +7,11 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
+import forerun
 import pytest
+from forerun.actors.lookup.family import Family
 
 from tests.grpc.serving import CODE, serving
 
@@ -21,6 +24,22 @@ def test_python_examples(code: str, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "FinishReason.LENGTH" in done.stdout
+
+
+@pytest.mark.anyio
+async def test_the_drafter_that_is_shown_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (README.parent / "actors" / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    shown: dict[str, Any] = {}
+    exec(compile(code, "actors/README.md", "exec"), shown)  # noqa: S102
+    assert len(code.splitlines()) <= 40
+    monkeypatch.setattr("forerun.actors.engine.family", lambda name, params, vocabulary: Family(name, lambda salt: shown["Period"]()))
+    prompt, answers = [7, 8, 9, 10] * 12, list[forerun.Result]()
+    for spec_type in ("none", "ngram-simple"):
+        async with forerun.open_engine("demo", spec_type=spec_type, choose="first") as engine:
+            answers.append(await engine.complete(prompt, max_tokens=60, ignore_eos=True))
+    assert answers[0].token_ids == answers[1].token_ids
+    assert answers[1].speculation.drafters["ngram-simple"].num_accepted_tokens > 10
 
 
 @pytest.mark.parametrize("line", re.findall(r"^\.venv/bin/(forerun generate .*)$", README.read_text(), re.MULTILINE))
