@@ -8,6 +8,7 @@ import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import forerun
 import pytest
@@ -33,7 +34,8 @@ async def test_the_drafter_that_is_shown_drafts(monkeypatch: pytest.MonkeyPatch)
     shown: dict[str, Any] = {}
     exec(compile(code, "actors/README.md", "exec"), shown)  # noqa: S102
     assert len(code.splitlines()) <= 40
-    monkeypatch.setattr("forerun.actors.engine.family", lambda name, params, vocabulary: Family(name, lambda salt: shown["Period"]()))
+    period = Family("ngram-simple", lambda salt: shown["Period"]())
+    monkeypatch.setattr("forerun.actors.engine.family", Mock(return_value=period))
     prompt, answers = [7, 8, 9, 10] * 12, list[forerun.Result]()
     for spec_type in ("none", "ngram-simple"):
         async with forerun.open_engine("demo", spec_type=spec_type, choose="first") as engine:

@@ -12,6 +12,7 @@ from ..backend import F32
 from ..formats.stored import BY_NAME, Stored, quantise
 from .config import ModelConfig
 from .sizes import PUBLISHED
+from .weights import HubLayout
 
 #: Random values that are made, in turns of which every matrix consists: drawing billions would take longer than measuring.
 NUM_RANDOM = 2**20
@@ -28,7 +29,7 @@ def size_of(text: str) -> tuple[ModelConfig, str]:
     return PUBLISHED[name], kind.upper()
 
 
-class SyntheticCheckpoint:
+class SyntheticCheckpoint(HubLayout):
     """As weights.Checkpoint. Matrices have values of about inputs ** -0.5, so that rows keep their size from layer to layer."""
 
     has_fused_experts, has_mtp = True, True
@@ -41,10 +42,11 @@ class SyntheticCheckpoint:
         self._shapes = expected
 
     def read(self, name: str) -> F32:
-        """Convolutions and what decays: the rest of what is no matrix is a norm, or a bias."""
+        """What is no matrix: convolutions, what decays, and norms and biases that do nothing."""
         shape = self._shapes[name]
-        if name.endswith("conv1d.weight"):
-            return self._rng.uniform(-0.5, 0.5, shape).astype(np.float32)
+        if name.endswith(("conv1d.weight", "A_log")):
+            low, high = (-0.5, 0.5) if name.endswith("weight") else (0, 2)
+            return self._rng.uniform(low, high, shape).astype(np.float32)
         return np.zeros(shape, np.float32) if not name.endswith("linear_attn.norm.weight") else np.ones(shape, np.float32)
 
     def stored(self, name: str) -> Stored:
@@ -53,17 +55,6 @@ class SyntheticCheckpoint:
         row = inputs // type_.block * type_.size
         values = self._rng.standard_normal(max(NUM_RANDOM // inputs, 1) * inputs).astype(np.float32) * np.float32(inputs**-0.5)
         return Stored(type_.name, inputs, np.resize(quantise(values, type_.name), (math.prod(outer), row)).reshape(*outer, row))
-
-    def gate_up(self, name: str) -> tuple[Stored, Stored]:
-        both = self.stored(name)
-        half = both.shape[1] // 2
-        return both[:, :half], both[:, half:]
-
-    def norm(self, name: str) -> F32:
-        return 1 + self.read(name)
-
-    def log_decay(self, name: str) -> F32:
-        return -np.exp(self._rng.uniform(0, 2, self._shapes[name]).astype(np.float32))
 
     def fingerprint(self, config: ModelConfig, backend: str) -> str:
         return "0" * 64

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -157,7 +158,28 @@ def fingerprint(config: ModelConfig, backend: str, tensors: Iterable[tuple[str, 
     return digest.hexdigest()
 
 
-class FolderCheckpoint:
+class HubLayout(ABC):
+    """Tensors that lie as transformers saves them; a checkpoint has to say how one is `stored`."""
+
+    @abstractmethod
+    def stored(self, name: str) -> Stored: ...
+
+    def read(self, name: str) -> F32:
+        return self.stored(name).values()
+
+    def gate_up(self, name: str) -> tuple[Stored, Stored]:
+        both = self.stored(name)
+        half = both.shape[1] // 2
+        return both[:, :half], both[:, half:]
+
+    def norm(self, name: str) -> F32:
+        return 1 + self.read(name)
+
+    def log_decay(self, name: str) -> F32:
+        return -np.exp(self.read(name))
+
+
+class FolderCheckpoint(HubLayout):
     """The tensors of a Hugging Face folder: one file, or several with an index."""
 
     def __init__(self, folder: Path) -> None:
@@ -210,23 +232,9 @@ class FolderCheckpoint:
             if file.tensors[full].shape != shape:
                 raise ModelFileError(f"{file.path}: tensor {full} has shape {list(file.tensors[full].shape)}, expected {list(shape)}")
 
-    def read(self, name: str) -> F32:
-        return self.stored(name).values()
-
     def stored(self, name: str) -> Stored:
         file, full = self._files[name]
         return file.stored(full)
-
-    def gate_up(self, name: str) -> tuple[Stored, Stored]:
-        both = self.stored(name)
-        half = both.shape[1] // 2
-        return both[:, :half], both[:, half:]
-
-    def norm(self, name: str) -> F32:
-        return 1 + self.read(name)
-
-    def log_decay(self, name: str) -> F32:
-        return -np.exp(self.read(name))
 
     def fingerprint(self, config: ModelConfig, backend: str) -> str:
         def tensors() -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:

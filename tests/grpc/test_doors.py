@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import http.client
 import json
+import re
 import signal
 import ssl
 import subprocess
@@ -330,7 +331,7 @@ def forerun_(*args: str) -> str:
     return done.stdout
 
 
-def test_a_server_is_asked_from_the_command_line(guarded: Server) -> None:
+def test_a_server_is_asked_from_the_command_line(guarded: Server, tmp_path: Path) -> None:
     where = ("-a", guarded.address, "--api-key", "third")
     answer = json.loads(forerun_("client", "generate", *where, "--chat", "hello", "-n", "4", "--ignore-eos", "--format", "json"))
     assert answer["usage"]["num_completion_tokens"] == 4
@@ -344,7 +345,8 @@ def test_a_server_is_asked_from_the_command_line(guarded: Server) -> None:
         [sys.executable, "-c", CODE, "client", "loads", "-a", guarded.address], capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stderr) == (1, "forerun: UNAUTHENTICATED: a bearer token is needed\n")
-    watch = [sys.executable, "-c", CODE, "trace", *where, "--actor", "target decoder", "--events", "20"]
+    watch = [sys.executable, "-c", CODE, "trace", *where, "--actor", "target decoder", "--events", "20", "--lines"]
+    watch += ["-o", str(tmp_path / "run.json")]
     with subprocess.Popen(watch, stdout=subprocess.PIPE, text=True) as watching:
         while watching.poll() is None:  # it sees what comes once it has begun
             forerun_("client", "generate", *where, "-p", PROMPT, "-n", "2")
@@ -352,3 +354,5 @@ def test_a_server_is_asked_from_the_command_line(guarded: Server) -> None:
         lines = watching.stdout.read().splitlines()
     assert len(lines) == 20
     assert any("target decoder: Verify ok" in line for line in lines)
+    assert "target decoder: Verify" in forerun_("trace", str(tmp_path / "run.json"), "--summary")
+    assert re.search(r"^target decoder +\d+ +\d+", forerun_("trace", str(tmp_path / "run.json")), re.MULTILINE)
