@@ -66,8 +66,8 @@ def check_prompt(prompt: object, most: int) -> Prompt:
 
 
 def _plain_ids(ids: object) -> list[int] | None:
-    """A sequence of whole numbers, of whatever type."""
-    given = cast("Sequence[object]", ids) if isinstance(ids, Sequence) else (None,)
+    """A sequence of whole numbers, of whatever type, but for bytes."""
+    given = cast("Sequence[object]", ids) if isinstance(ids, Sequence) and not isinstance(ids, str | bytes | bytearray) else (None,)
     if not all(isinstance(each, SupportsIndex) and not isinstance(each, bool) for each in given):
         return None
     return [index(each) for each in cast("Sequence[SupportsIndex]", given)]

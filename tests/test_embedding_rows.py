@@ -147,6 +147,8 @@ NAN = np.full((1, 64), np.nan, np.float32)
         ([forerun.EmbeddingRows.of(random_rows(1, hidden=32))], "32 dimensions, the model has 64"),
         ([forerun.EmbeddingRows.of(NAN)], "not a number"),
         ([[1], "text"], r"prompt\[1\]"),
+        ([[1], ""], r"prompt\[1\]"),
+        ([[1], b"ab"], r"prompt\[1\]"),
         ([[1], 2], "parts only"),
         ([[]], "1 to 1024"),
         ([[1], [-5]], "token id -5"),

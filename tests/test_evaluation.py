@@ -157,6 +157,8 @@ async def test_tasks_go_on_where_they_ended(demo: LoadedModel, tmp_path: Path) -
         assert [each for each in more if each.run < 2] == again
         with pytest.raises(forerun.InvalidRequest, match="another model"):
             await tasks.ask(engine, wanted, 1, options, 5, path, {"model": "x"}, lambda done, of: None)
+        with pytest.raises(forerun.ForerunError, match="no answers of ours"):
+            await tasks.ask(engine, wanted, 1, options, 5, HELD_OUT, about, lambda done, of: None)
     page = report.page("tasks & more", about, wanted, more)
     assert "tasks &amp; more" in page
     assert "a&lt;b" in page

@@ -105,6 +105,10 @@ async def bench(path: str, params: BenchParams) -> list[Figure]:
         """Another one each time, so that nothing can be remembered of it."""
         return model.vocabulary.encode(f"# {i}\n{params.text}") if model.vocabulary is not None else prompt[i : i + 16]
 
+    def is_drafted(figure: Figure) -> bool:
+        """Whether acceptance has a part in it."""
+        return (figure.at > 0 and figure.kind == DRAFTS) or any(spec_type in figure.name for spec_type in params.spec_types)
+
     figures = rows_of(model, params.num_runs)
     async with AsyncExitStack() as stack:
         engines: dict[str, Engine] = {}
@@ -162,7 +166,7 @@ async def bench(path: str, params: BenchParams) -> list[Figure]:
         figures += [replace(found["none"], name="0 drafts a round", kind=DRAFTS, at=0), *of_drafts]
     figures += [Figure(f"{number} at once, {name}", "tokens/s", tuple(values)) for (name, number), values in at_once.items()]
     if params.synth_rates:
-        figures = [replace(each, name=f"{each.name} (SYNTHETIC acceptance)") if each.kind != ROW_COSTS else each for each in figures]
+        figures = [replace(each, name=f"{each.name} (SYNTHETIC acceptance)") if is_drafted(each) else each for each in figures]
     if peers:
         best = max((found[name] for name in peers), key=lambda figure: figure.median)
         figures.append(figures[len(ROWS)].over(figures[len(ROWS) + 1]))

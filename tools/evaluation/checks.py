@@ -77,7 +77,7 @@ def run_python(program: str, tests: str) -> str | None:
         ):  # fmt: skip
             resource.setrlimit(what, (most, most))
 
-    # What the tests say is known to nobody before; a program that merely ends has not passed them.
+    # Said after the tests: a program that merely ends has not passed them.
     passed = os.urandom(16).hex()
     source = f"{program}\n\n{tests}\n\nprint({passed!r})\n"
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as said:

@@ -82,12 +82,16 @@ def read_tasks(path: Path) -> list[Task]:
 
 
 def read_answers(path: Path, about: Mapping[str, object]) -> list[Answer]:
-    """What a file has already; none if there is no file. InvalidRequest when they were asked otherwise than `about` says. A line that was
-    cut off while it was written is left out."""
-    if not path.exists():
-        return []
-    first, *lines = path.read_text().splitlines() or ["{}"]
-    if json.loads(first) != about:
+    """What a file has already; none if there is no file, or nothing in it. ForerunError when it is no such file, InvalidRequest when they
+    were asked otherwise than `about` says. A line that was cut off while it was written is left out."""
+    try:
+        if not path.exists():
+            return []
+        first, *lines = path.read_text().splitlines() or [json.dumps(about)]
+        is_ours = json.loads(first) == about
+    except (OSError, ValueError) as error:
+        raise ForerunError(f"{path}: has no answers of ours: {error!r:.100}") from None
+    if not is_ours:
         raise InvalidRequest([("--out", f"{path} has answers of another model, to other tasks or with other options: {first:.200}")])
     found: list[Answer] = []
     for line in lines:
