@@ -53,7 +53,8 @@ class SyntheticCheckpoint(HubLayout):
         *outer, inputs = self._shapes[name]
         type_ = BY_NAME[self._kind if inputs % 32 == 0 else "F32"]
         row = inputs // type_.block * type_.size
-        values = self._rng.standard_normal(max(NUM_RANDOM // inputs, 1) * inputs).astype(np.float32) * np.float32(inputs**-0.5)
+        num_rows = min(math.prod(outer), max(NUM_RANDOM // inputs, 1))
+        values = self._rng.standard_normal(num_rows * inputs).astype(np.float32) * np.float32(inputs**-0.5)
         return Stored(type_.name, inputs, np.resize(quantise(values, type_.name), (math.prod(outer), row)).reshape(*outer, row))
 
     def fingerprint(self, config: ModelConfig, backend: str) -> str:

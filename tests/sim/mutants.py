@@ -46,7 +46,7 @@ MUTANTS = [
     Mutant("stalled reader", "merging keeps the later delta alone", "core/vocabulary.py",
            "Delta(self.text + later.text, self.token_ids + later.token_ids, source, self.logprobs + later.logprobs)", "later"),
     Mutant("full mailbox", "who waits for room is not woken", "core/channel.py",
-           "        self._waiting.clear()\n        self._call_senders()\n        for envelope in taken", "        self._waiting.clear()\n        for envelope in taken"),  # noqa: E501
+           "        self._waiting.clear()\n        self._call_senders()\n        if", "        self._waiting.clear()\n        if"),
     Mutant("full mailbox", "a full mailbox takes one more", "core/channel.py",
            "if len(self._waiting) >= self.capacity:\n            policy", "if len(self._waiting) > self.capacity:\n            policy"),
     Mutant("full mailbox", "a message arrives between looking and waiting, and wakes nobody", "core/channel.py",
