@@ -80,6 +80,7 @@ class Trace:
     def __init__(self, capacity: int = RING_EVENTS, clock: Callable[[], int] = time.perf_counter_ns) -> None:
         self.clock = clock
         self.is_on = False
+        self._capacity = capacity
         self._ring: list[Event | None] = [None] * capacity
         self._num_recorded = 0
         self._observers: list[Observer] = []
@@ -88,12 +89,16 @@ class Trace:
 
     def record(self, event: Event) -> None:
         """Callers ask `is_on` first, and so build no event that nobody wants."""
-        self._ring[self._num_recorded % len(self._ring)] = event
+        self._ring[self._num_recorded % self._capacity] = event
         self._num_recorded += 1
         if self._asleep:
             for arrived in self._asleep:
                 arrived.set()
             self._asleep.clear()
+        if self._observers:
+            self._tell_observers(event)
+
+    def _tell_observers(self, event: Event) -> None:
         for observer in tuple(self._observers):
             try:
                 observer(event)
