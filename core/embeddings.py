@@ -86,21 +86,33 @@ class Encoded:
         yield from self.ids[position:]
 
 
+def coordinates_of(embeddings: Sequence[tuple[int, EmbeddingRows]]) -> tuple[list[Coordinates], int]:
+    """(t, h, w) of all positions up to the last row's, and what those after it go on from, by one."""
+    found: list[Coordinates] = []
+    free = 0  # the first coordinate that nothing has
+    for start, rows in embeddings:
+        text = start - len(found)
+        found += [(free + i, free + i, free + i) for i in range(text)]
+        places = list(rows.placed(free + text))
+        found += places
+        free = max(map(max, places)) + 1
+    return found, free
+
+
 def lay_out(parts: Sequence[Part]) -> Encoded:
     """Parts, whose form was found right, one after another. Takes some milliseconds a megabyte."""
     ids: list[int] = []
     embeddings: list[tuple[int, EmbeddingRows]] = []
-    free = 0  # the first coordinate that nothing has
     for part in parts:
         if isinstance(part, EmbeddingRows):
             embeddings.append((len(ids), part))
-            size, highest = 4 * part.width, free
-            for i, place in enumerate(part.placed(free)):
-                highest = max(highest, *place)
-                digest = hashlib.blake2b(part.data[size * i : size * (i + 1)] + struct.pack("<3q", *place), digest_size=8).digest()
-                ids.append(-1 - (int.from_bytes(digest, "little") >> 1))
-            free = highest + 1
+            ids += [0] * len(part)
         else:
             ids += part
-            free += len(part)
+    places, _ = coordinates_of(embeddings)
+    for start, rows in embeddings:
+        size = 4 * rows.width
+        for i, place in enumerate(places[start : start + len(rows)]):
+            digest = hashlib.blake2b(rows.data[size * i : size * (i + 1)] + struct.pack("<3q", *place), digest_size=8).digest()
+            ids[start + i] = -1 - (int.from_bytes(digest, "little") >> 1)
     return Encoded(tuple(ids), tuple(embeddings))

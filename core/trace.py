@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import anyio
@@ -71,6 +71,15 @@ class Notice(NamedTuple):
 
 
 Event = Span | Stage | Counter | Notice
+
+
+def is_about(event: Event, actors: Collection[str], request: str) -> bool:
+    """Whether it concerns one of these actors, and this request; nothing given: any."""
+    of = event.name.removesuffix(" depth") if isinstance(event, Counter) else "" if isinstance(event, Stage) else event.actor
+    flow = None if isinstance(event, Notice) else event.flow
+    return (not actors or of in actors) and (not request or (flow is not None and flow.request == request))
+
+
 Observer = Callable[[Event], None]
 
 

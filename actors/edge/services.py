@@ -14,7 +14,7 @@ from forerun.v1 import admin_service_pb2, generation_service_pb2, model_service_
 
 from ...core.channel import RETRY_AFTER_SECONDS
 from ...core.errors import InvalidRequest, Overloaded, SavedSequenceError
-from ...core.trace import Counter, Event, Notice, Span, Stage
+from ...core.trace import Span, is_about
 from ...core.vocabulary import Delta, Result, Started
 from . import wire
 from .served import Served
@@ -162,20 +162,14 @@ class TraceService:
         self._served, self._num_watchers = served, 0
 
     async def watch(self, request: trace_service_pb2.WatchRequest, call: Call) -> None:
-        actors, request_id = frozenset(request.actors), request.request_id
-
-        def is_wanted(event: Event) -> bool:
-            of = event.name.removesuffix(" depth") if isinstance(event, Counter) else "" if isinstance(event, Stage) else event.actor
-            flow = None if isinstance(event, Notice) else event.flow
-            return (not actors or of in actors) and (not request_id or (flow is not None and flow.request == request_id))
-
+        actors = frozenset(request.actors)
         if self._num_watchers == MAX_WATCHERS:
             raise Overloaded(f"{MAX_WATCHERS} watch already", RETRY_AFTER_SECONDS)
         self._num_watchers += 1
         try:
             with self._served.engine.trace() as events:
                 while taken := await events.take():
-                    wanted = [wire.event_message(event) for event in taken if is_wanted(event)]
+                    wanted = [wire.event_message(event) for event in taken if is_about(event, actors, request.request_id)]
                     if wanted:
                         await call.write(trace_service_pb2.WatchResponse(events=wanted, num_missed=events.num_missed))
                     await anyio.sleep(WATCH_SECONDS)

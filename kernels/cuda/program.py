@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from ctypes import c_float, c_int, c_void_p
 from dataclasses import dataclass
-from functools import cache
 from math import lcm
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from ..backend import F32
 from ..model.config import ModelConfig
+from ..model.inputs import frequencies
 from ..model.weights import AttentionWeights, DeltaWeights, DenseWeights, LayerWeights, MoeWeights
 from .device import NOWHERE, Address, Array, RowsStruct, Step, columns_of
 from .matrices import BF16, NAMES, Q4_K, STRIP, CudaMatrix, Packing, Stacked
@@ -261,12 +261,6 @@ class Program:
         places = self.device.address(self.buffer("places", (self.rows, parts), np.int32))
         self.step("highest_parts", (parts, rows), 256, logits.address, logits.stride, num_tokens, bests, places)
         self.step("highest", (rows,), 32, bests, places, parts, tokens)
-
-
-@cache
-def frequencies(dim: int, theta: float) -> F32:
-    """Of the rotary embedding, [dim / 2], as inputs.Rotary has them."""
-    return (1 / np.float32(theta) ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))).astype(np.float32)
 
 
 def _argument(value: Any) -> Any:

@@ -4,12 +4,13 @@ rotary embedding."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from ...core.embeddings import EmbeddingRows
+from ...core.embeddings import EmbeddingRows, coordinates_of
 from ..backend import F32
 
 if TYPE_CHECKING:
@@ -46,19 +47,10 @@ class GivenRows:
     def __init__(self, embeddings: Sequence[tuple[int, EmbeddingRows]]) -> None:
         data = [np.frombuffer(rows.data, "<f4").astype(np.float32, copy=False).reshape(-1, rows.width) for _, rows in embeddings]
         self.rows: F32 = np.concatenate(data)
-        self._numbers: dict[int, int] = {}
-        coordinates: list[tuple[int, int, int]] = []
-        free = 0
-        for start, rows in embeddings:
-            text = start - len(coordinates)
-            coordinates += [(free + i, free + i, free + i) for i in range(text)]
-            places = list(rows.placed(free + text))
-            for place in range(len(coordinates), len(coordinates) + len(places)):
-                self._numbers[place] = len(self._numbers)
-            coordinates += places
-            free = max(map(max, places)) + 1
-        self.coordinates: I32 = np.array(coordinates, np.int32).reshape(-1, 3)
-        self.free = free
+        positions = (position for start, rows in embeddings for position in range(start, start + len(rows)))
+        self._numbers = {position: number for number, position in enumerate(positions)}
+        coordinates, self.free = coordinates_of(embeddings)
+        self.coordinates: I32 = np.array(coordinates, np.int32)
 
     def number(self, position: int) -> int:
         """Which of the rows stands there; KeyError where a token does."""
@@ -100,7 +92,7 @@ class Rotary:
     _block = 1024
 
     def __init__(self, dim: int, theta: float, sections: tuple[int, int, int]) -> None:
-        self._inverse = 1 / np.float32(theta) ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
+        self._inverse = frequencies(dim, theta)
         self._cos, self._sin = (np.zeros((0, dim // 2), np.float32) for _ in range(2))
         self._axes = axes_of(dim // 2, sections)
 
@@ -110,7 +102,7 @@ class Rotary:
             positions = [p for rows in batch for p in range(rows.position, rows.position + len(rows.tokens))]
             self._grow(max(positions))
             return self._cos[positions], self._sin[positions]
-        coordinates = np.concatenate([coordinates_of(rows) for rows in batch])[:, self._axes]
+        coordinates = np.concatenate([places_of(rows) for rows in batch])[:, self._axes]
         self._grow(int(coordinates.max()))
         cos, sin = (np.take_along_axis(table, coordinates, 0) for table in (self._cos, self._sin))
         return np.ascontiguousarray(cos), np.ascontiguousarray(sin)  # as C wants them
@@ -122,6 +114,12 @@ class Rotary:
             self._cos, self._sin = np.concatenate([self._cos, np.cos(angle)]), np.concatenate([self._sin, np.sin(angle)])
 
 
+@cache
+def frequencies(dim: int, theta: float) -> F32:
+    """Of the rotary embedding, [dim / 2]."""
+    return (1 / np.float32(theta) ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))).astype(np.float32)
+
+
 def axes_of(num_frequencies: int, sections: tuple[int, int, int]) -> npt.NDArray[np.intp]:
     """Which of t, h and w each frequency takes."""
     axes = np.zeros(num_frequencies, np.intp)
@@ -130,7 +128,7 @@ def axes_of(num_frequencies: int, sections: tuple[int, int, int]) -> npt.NDArray
     return axes
 
 
-def coordinates_of(rows: HasRows) -> I32:
+def places_of(rows: HasRows) -> I32:
     """(t, h, w) of each row, [R, 3]."""
     count = len(rows.tokens)
     if rows.memory.given is not None:

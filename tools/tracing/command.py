@@ -12,6 +12,7 @@ from typing import Any, cast
 import anyio
 
 from ... import Event, Flow, InvalidRequest, Notice, Span, Stage
+from ...core.trace import is_about
 from .. import client_command, flags
 from .perfetto import read, write
 from .timeline import summary
@@ -55,7 +56,8 @@ class _Recorder:
 
     def take(self, events: Sequence[Event]) -> bool:
         """Whether there is room for more."""
-        wanted = [event for event in events if self._is_wanted(event)][: self._args.events - len(self.events)]
+        wanted = [event for event in events if is_about(event, self._args.actor, self._args.request)]
+        wanted = wanted[: self._args.events - len(self.events)]
         self.events += wanted
         self.view.see(wanted)
         if self._args.lines:
@@ -63,13 +65,6 @@ class _Recorder:
         elif self._is_picture and anyio.current_time() > self._drawn_at + REDRAW_SECONDS:
             self._draw()
         return len(self.events) < self._args.events
-
-    def _is_wanted(self, event: Event) -> bool:
-        """Of a server the same was asked already."""
-        flow = None if isinstance(event, Notice) else event.flow
-        of = event.actor if isinstance(event, Span | Notice) else "" if isinstance(event, Stage) else event.name.removesuffix(" depth")
-        is_ours = not self._args.request or (flow is not None and flow.request == self._args.request)
-        return is_ours and (not self._args.actor or of in self._args.actor)
 
     def _draw(self) -> None:
         self._drawn_at = anyio.current_time()
