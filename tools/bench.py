@@ -60,6 +60,7 @@ class Figure:
     drafts: str = ""
     kind: str = ""
     at: int = 0
+    is_synthetic: bool = False  # drafts were accepted at random
 
     @property
     def median(self) -> float:
@@ -72,7 +73,8 @@ class Figure:
 
     def over(self, other: Figure) -> Figure:
         """Run by run."""
-        return Figure(f"{self.name} / {other.name}", "times", tuple(x / y for x, y in zip(self.values, other.values, strict=True)))
+        ratios = tuple(x / y for x, y in zip(self.values, other.values, strict=True))
+        return Figure(f"{self.name} / {other.name}", "times", ratios, is_synthetic=self.is_synthetic or other.is_synthetic)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -104,10 +106,6 @@ async def bench(path: str, params: BenchParams) -> list[Figure]:
     def text(i: int) -> Sequence[int]:
         """Another one each time, so that nothing can be remembered of it."""
         return model.vocabulary.encode(f"# {i}\n{params.text}") if model.vocabulary is not None else prompt[i : i + 16]
-
-    def is_drafted(figure: Figure) -> bool:
-        """Whether acceptance has a part in it."""
-        return (figure.at > 0 and figure.kind == DRAFTS) or any(spec_type in figure.name for spec_type in params.spec_types)
 
     figures = rows_of(model, params.num_runs)
     async with AsyncExitStack() as stack:
@@ -158,22 +156,21 @@ async def bench(path: str, params: BenchParams) -> list[Figure]:
     found = {name: _decode(name, params.num_tokens, runs) for name, runs in decodes.items()}
     figures += found.values()
     figures += [found[name].over(found["none"]) for name in params.spec_types]
-    figures += [
-        Figure(f"round, {name}", "ms", tuple(1e3 * run.seconds / max(run.num_rounds, 1) for run in decodes[name])) for name in engines
-    ]
+    for name in engines:
+        rounds = tuple(1e3 * run.seconds / max(run.num_rounds, 1) for run in decodes[name])
+        figures.append(Figure(f"round, {name}", "ms", rounds, is_synthetic=found[name].is_synthetic))
     of_drafts = [_decode(f"{length} drafts a round", params.num_tokens, runs, DRAFTS, length) for length, runs in lengths.items()]
     if of_drafts:
         figures += [replace(found["none"], name="0 drafts a round", kind=DRAFTS, at=0), *of_drafts]
-    figures += [Figure(f"{number} at once, {name}", "tokens/s", tuple(values)) for (name, number), values in at_once.items()]
-    if params.synth_rates:
-        figures = [replace(each, name=f"{each.name} (SYNTHETIC acceptance)") if is_drafted(each) else each for each in figures]
+    for (name, number), values in at_once.items():
+        figures.append(Figure(f"{number} at once, {name}", "tokens/s", tuple(values), is_synthetic=found[name].is_synthetic))
     if peers:
         best = max((found[name] for name in peers), key=lambda figure: figure.median)
         figures.append(figures[len(ROWS)].over(figures[len(ROWS) + 1]))
         figures += [found[name].over(best) for name in engines]
         if best.name != f"{PEER}, none":
             figures.append(found["none"].over(found[f"{PEER}, none"]))
-    return figures
+    return [replace(each, name=f"{each.name} (SYNTHETIC acceptance)") if each.is_synthetic else each for each in figures]
 
 
 def rows_of(model: LoadedModel, num_runs: int) -> list[Figure]:
@@ -215,7 +212,7 @@ async def _ours(engine: Engine, prompt: Sequence[int], num_tokens: int) -> Run:
     speculation = stream.result.speculation
     drafters = speculation.drafters.values()
     drafted, accepted = (sum(getattr(each, name) for each in drafters) for name in ("num_draft_tokens", "num_accepted_tokens"))
-    return Run(first - began, last - first, stream.result.token_ids, drafted, accepted, speculation.num_rounds)
+    return Run(first - began, last - first, stream.result.token_ids, drafted, accepted, speculation.num_rounds, speculation.is_synthetic)
 
 
 async def _at_once(engine: Engine, number: int, text: Callable[[int], Sequence[int]], run: int, num_tokens: int) -> float:
@@ -230,7 +227,8 @@ async def _at_once(engine: Engine, number: int, text: Callable[[int], Sequence[i
 def _decode(name: str, num_tokens: int, runs: Sequence[Run], kind: str = "", at: int = 0) -> Figure:
     drafted = sum(run.num_drafted for run in runs)
     drafts = f"{sum(run.num_accepted for run in runs)}/{drafted}" if drafted else ""
-    return Figure(name, "tokens/s", tuple((num_tokens - 1) / run.seconds for run in runs), drafts, kind, at)
+    rates, is_synthetic = tuple((num_tokens - 1) / run.seconds for run in runs), any(run.is_synthetic for run in runs)
+    return Figure(name, "tokens/s", rates, drafts, kind, at, is_synthetic)
 
 
 def table(figures: Sequence[Figure]) -> str:

@@ -24,6 +24,7 @@ class Run:
     num_drafted: int = 0
     num_accepted: int = 0
     num_rounds: int = 0  # where they are told
+    is_synthetic: bool = False  # acceptance was drawn at random
 
 
 class LlamaCpp:
