@@ -25,7 +25,7 @@ from ..core.vocabulary import Choosing, SamplingParams
 from ..kernels.backend import F32
 from ..kernels.model.memory import SequencePool
 from ..kernels.model.mtp import MtpRows
-from ..kernels.model.sampling import choose, share
+from ..kernels.sampling import choose, share
 
 
 class DraftHead(Protocol):

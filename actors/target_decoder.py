@@ -14,7 +14,7 @@ from ..core.trace import Trace
 from ..core.vocabulary import Choosing, Verdict
 from ..kernels.backend import F32
 from ..kernels.model.memory import SequenceMemory, SequencePool
-from ..kernels.model.sampling import choose_rows, logprobs
+from ..kernels.sampling import choose_rows, logprobs
 from ..kernels.model.trunk import Rows
 
 R = TypeVar("R")

@@ -16,6 +16,15 @@ API void forerun_pack(int format, int outputs, int inputs, const void *raw, void
 /* Runs a program over all rows of a call. 0, or -1 when memory ran out, and then nothing has been touched. */
 API int forerun_run(const Call *call, int num_threads);
 
+/* How tokens are chosen: SamplingParams, but for what changes the logits. Temperature is above 0. */
+typedef struct {
+    double temperature, top_p, min_p;
+    int64_t top_k;
+    uint64_t seed;
+} Sampling;
+/* The tokens at `position`... from logits [rows, size]. 0, or -1 when memory ran out. */
+API int forerun_draw(const float *logits, int num_rows, int64_t size, const Sampling *sampling, uint64_t position, int64_t *tokens);
+
 /* One output's weights, as float32. */
 void row_of(const Matrix *m, int output, float *out);
 

@@ -17,8 +17,8 @@ from ..model.pages import PAGE, KeyValues
 from ..model.recurrent import RecurrentLog, RecurrentStore, SnapshotRing
 from ..model.trunk import Rows, TrunkBase
 from ..model.weights import DeltaWeights, ModelWeights
-from .library import CHUNK, LOG, RING, SpanStruct
-from .matrices import CpuBackend, CpuMatrix, address
+from .library import CHUNK, LOG, RING, SpanStruct, address
+from .matrices import CpuBackend, CpuMatrix
 from .program import EMBED, NORM, Program
 
 

@@ -6,11 +6,16 @@ from __future__ import annotations
 import ctypes
 import importlib.machinery
 import os
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from ...core.errors import InternalBug
+from ...core.vocabulary import SamplingParams
+from ..backend import F32
 
 FORMATS = {name: number for number, name in enumerate(("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K"))}
 #: Instruction sets, best first. Which of them there are depends on the processor.
@@ -55,6 +60,10 @@ class CallStruct(Structure):
     ]  # fmt: skip
 
 
+class SamplingStruct(Structure):
+    _fields_ = [("temperature", c_double), ("top_p", c_double), ("min_p", c_double), ("top_k", c_int64), ("seed", c_uint64)]
+
+
 class Library:
     """What api.h offers. OSError where this installation has no compiled kernels."""
 
@@ -72,6 +81,8 @@ class Library:
         self.pack.restype, self.pack.argtypes = None, [c_int, c_int, c_int, c_void_p, c_void_p, c_int]
         self._run = library.forerun_run
         self._run.restype, self._run.argtypes = c_int, [POINTER(CallStruct), c_int]
+        self._draw = library.forerun_draw
+        self._draw.restype, self._draw.argtypes = c_int, [c_void_p, c_int, c_int64, POINTER(SamplingStruct), c_uint64, c_void_p]
         self.instruction_set = self.use("")
 
     def use(self, name: str) -> str:
@@ -86,6 +97,22 @@ class Library:
     def run(self, call: CallStruct, num_threads: int) -> None:
         if self._run(ctypes.byref(call), num_threads):
             raise MemoryError("no memory for the intermediate results of a forward pass")
+
+    def draw(self, logits: F32, params: SamplingParams, position: int) -> list[int]:
+        """The tokens at `position`... from logits [R, V], with noise (temperature > 0) and filters."""
+        logits = np.ascontiguousarray(logits)
+        num_rows, size = logits.shape
+        how = SamplingStruct(params.temperature, params.top_p, params.min_p, params.top_k, params.seed)
+        tokens = (c_int64 * num_rows)()
+        if self._draw(address(logits), num_rows, size, ctypes.byref(how), position, tokens):
+            raise MemoryError("no memory to choose a token")
+        return list(tokens)
+
+
+def address(array: np.ndarray[Any, Any]) -> int:
+    """Where its data is. (`ndarray.ctypes.data` says the same, five times slower.)"""
+    where: int = array.__array_interface__["data"][0]
+    return where
 
 
 @cache

@@ -12,8 +12,8 @@ import numpy as np
 from ..backend import F32
 from ..model.config import ModelConfig
 from ..model.weights import AttentionWeights, DeltaWeights, DenseWeights, LayerWeights
-from .library import CallStruct, MatrixStruct, OpStruct, SizesStruct, SpanStruct
-from .matrices import CpuBackend, CpuMatrix, address
+from .library import CallStruct, MatrixStruct, OpStruct, SizesStruct, SpanStruct, address
+from .matrices import CpuBackend, CpuMatrix
 
 EMBED, NORM, LINEAR, SWIGLU, DELTA, COLUMNS, KEYS, ATTEND, ROUTE, EXPERTS_UP, EXPERTS_DOWN, MIX, LAST = range(13)
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from forerun.core.errors import InvalidRequest
 from forerun.core.vocabulary import Choosing, History, SamplingParams
-from forerun.kernels.model.sampling import _penalised, choose, choose_rows, logprobs, share  # pyright: ignore[reportPrivateUsage]
+from forerun.kernels.cpu.library import library
+from forerun.kernels.sampling import _penalised, choose, choose_rows, draw, logprobs, share  # pyright: ignore[reportPrivateUsage]
 
 LOGITS = np.array([2.0, 1.0, 0.5, 0.5, -1.0, -3.0], np.float32)
 
@@ -49,6 +50,31 @@ def test_draws_follow_the_filtered_distribution(params: SamplingParams) -> None:
     kept = expected > 0
     chi_squared = ((counts - expected)[kept] ** 2 / expected[kept]).sum()
     assert chi_squared < 22.5  # p = 0.0004 at 5 degrees of freedom, the most there are
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_c_draws_what_numpy_draws(seed: int) -> None:
+    """With every filter, ties, tokens ruled out, and any temperature."""
+    try:
+        draw_in_c = library().draw
+    except OSError:
+        pytest.skip("there are no C kernels")
+    rng = np.random.default_rng(seed)
+    for _ in range(150):
+        size = int(rng.choice([1, 2, 3, 5, 17, 64, 100, 1000, 4099]))
+        logits = rng.normal(0, rng.choice([0.1, 1, 3, 10]), size)
+        kind = int(rng.integers(3))
+        if kind == 0:
+            logits = np.round(logits)
+        if kind == 1:
+            logits[1:][rng.random(size - 1) < 0.3] = -np.inf
+        rows = np.stack([logits, np.roll(logits, 1), logits]).astype(np.float32)
+        params = SamplingParams(
+            float(rng.choice([1e-310, 0.05, 0.3, 0.8, 1, 1.5, 3])), int(rng.choice([0, 1, 2, 20, size, max(1, size - 1)])),
+            float(rng.choice([1, 1, 0.99, 0.9, 0.5, 0.01])), float(rng.choice([0, 0, 0.05, 0.3, 1])), seed * (2**61 - 1),
+        )  # fmt: skip
+        position = int(rng.integers(10**6))
+        assert draw_in_c(rows, params, position) == draw(rows, params, position), params
 
 
 def test_greedy_takes_the_lowest_of_ties() -> None:

@@ -24,8 +24,8 @@ from forerun.kernels.model.mtp import MtpRows
 from forerun.kernels.model.pages import Arena, KeyValues
 from forerun.kernels.model.prefix import Checkpoint
 from forerun.kernels.model.recurrent import StoreName
-from forerun.kernels.model.sampling import choose
 from forerun.kernels.model.trunk import Rows
+from forerun.kernels.sampling import choose
 
 NUM_TOKEN_IDS = 24
 STOP = 23

@@ -4,23 +4,34 @@ batch or retry can change a text.
     argmax(filtered logits / temperature + Gumbel noise(seed, position, token))
 
 is a draw from the softmax (Gumbel 1954; Maddison et al. 2014). The noise comes from Philox (Salmon et al. 2011), keyed
-by the seed, its counter starting at the position: any (position, token) can be computed alone, in any order.
+by the seed, its counter starting at the position: any (position, token) can be computed alone, in any order. In C where
+there are C kernels (cpu/draw.c); in NumPy else, and to compare with.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from ...core.vocabulary import Choosing, History, SamplingParams, TokenLogprob
-from ..backend import F32
+from ..core.vocabulary import Choosing, History, SamplingParams, TokenLogprob
+from .backend import F32
+from .cpu.library import library
 
 F64 = npt.NDArray[np.float64]
 Places = npt.NDArray[np.intp]
-#: Up to so many tokens, noise is simply computed for all of them.
-FEW = 4096
+
+
+@cache
+def _draw() -> Callable[[F32, SamplingParams, int], list[int]]:
+    """The tokens at a position... from logits [R, V], with noise and filters."""
+    try:
+        return library().draw
+    except OSError:
+        return draw
 
 
 def uniform(seed: int, position: int, size: int) -> F64:
@@ -39,44 +50,25 @@ def choose(logits: F32, params: SamplingParams, position: int, history: History 
     min-p. `history` is what stands before `position`, and needed by penalties alone."""
     if params.logit_bias or params.needs_history:
         logits = _penalised(logits, params, history)
-    if params.temperature == 0:
-        return int(logits.argmax())
+    return int(logits.argmax()) if params.temperature == 0 else _draw()(logits[None], params, position)[0]
+
+
+def draw(logits: F32, params: SamplingParams, position: int) -> list[int]:
+    """What cpu/draw.c does, in NumPy."""
+    return [_drawn(row, params, position + i) for i, row in enumerate(logits)]
+
+
+def _drawn(logits: F32, params: SamplingParams, position: int) -> int:
     x = logits.astype(np.float64)
     x = (x - x.max()) / max(params.temperature, 1e-6)  # which is greedy but for ties, and does not overflow
-    kept: Places | None = None
-    if 0 < params.top_k < len(x):
-        kept = _highest(x, params.top_k)
+    kept = _highest(x, params.top_k) if 0 < params.top_k < len(x) else np.arange(len(x))
     if params.top_p < 1:
-        kept = _nucleus(x, kept, params.top_p)
+        order = kept[np.argsort(-x[kept], kind="stable")]
+        reached = np.cumsum(np.exp(x[order])) / np.exp(x[kept]).sum()
+        kept = np.sort(order[: 1 + np.count_nonzero(reached[:-1] < params.top_p)])
     if params.min_p > 0:
-        kept = np.flatnonzero(x >= np.log(params.min_p)) if kept is None else kept[x[kept] >= np.log(params.min_p)]
-    uniforms = uniform(params.seed, position, len(x))
-    if kept is None:
-        kept = np.arange(len(x))
-    if len(kept) > FEW:
-        kept = kept[_contenders(x[kept], uniforms[kept])]
-    return int(kept[(x[kept] + gumbel(uniforms[kept])).argmax()])
-
-
-def _nucleus(x: F64, kept: Places | None, top_p: float) -> Places:
-    """The likeliest of the `kept` places (None: of all) that together reach a share, in ascending order. Few are sorted, where few do."""
-    places = np.arange(len(x)) if kept is None else kept
-    values = x[places]
-    shares, num_sorted = _softmax(values), 256
-    while True:
-        some = _highest(values, num_sorted)
-        order = some[np.argsort(-values[some], kind="stable")]
-        reached = np.cumsum(shares[order])
-        if num_sorted >= len(values) or reached[-1] >= top_p:
-            return np.sort(places[order[: 1 + np.count_nonzero(reached[:-1] < top_p)]])
-        num_sorted *= 16
-
-
-def _contenders(x: F64, uniforms: F64) -> Places:
-    """The places that may win once there is noise, from x with its highest at 0. That one has so much with its noise; who is to have more
-    needs noise of which -log(1 - u) < exp(x - so much), and u is less than -log(1 - u)."""
-    so_much = gumbel(uniforms[x.argmax()][None])[0]
-    return np.flatnonzero(uniforms <= np.exp(np.minimum(x - so_much, 1.0).astype(np.float32)) * np.float32(1 + 1e-5))
+        kept = kept[x[kept] >= np.log(params.min_p)]
+    return int(kept[(x[kept] + gumbel(uniform(params.seed, position, len(x))[kept])).argmax()])
 
 
 class HasChoices(Protocol):
@@ -88,14 +80,13 @@ class HasChoices(Protocol):
 
 def choose_rows(logits: F32 | HasChoices, how: Choosing, position: int, ahead: tuple[int, ...] = ()) -> list[int]:
     """The tokens at `position`... from logits [R, V], of which each row but the first follows one token more of `ahead`."""
-    is_plain = how.sampling.temperature == 0 and not how.sampling.logit_bias and not how.sampling.needs_history
-    if is_plain and not isinstance(logits, np.ndarray):
-        return logits.choices
+    sampling, history = how.sampling, how.history
+    if not sampling.logit_bias and history is None:
+        if sampling.temperature > 0:
+            return _draw()(np.asarray(logits), sampling, position)
+        return logits.argmax(-1).tolist() if isinstance(logits, np.ndarray) else logits.choices
     rows = np.asarray(logits)
-    return [
-        choose(row, how.sampling, position + i, how.history.then(ahead[:i]) if how.history is not None else None)
-        for i, row in enumerate(rows)
-    ]
+    return [choose(row, sampling, position + i, history.then(ahead[:i]) if history is not None else None) for i, row in enumerate(rows)]
 
 
 def logprobs(logits: F32, token: int, num_top: int) -> TokenLogprob:
@@ -133,8 +124,3 @@ def _penalised(logits: F32, params: SamplingParams, history: History | None) -> 
         penalty = np.float32(params.presence_penalty) + np.float32(params.frequency_penalty) * counts.astype(np.float32)
         x[tokens[is_there]] -= penalty[is_there]
     return x
-
-
-def _softmax(x: F64) -> F64:
-    e = np.exp(x - x.max())
-    return e / e.sum()
