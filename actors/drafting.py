@@ -5,16 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 from ..core.channel import Mailbox, Reply
-from ..core.errors import ForerunError
+from ..core.errors import ForerunError, Superseded
 from ..core.messages import Commit, Forget, Observe, Propose, Resume
 from ..core.protocol import CHUNK
 from ..core.speculation import Draft, DrafterName, DrafterStatistics, SpeculationParams
 from ..core.trace import Flow, Trace
 from ..core.vocabulary import Choosing, Verdict
-from .chooser import Chooser, Experience, Plan
+from .chooser import AFTER, Chooser, Plan
+from .experience import Experience
+from .lookup.pairs import Pairs
 
 HEAD: DrafterName = "draft-mtp"
 #: Tokens after which a drafter is told what stands though it is not asked: while the head can still read their hidden rows.
@@ -23,13 +25,13 @@ TOLD_AFTER = CHUNK
 
 @dataclass(slots=True)
 class _Drafter:
-    """A drafter as this sequence sees it: `life` is the one it has told of its lease; it has not been told yet of `untold`, and that these
-    tokens stand after it, for one message before the next question costs less than one every round."""
+    """A drafter as this sequence sees it: `life` is the one it has told of its lease, and of that its first `num_told` tokens; of those
+    after it tells with the next question, for one message costs less than one every round. None: it is not known what the drafter
+    knows, for nobody waited for its answer, and it is told no more."""
 
     mailbox: Mailbox
     life: int
-    untold: Commit | None = None
-    then: list[int] = field(default_factory=list[int])
+    num_told: int | None = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ NOTHING = Plan((), 0.0)
 
 
 class Drafting:
-    """`computed` tells a drafter that was restarted all that stands; `overlap` lets drafters work side by side."""
+    """`computed` says which tokens stand, from a position on; `overlap` lets drafters work side by side."""
 
     def __init__(
         self,
@@ -58,50 +60,74 @@ class Drafting:
         salt: str,
         trace: Trace,
         overlap: bool,
-        computed: Callable[[], tuple[int, ...]],
+        computed: Callable[[int], tuple[int, ...]],
     ) -> None:
         self._drafters: dict[DrafterName, _Drafter] = {name: _Drafter(mailbox, mailbox.life) for name, mailbox in mailboxes.items()}
         self._params, self._experience, self._salt, self._trace, self._overlap = params, experience, salt, trace, overlap
         self._computed = computed
-        self._chooser = Chooser(experience)
+        self._is_first_best = params.choose == "first"
+        self._chooser = Chooser(experience, has_look_ups=bool(mailboxes.keys() - {HEAD}), has_head=HEAD in mailboxes)
+        self._is_resting = False
+        # Those who find nothing where the newest two tokens have not stood before, the others who look up, and what has stood.
+        self._matching = [name for name in mailboxes if params.num_matched(name) > 1]
+        self._looking: list[DrafterName] = [name for name in mailboxes if name != HEAD and name not in self._matching]
+        self._pairs = Pairs()
         self._observed: list[Reply[None]] = []  # of the last chunk, where drafters still read it
         self._drafts: list[Draft] = []  # of this round
         self._plan = NOTHING
-        self._round_began = 0
+        # When this round with questions began, or the rounds of rest that are measured together; how many have rested in a row, and the
+        # seconds of drafting and verifying.
+        self._began, self._num_rests, self._seconds = 0, 0, 0.0
         self.statistics: dict[DrafterName, DrafterStatistics] = {name: DrafterStatistics() for name in mailboxes}
 
     # A round
 
+    def rests(self, position: int, last_token: int) -> bool:
+        """Whether nothing is to be drafted this round, which goes on from `last_token` at `position`, and nobody to be asked."""
+        if self._is_first_best or not self._drafters:
+            self._is_resting = not self._drafters
+            return self._is_resting
+        pairs = self._pairs
+        if self._matching and (missing := position + 1 - pairs.num_tokens) > 0:
+            pairs.extend((last_token,) if missing == 1 else (*self._computed(pairs.num_tokens), last_token))
+        self._is_resting = self._chooser.rests(may_find=bool(self._looking) or pairs.is_repeated)
+        if not self._is_resting or self._num_rests in (0, AFTER):
+            self._measure()
+        self._num_rests = self._num_rests + 1 if self._is_resting else 0
+        return self._is_resting
+
+    def _measure(self) -> None:
+        """A round with questions is over, or rounds of rest: the first ones of a row, or those after them."""
+        now, num_rests = self._trace.clock(), self._num_rests
+        if self._began:
+            num_rounds = num_rests if 0 < num_rests <= AFTER else max(1, num_rests - AFTER)
+            self._chooser.spent(num_rests, ((now - self._began) / 1e9 - self._seconds) / num_rounds)
+        self._began, self._seconds = now, 0.0
+
     async def propose(self, question: Question) -> Plan:
-        """What to verify this round."""
-        is_first_best = self._params.choose == "first"
-        look_ups: list[DrafterName] = [name for name in self._drafters if name != HEAD]
-        if not is_first_best:
-            if look_ups and not self._chooser.looks():
-                look_ups = []
-            if not look_ups and self._chooser.rests():
-                self._drafts, self._plan, self._round_began = [], NOTHING, 0
-                return NOTHING
-        now = self._trace.clock()
-        if self._round_began and self._experience.verify(1):
-            spent = (now - self._round_began) / 1e9
-            self._chooser.overhead.saw(1, min(spent, self._experience.verify(1)))
+        """What to verify this round, if it does not rest."""
+        look_ups = self._look_ups(self._pairs.is_repeated) if self._is_first_best or self._chooser.looks() else []
         self._drafts, self._plan = [], NOTHING
         if look_ups:
+            began = self._trace.clock()
             self._drafts += await self._ask(look_ups, question, (question.last_token,), question.room, 0.0)
-            self._chooser.looked((self._trace.clock() - now) / 1e9)
-        if is_first_best:
+            self._chooser.looked((self._trace.clock() - began) / 1e9)
+        if self._is_first_best:
             if not self._drafts and HEAD in self._drafters:
                 self._drafts += await self._ask([HEAD], question, (question.last_token,), question.room, 0.0)
             self._plan = Plan((self._drafts[0].cut(question.room),), 0.0) if self._drafts else self._plan
         else:
-            self._plan = await self._choose(question, look_ups)
+            self._plan = await self._choose(question)
         if self._trace.is_on:
             self._trace.count("drafted " + " + ".join(part.drafter for part in self._plan.parts), len(self._plan.tokens), question.flow)
             self._trace.count("expected tokens/s", round(self._plan.rate), question.flow)
         return self._plan
 
-    async def _choose(self, question: Question, look_ups: Sequence[DrafterName]) -> Plan:
+    def _look_ups(self, is_repeated: bool) -> list[DrafterName]:
+        """Those who look up, and may find something that follows two tokens that have stood before or not, in order of asking."""
+        return [name for name in self._drafters if name != HEAD] if is_repeated or self._is_first_best else self._looking
+
+    async def _choose(self, question: Question) -> Plan:
         chooser, room = self._chooser, question.room
         plan = chooser.best(self._drafts, 0, room)
         if HEAD not in self._drafters:
@@ -113,67 +139,86 @@ class Drafting:
             return plan
         began = self._trace.clock()
         (head,) = await self._ask([HEAD], question, (question.last_token,), limit, floor) or (None,)
-        seconds = (self._trace.clock() - began) / 1e9
         if head is None:
             return plan
-        self._chooser.drafting.saw(len(head.tokens), seconds)
+        plan = await self._with_head(head, question)
+        self._seconds = (self._trace.clock() - began) / 1e9
+        chooser.drafting.saw(len(head.tokens), self._seconds)
+        return plan
+
+    async def _with_head(self, head: Draft, question: Question) -> Plan:
+        chooser, room = self._chooser, question.room
         num_head = len(head.tokens)
         self._drafts.append(head)
         plan = chooser.best(self._drafts, num_head, room)
         is_whole_head = len(plan.parts) == 1 and plan.parts[0].tokens == head.tokens and plan.parts[0].drafter == HEAD
-        if look_ups and is_whole_head and num_head < room and chooser.is_likely(plan):
+        if is_whole_head and num_head < room and chooser.is_likely(plan):
             ahead = (question.last_token, *head.tokens)
-            plan = chooser.extended(plan, await self._ask(look_ups, question, ahead, room - num_head, 0.0), num_head, room)
+            if look_ups := self._look_ups(self._pairs.has(ahead[-2:])):
+                plan = chooser.extended(plan, await self._ask(look_ups, question, ahead, room - num_head, 0.0), num_head, room)
         return plan
 
     async def _ask(self, names: Sequence[DrafterName], question: Question, ahead: tuple[int, ...], room: int, floor: float) -> list[Draft]:
         """The drafts with anything in them, in order of asking."""
-        replies: list[Reply[Draft]] = []
+        replies: list[tuple[Reply[Draft], _Drafter, int, int]] = []  # how much had been told before, and has been with the question
         drafts: list[Draft] = []
         try:
             for name in names:
                 drafter, limit = self._drafters[name], min(self._params.limit(name), room)
                 if limit <= 0 or drafter.mailbox.is_closed:
                     continue
-                message = Propose(question.flow, question.lease, question.position, ahead, limit, floor, question.choosing)
                 with suppress(ForerunError):
-                    await self._tell(drafter)
                     await self._resume(drafter, question.flow, question.lease)
-                    replies.append(await drafter.mailbox.post(message))
+                    if (told := drafter.num_told) is None:
+                        continue
+                    since, drafter.num_told = self._computed(told), None
+                    flow, lease, position = question.flow, question.lease, question.position
+                    message = Propose(flow, lease, position, since, ahead, limit, floor, question.choosing)
+                    replies.append((await drafter.mailbox.post(message), drafter, told, told + len(since)))
                 if not self._overlap:
                     drafts += await self._hear(replies)
             return drafts + await self._hear(replies)
         finally:
-            for reply in replies:
+            for reply, *_ in replies:
                 reply.abandon()
 
     @staticmethod
-    async def _hear(replies: list[Reply[Draft]]) -> list[Draft]:
+    async def _hear(replies: list[tuple[Reply[Draft], _Drafter, int, int]]) -> list[Draft]:
         drafts: list[Draft] = []
         while replies:
-            with suppress(ForerunError):  # a drafter that has died costs its draft alone
-                draft = await replies.pop(0).wait()
+            reply, drafter, before, after = replies.pop(0)
+            try:
+                draft = await reply.wait()
+            except Superseded:
+                drafter.num_told = before
+            except ForerunError:  # a drafter that has died costs its draft alone, and is told everything
+                pass
+            else:
+                drafter.num_told = after
                 if draft.tokens:
                     drafts.append(draft)  # which may be anything, and longer than asked for
         return drafts
 
     def settle(self, num_drafted: int, num_accepted: int, tokens: tuple[int, ...], verdict: Verdict) -> None:
         """The round brought `tokens`; of `num_drafted` draft tokens that were verified, `num_accepted` were right."""
+        if self._is_resting:
+            return
         left, right = num_drafted, num_accepted
         for part in self._plan.parts:
             drafted, accepted = min(left, len(part.tokens)), min(right, len(part.tokens))
             if drafted:
                 self.statistics[part.drafter] = self.statistics[part.drafter].after(drafted, accepted)
             left, right = left - drafted, right - accepted
-        if self._params.choose == "rate":
+        if not self._is_first_best:
             self._chooser.came(tokens, self._drafts, self._plan, verdict.num_rows, verdict.seconds)
-        self._round_began = self._trace.clock()
+            self._seconds += verdict.seconds
 
     # What stands
 
     async def observe(self, message: Observe, is_last: bool) -> None:
         """A chunk of the prompt stands. Returns while drafters still read it, unless it is the last; `hear` waits for them."""
         for drafter in self._drafters.values():
+            drafter.num_told = message.position + len(message.tokens)
             reply = await self._inform(drafter, message)
             if reply is not None:
                 self._observed.append(reply)
@@ -186,20 +231,17 @@ class Drafting:
                 await reply.wait()
         self._observed.clear()
 
-    async def commit(self, message: Commit) -> None:
+    async def stands(self, flow: Flow, lease: int, position: int) -> None:
+        """The tokens before `position` do."""
         for drafter in self._drafters.values():
-            if drafter.untold is None:
-                drafter.untold = message
-            else:
-                drafter.then += message.tokens
-            if len(drafter.untold.tokens) + len(drafter.then) >= TOLD_AFTER:
-                await self._tell(drafter)
+            if drafter.num_told is not None and position - drafter.num_told >= TOLD_AFTER:
+                await self._tell(drafter, flow, lease)
 
-    async def _tell(self, drafter: _Drafter) -> None:
-        if drafter.untold is not None:
-            message = replace(drafter.untold, tokens=(*drafter.untold.tokens, *drafter.then))
-            drafter.untold, drafter.then = None, []
-            await self._settled(await self._inform(drafter, message))
+    async def _tell(self, drafter: _Drafter, flow: Flow, lease: int) -> None:
+        position = drafter.num_told
+        if position is not None and (tokens := self._computed(position)):
+            drafter.num_told = position + len(tokens)
+            await self._settled(await self._inform(drafter, Commit(flow, lease, position, tokens)))
 
     async def _settled(self, reply: Reply[None] | None) -> None:
         """Waits for an answer where one thing is done at a time."""
@@ -209,19 +251,20 @@ class Drafting:
 
     async def resume(self, flow: Flow, lease: int) -> None:
         """The lease holds something already."""
+        self._began = 0
         for drafter in self._drafters.values():
             with suppress(ForerunError):
                 await self._tell_all(drafter, flow, lease)
 
     async def forget(self, flow: Flow, lease: int) -> None:
         """Returns when no drafter works on the lease any more."""
+        self._chooser.ended()
         for reply in self._observed:
             reply.abandon()
         self._observed.clear()
         for name, drafter in self._drafters.items():
-            if name == HEAD:
-                drafter.untold, drafter.then = None, []  # it learns nothing for others
-            await self._tell(drafter)
+            if name != HEAD:  # which learns nothing for others
+                await self._tell(drafter, flow, lease)
             with suppress(ForerunError):
                 await drafter.mailbox.ask(Forget(flow, lease))
 
@@ -233,8 +276,9 @@ class Drafting:
         return True
 
     async def _tell_all(self, drafter: _Drafter, flow: Flow, lease: int) -> None:
-        drafter.life = drafter.mailbox.life
-        await drafter.mailbox.tell(Resume(flow, lease, self._computed(), self._salt))
+        tokens = self._computed(0)
+        drafter.life, drafter.num_told = drafter.mailbox.life, len(tokens)
+        await drafter.mailbox.tell(Resume(flow, lease, tokens, self._salt))
 
     async def _inform(self, drafter: _Drafter, message: Observe | Commit) -> Reply[None] | None:
         """Nothing to wait for when the drafter is gone, or had to be told everything."""

@@ -58,8 +58,8 @@ from ..kernels.model.prefix import PrefixStatistics
 from ..kernels.model.recurrent import STORES, StoreName
 from ..kernels.model.saved import PrefixFolder
 from ..kernels.model.weights import Progress
-from .chooser import Experience
 from .embedding import Embedding
+from .experience import Experience
 from .lookup.family import CountsFamily, family
 from .memory_manager import MemoryManager
 from .model import Model, load_model

@@ -13,12 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..core.actor import Actor, Executor
 from ..core.channel import Envelope, Mailbox
 from ..core.errors import InternalBug, LeaseLost, PositionLost
-from ..core.messages import Commit, Forget, Observe, Propose, Resume
+from ..core.messages import Commit, Forget, Mail, Observe, Propose, Resume
 from ..core.protocol import CHUNK
 from ..core.speculation import DRAFTER_PATIENCE_SECONDS, Draft, SpeculationParams
 from ..core.vocabulary import Choosing, SamplingParams
@@ -74,14 +74,25 @@ class MtpDrafter(Actor):
         """Never: while others send, a quicker drafter may make this one's draft needless."""
         return math.inf
 
+    def is_quick(self, message: Mail[Any]) -> bool:
+        if not isinstance(message, Propose | Commit):
+            return False
+        tokens = message.tokens if isinstance(message, Commit) else message.since
+        sequence = self._sequences.get(message.lease)
+        num_behind = len(tokens) + (len(sequence.behind) if sequence is not None else 0)
+        if isinstance(message, Commit) or num_behind >= CHUNK:
+            return num_behind < CHUNK
+        return self._pool.num_used == 1 and self._executor.is_inline(self._head.seconds(num_behind + message.limit))
+
     async def handle(self, batch: list[Envelope]) -> None:
         proposals: list[tuple[Envelope, Propose]] = []
         for envelope in batch:
             match envelope.message:
-                case Observe() | Commit() as message:
-                    await self._learn(message)
+                case Observe(_, lease, position, tokens) | Commit(_, lease, position, tokens) as message:
+                    await self._learn(lease, position, tokens, is_chunk=isinstance(message, Observe))
                     envelope.answer(None)
                 case Propose() as message:
+                    await self._learn(message.lease, message.position - len(message.since), message.since, is_chunk=False)
                     proposals.append((envelope, message))
                 case Resume(_, lease, tokens, _):
                     self._sequences[lease] = _Sequence(len(tokens))
@@ -107,20 +118,20 @@ class MtpDrafter(Actor):
             for (envelope, _, _), draft in zip(wanted, drafts, strict=True):
                 envelope.answer(draft)
 
-    async def _learn(self, message: Observe | Commit) -> None:
-        if message.position == 0:
-            self._sequences[message.lease] = _Sequence()
-        sequence = self._sequences.get(message.lease)
-        if sequence is None:
+    async def _learn(self, lease: int, position: int, tokens: tuple[int, ...], is_chunk: bool) -> None:
+        if is_chunk and position == 0:
+            self._sequences[lease] = _Sequence()
+        sequence = self._sequences.get(lease)
+        if sequence is None or not tokens:
             return
-        # The first token of a commit is known already when a draft was asked for that round.
-        num_known = sequence.num_known - message.position
-        if not 0 <= num_known <= len(message.tokens):
-            raise InternalBug(f"tokens at {message.position}, but {sequence.num_known} are known")
-        sequence.behind += message.tokens[num_known:]
+        # The first of a round's tokens is known already when a draft was asked for that round.
+        num_known = sequence.num_known - position
+        if not 0 <= num_known <= len(tokens):
+            raise InternalBug(f"tokens at {position}, but {sequence.num_known} are known")
+        sequence.behind += tokens[num_known:]
         # A round's few tokens wait for the next draft, to share its pass; a chunk's hidden rows do not last.
-        if isinstance(message, Observe) or len(sequence.behind) >= CHUNK:
-            rows = self._catch_up(message.lease, sequence.num_known, ())
+        if is_chunk or len(sequence.behind) >= CHUNK:
+            rows = self._catch_up(lease, sequence.num_known, ())
             if rows is not None:
                 await self.compute(lambda: self._head.last([rows]), self._head.seconds(len(rows.tokens)))
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
+from typing import Any
 
 from ..core.actor import Actor, Executor
 from ..core.channel import Envelope, Mailbox
 from ..core.errors import InternalBug
-from ..core.messages import Commit, Forget, Observe, Propose, Resume
+from ..core.messages import Commit, Forget, Mail, Observe, Propose, Resume
 from ..core.speculation import DRAFTER_PATIENCE_SECONDS, Draft
 from .lookup.base import NOTHING, Lookup
 from .lookup.family import Family
@@ -55,6 +56,13 @@ class NgramDrafter(Actor):
         finally:
             self._family.close()
 
+    def is_quick(self, message: Mail[Any]) -> bool:
+        match message:
+            case Propose(since=tokens) | Commit(tokens=tokens):
+                return self._executor.is_inline(_seconds(tokens))
+            case _:
+                return False
+
     async def handle(self, batch: list[Envelope]) -> None:
         for envelope in batch:
             match envelope.message:
@@ -70,7 +78,8 @@ class NgramDrafter(Actor):
                     self._sequences[lease] = _Sequence(self._family.make(salt), salt)
                     await self._learn(lease, 0, tokens)
                     envelope.answer(None)
-                case Propose(_, lease, _, ahead, limit, _, _):
+                case Propose(_, lease, position, since, ahead, limit, _, _):
+                    await self._learn(lease, position - len(since), since)
                     sequence = self._sequences.get(lease)
                     proposal = NOTHING if sequence is None or envelope.is_abandoned else sequence.propose(ahead, limit)
                     envelope.answer(Draft(self._family.name, *proposal))
@@ -85,8 +94,13 @@ class NgramDrafter(Actor):
 
     async def _learn(self, lease: int, position: int, tokens: tuple[int, ...]) -> None:
         sequence = self._sequences.get(lease)
-        if sequence is None:
+        if sequence is None or not tokens:
             return
         if position != len(sequence.lookup.tokens):
             raise InternalBug(f"tokens at {position} after {len(sequence.lookup.tokens)}")
-        await self.compute(lambda: sequence.lookup.extend(tokens), len(tokens) * SECONDS_PER_TOKEN)
+        await self.compute(lambda: sequence.lookup.extend(tokens), _seconds(tokens))
+
+
+def _seconds(tokens: tuple[int, ...]) -> float:
+    """About what learning them takes."""
+    return len(tokens) * SECONDS_PER_TOKEN

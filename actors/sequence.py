@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import anyio
+from anyio.lowlevel import checkpoint
 
 from ..core.channel import Mailbox
 from ..core.embeddings import Encoded
 from ..core.errors import ActorRestarted, ForerunError, LeaseLost, RequestFailed, SavedSequenceError, WorkFailed
-from ..core.messages import Admit, Commit, Forget, Freeze, Observe, Prefill, Publish, Release, Save, Verify
+from ..core.messages import Admit, Forget, Freeze, Observe, Prefill, Publish, Release, Save, Verify
 from ..core.outbox import Outbox
 from ..core.protocol import CHUNK, SequenceProtocol, State
 from ..core.speculation import DrafterName, Speculation, SpeculationParams
@@ -38,8 +39,8 @@ from ..core.vocabulary import (
     Verdict,
 )
 from ..kernels.model.saved import record_of
-from .chooser import Experience, Plan
-from .drafting import Drafting, Question
+from .drafting import NOTHING, Drafting, Question
+from .experience import Experience
 from .synthetic import synthetic
 from .writer import Writer
 
@@ -128,7 +129,7 @@ class Sequence:
             request.cache_salt,
             self._trace,
             self._overlap,
-            lambda: self.protocol.computed,
+            self.protocol.computed,
         )
         self._plain_choosing = Choosing(request.sampling, None, request.num_logprobs)
         self._num_cached = 0
@@ -137,7 +138,7 @@ class Sequence:
         self._memory_life = 0  # in which the lease was lent
         self._lease: Lease | None = None
         self._flow = Flow(request.request_id, 0)
-        self._plan = Plan((), 0.0)
+        self._plan = NOTHING
         self._verdict = Verdict(())
         self._clock = _Clock(anyio.current_time())
         self._text: list[str] = []
@@ -234,18 +235,18 @@ class Sequence:
         protocol, lease = self.protocol, self._lease.number
         position, tokens = protocol.position, protocol.next_replay(self._lease.max_rows)
         verify = Verify(self._flow, lease, position, tokens, self._choosing(position + 1), self._is_suspect)
-        verdict = await self._to.target.ask(verify)
+        verdict = await self._computed(verify)
         protocol.replayed(verdict)
-        await self._drafting.commit(Commit(self._flow, lease, position, tokens))
+        await self._drafting.stands(self._flow, lease, protocol.position)
 
     async def _propose(self) -> None:
         protocol = self.protocol
         await self._save()
         self._flow = Flow(self._request.request_id, self._num_rounds + 1)
-        room = min(protocol.draft_limit, self._max_drafts)
-        if not self._to.drafters:
-            self._plan = Plan((), 0.0)
+        if self._drafting.rests(protocol.position, protocol.last_token):
+            self._plan = NOTHING
         else:
+            room = min(protocol.draft_limit, self._max_drafts)
             question = Question(self._flow, self._held, protocol.position, protocol.last_token, room, self._choosing())
             self._plan = await self._drafting.propose(question)
         protocol.drafted(self._plan.tokens)
@@ -253,15 +254,20 @@ class Sequence:
     async def _verify(self) -> None:
         protocol = self.protocol
         verify = Verify(self._flow, self._held, protocol.position, protocol.rows, self._choosing(), self._is_suspect)
-        verdict = await self._to.target.ask(verify)
+        verdict = await self._computed(verify)
         if self._params.synth_rates:
             verdict = synthetic(verdict, protocol.rows[1:], self._params.synth_rates, self._request.sampling.seed, protocol.position)
         protocol.verified(verdict)
         self._num_rounds += 1
         self._verdict, done = verdict, protocol.round
-        if self._to.drafters:
-            self._drafting.settle(done.num_drafted, done.num_accepted, done.tokens, verdict)
+        self._drafting.settle(done.num_drafted, done.num_accepted, done.tokens, verdict)
         self._trace.count("accepted", done.num_accepted, self._flow)
+
+    async def _computed(self, verify: Verify) -> Verdict:
+        reply = await self._to.target.post(verify)
+        if reply.is_there:  # computed in this task, without a turn for others
+            await checkpoint()
+        return await reply.wait()
 
     def _choosing(self, num_before: int | None = None) -> Choosing:
         """How tokens are chosen, the first of them after `num_before` of prompt and answer; after all of them if None."""
@@ -281,8 +287,7 @@ class Sequence:
             logprobs = self._verdict.logprobs[: len(done.tokens)]
             self._logprobs += logprobs
             await self._outbox.send(Delta(text, done.tokens, source, logprobs), self._flow)
-        if done.computed:
-            await self._drafting.commit(Commit(self._flow, self._held, done.position, done.computed))
+        await self._drafting.stands(self._flow, self._held, protocol.position)
         self._clock.last_token = anyio.current_time()
         protocol.committed()
 

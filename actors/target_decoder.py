@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from ..core.actor import Actor, Executor
 from ..core.channel import Envelope, Mailbox
 from ..core.errors import InternalBug, LeaseLost, PositionLost, WorkFailed
-from ..core.messages import Forget, Freeze, Prefill, Verify
+from ..core.messages import Forget, Freeze, Mail, Prefill, Verify
 from ..core.trace import Trace
 from ..core.vocabulary import Choosing, Verdict
 from ..kernels.backend import F32
 from ..kernels.model.memory import SequenceMemory, SequencePool
-from ..kernels.sampling import choose_rows, logprobs
 from ..kernels.model.trunk import Rows
+from ..kernels.sampling import choose_rows, logprobs
 
 R = TypeVar("R")
 
@@ -43,6 +43,11 @@ class TargetDecoder(Actor):
     def enough(self) -> float:
         """Every sequence there is."""
         return self._pool.num_used
+
+    def is_quick(self, message: Mail[Any]) -> bool:
+        if not isinstance(message, Verify) or self._pool.num_used > 1:
+            return False
+        return self._executor.is_inline(self._target.seconds(len(message.tokens)))
 
     async def handle(self, batch: list[Envelope]) -> None:
         verifies: list[tuple[Envelope, Verify, Rows]] = []

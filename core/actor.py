@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import anyio
 from anyio.lowlevel import checkpoint_if_cancelled
 from anyio.to_thread import run_sync
 
 from .channel import Envelope, Mailbox
-from .errors import ActorStuck
+from .errors import ActorStuck, InternalBug
+from .messages import Mail
 
 T = TypeVar("T")
 
@@ -97,10 +98,10 @@ class Actor(ABC):
         while True:
             batch: list[Envelope] = []
             if self.wake_at == math.inf:
-                batch = await self.mailbox.receive_all(self.enough)
+                batch = await self.mailbox.receive_all(self.enough, self._handles_at_once)
             else:
                 with anyio.CancelScope(deadline=self.wake_at):
-                    batch = await self.mailbox.receive_all(self.enough)
+                    batch = await self.mailbox.receive_all(self.enough, self._handles_at_once)
             self._is_handling = True
             self.num_steps += 1
             await self.handle(batch)
@@ -110,6 +111,23 @@ class Actor(ABC):
                     envelope.finish("ok")
                 elif envelope.is_abandoned:
                     envelope.finish("abandoned")
+
+    def is_quick(self, message: Mail[Any]) -> bool:
+        """Whether to handle this message, alone, waits for nothing, and there is nothing to gain from waiting for others."""
+        return False
+
+    def _handles_at_once(self, envelope: Envelope) -> bool:
+        if not self.is_quick(envelope.message):
+            return False
+        handling = self.handle([envelope])
+        try:
+            handling.send(None)
+        except StopIteration:
+            if envelope.reply is None:
+                envelope.finish("ok")
+            return True
+        handling.close()
+        raise InternalBug(f"the {self.name} waited, handling {envelope.message!r}")
 
     @abstractmethod
     async def handle(self, batch: list[Envelope]) -> None:

@@ -49,6 +49,11 @@ class Reply(Generic[R]):
         self.is_abandoned = False
 
     @property
+    def is_there(self) -> bool:
+        """Whether the answer, or an error, has come."""
+        return self._is_set
+
+    @property
     def is_wanted(self) -> bool:
         """Whether an answer would still reach somebody."""
         return not (self.is_abandoned or self._is_set)
@@ -166,6 +171,8 @@ class Mailbox:
         self._arrived = anyio.Event()
         self._new_event = type(self._arrived)  # the running library's own: anyio.Event() asks each time which one runs
         self._queue: deque[tuple[Envelope, anyio.Event]] = deque()  # what waits for room, first come first served
+        self._at_once: Callable[[Envelope], bool] | None = None  # of an actor that has nothing to do
+        self._struck: Exception | None = None  # what that raised
         self._closed: ForerunError | None = None
         self._num_received = self._num_refused = self._num_superseded = self._peak = 0
 
@@ -200,6 +207,8 @@ class Mailbox:
     async def _put(self, envelope: Envelope) -> None:
         if self._closed is not None:
             raise self._closed.with_traceback(None)
+        if self._at_once is not None and not self._waiting and self._is_handled(envelope, self._at_once):
+            return
         if len(self._waiting) >= self.capacity:
             policy = envelope.message.when_full
             if policy is WhenFull.REFUSE:
@@ -209,6 +218,19 @@ class Mailbox:
                 await self._wait_for_room(envelope)
                 return
         self._deliver(envelope)
+
+    def _is_handled(self, envelope: Envelope, at_once: Callable[[Envelope], bool]) -> bool:
+        """Whether the idle actor has handled a message in the sender's task. What it raises ends the actor, not the sender."""
+        envelope.start()
+        try:
+            is_handled = at_once(envelope)
+        except Exception as error:
+            self._struck, self._at_once, is_handled = error, None, True
+            if envelope.reply is not None and not envelope.reply.is_there:
+                envelope.reply.delivered(envelope)
+            self._arrived.set()
+        self._num_received += is_handled
+        return is_handled
 
     def _deliver(self, envelope: Envelope) -> None:
         self._waiting.append(envelope)
@@ -251,12 +273,20 @@ class Mailbox:
             self._deliver(envelope)
             turn.set()
 
-    async def receive_all(self, enough: float = math.inf) -> list[Envelope]:
+    async def receive_all(self, enough: float = math.inf, at_once: Callable[[Envelope], bool] | None = None) -> list[Envelope]:
         """Waits for a message, lets every task that is ready run once while fewer than `enough` wait, and takes all there is.
-        Cancelled: nothing was taken."""
-        while not self._waiting:
-            self._arrived = self._new_event()
-            await self._arrived.wait()
+        Cancelled: nothing was taken. While nothing waits, messages go to `at_once` first, which may handle them in their senders'
+        tasks, without two turns of the event loop; what it raises is raised here."""
+        self._at_once = at_once
+        try:
+            while not self._waiting:
+                self._arrived = self._new_event()
+                await self._arrived.wait()
+                if self._struck is not None:
+                    error, self._struck = self._struck, None
+                    raise error
+        finally:
+            self._at_once = None
         if len(self._waiting) < enough:
             await checkpoint()
         taken = list(self._waiting)

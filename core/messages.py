@@ -142,10 +142,12 @@ class Observe(Mail[None]):
 class Propose(Mail[Draft]):
     """Sequence to a drafter, at most once a round, or twice: what follows `ahead`, of which the first token stands at `position` and the
     others are drafted? At most `limit` tokens, chosen as the target will choose where the drafter has logits of its own; it may
-    stop where all it has drafted is less likely to be right than `floor`."""
+    stop where all it has drafted is less likely to be right than `floor`. `since` are the tokens before `position` of which the drafter
+    has not been told, as by a Commit."""
 
     lease: int
     position: int
+    since: tuple[int, ...]
     ahead: tuple[int, ...]
     limit: int
     floor: float
@@ -155,8 +157,8 @@ class Propose(Mail[Draft]):
 
 @dataclass(frozen=True, slots=True)
 class Commit(Mail[None]):
-    """Sequence to each drafter, once a round, whoever drafted: `tokens` now stand for good at `position`, computed by the target.
-    A drafter that falls behind by more rounds than memory keeps hidden rows for loses them, and drafts worse."""
+    """Sequence to a drafter that has not been asked for long: `tokens` stand for good at `position`, computed by the target, whoever
+    drafted them. A drafter that falls behind by more rows than memory keeps hidden rows for loses them, and drafts worse."""
 
     lease: int
     position: int

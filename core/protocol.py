@@ -112,12 +112,9 @@ def diagram() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What one verify settled: `computed` tokens now stand at `position` (last round's newest token and the accepted
-    drafts; nothing after a prompt's last chunk), `num_drafted` were verified and `num_accepted` right, `tokens` are new for
-    the reader (without a stop token)."""
+    """What one verify settled: `num_drafted` draft tokens were verified and `num_accepted` right, `tokens` are new for the reader
+    (without a stop token)."""
 
-    position: int
-    computed: tuple[int, ...]
     num_drafted: int
     num_accepted: int
     tokens: tuple[int, ...]
@@ -160,11 +157,11 @@ class SequenceProtocol:
         """Where the next chunk, replay or round starts."""
         return self._num_computed
 
-    @property
-    def computed(self) -> tuple[int, ...]:
-        """The tokens that memory holds for good, from position 0."""
+    def computed(self, start: int = 0) -> tuple[int, ...]:
+        """The tokens that memory holds for good, from a position on."""
         prompt = self.request.prompt_ids
-        return (*prompt, *self.output)[: self._num_computed]
+        num_prompt = len(prompt)
+        return prompt[start : self._num_computed] + tuple(self.output[max(0, start - num_prompt) : max(0, self._num_computed - num_prompt)])
 
     @property
     def last_token(self) -> int:
@@ -226,7 +223,7 @@ class SequenceProtocol:
             tokens, reason = self._take(verdict.choices)
             self._move(Event.CHUNK_COMPUTED, State.COMMITTING)
             self._num_computed = end
-            self._settle(Round(end, (), 0, 0, tokens), reason)
+            self._settle(Round(0, 0, tokens), reason)
 
     # Replay
 
@@ -275,9 +272,8 @@ class SequenceProtocol:
         tokens, reason = self._take(verdict.choices[: num_accepted + 1])
         num_accepted = min(num_accepted, len(tokens))  # what lies beyond a stop token helped nobody
         self._move(Event.VERIFIED, State.COMMITTING)
-        position, computed = self._num_computed, (self.last_token, *drafts[:num_accepted])
         self._num_computed += num_accepted + 1
-        self._settle(Round(position, computed, len(drafts), num_accepted, tokens), reason)
+        self._settle(Round(len(drafts), num_accepted, tokens), reason)
 
     def committed(self) -> None:
         """Everybody has been told of the round."""

@@ -47,6 +47,10 @@ class SpeculationOptions(TypedDict, total=False):
     synth_rates: tuple[float, ...]
 
 
+#: Tokens that ngram-suffix must match: shorter matches say next to nothing.
+SUFFIX_MIN_MATCH = 2
+
+
 @dataclass(frozen=True, slots=True)
 class SpeculationParams:
     """Which drafters run and how far. Names and defaults are llama-server's (`--spec-type`, `--spec-draft-n-max`,
@@ -100,6 +104,16 @@ class SpeculationParams:
             "ngram-cache": self.ngram_cache_n_max,
             "ngram-suffix": self.ngram_suffix_n_max,
         }[drafter]
+
+    def num_matched(self, drafter: DrafterName) -> int:
+        """How many tokens, the newest among them, must have stood in a text before, for this drafter to find anything; 0: it may know of
+        them otherwise."""
+        return {
+            "ngram-simple": self.ngram_simple_size_n,
+            "ngram-map-k": self.ngram_map_k_size_n,
+            "ngram-map-k4v": self.ngram_map_k4v_size_n,
+            "ngram-suffix": 0 if self.ngram_suffix_shared else SUFFIX_MIN_MATCH,
+        }.get(drafter, 0)
 
 
 def parse_spec_type(text: str) -> tuple[DrafterName, ...]:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ...core.speculation import SUFFIX_MIN_MATCH
 from .base import NOTHING, Lookup, Proposal
 
 #: States whose counts a new token is added to, those of the longest suffixes: in a text of one repeated token there are as many as
 #: tokens, in others a handful.
 MAX_DEPTH = 32
-#: Tokens that must match: shorter matches say next to nothing.
-MIN_MATCH = 2
 #: Tokens of a shared automaton, beyond which it begins anew.
 MAX_SHARED = 500_000
 #: Stands between two sequences in a shared automaton, and is never drafted.
@@ -116,7 +115,7 @@ class Suffix(Lookup):
             if length > matched:
                 best, state, matched = automaton, at, length
         found, sure = list[int](), list[float]()
-        while matched >= MIN_MATCH and len(found) < limit:
+        while matched >= SUFFIX_MIN_MATCH and len(found) < limit:
             token, share = best.likeliest(state)
             if token < 0:
                 break

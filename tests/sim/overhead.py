@@ -32,7 +32,7 @@ class InstantMemory(SequenceMemory):
     def check(self, position: int, num_rows: int, *, is_chunk: bool) -> None:
         pass
 
-    def read(self, position: int, num_rows: int) -> Any:
+    def before(self, position: int, num_rows: int) -> Any:
         return ZEROS[:num_rows, :1]
 
 

@@ -46,7 +46,7 @@ from forerun.core.errors import (
     RequestFailed,
     SavedSequenceError,
 )
-from forerun.core.messages import Propose
+from forerun.core.messages import Mail, Propose
 from forerun.core.protocol import ENDS
 from forerun.core.speculation import DRAFTERS, Draft, DrafterName, SpeculationParams
 from forerun.core.trace import Event, Notice, Subscription, Trace
@@ -103,6 +103,7 @@ class Plan:
     close_at: float
     is_cancelled: bool  # at close_at, from outside, and not closed
     latency: float  # seconds of a call to the device, on average
+    is_inline: bool  # nothing waits for the device, and actors that have nothing to do are asked at once
     has_raising_observer: bool
 
     @property
@@ -180,6 +181,7 @@ def make_plan(rng: random.Random) -> Plan:
         # With a slow device a storm of deaths never exceeds what a minute allows, nor does anything get done.
         latency=rng.choice([0.002, 0.002, 0.002, 1.0]) if storm is None else 0.002,
         has_raising_observer=rng.random() < 0.2,
+        is_inline=rng.random() < 0.3,
     )
 
 
@@ -232,7 +234,7 @@ class Simulation:
     # How the seed gets in
 
     def is_inline(self, seconds: float) -> bool:
-        return False
+        return self.plan.is_inline
 
     async def __call__(self, work: Callable[[], T], seconds: float) -> T:
         """Virtual latency before or after the work, and faults."""
@@ -271,6 +273,12 @@ class Simulation:
             await handle(batch)
 
         setattr(actor, "handle", faulty)  # noqa: B010
+        is_quick, waits = actor.is_quick, bool(self.plan.late_drafts) or "stuck" in self.plan.crashes.values()
+
+        def sometimes(message: Mail[Any]) -> bool:
+            return not waits and is_quick(message) and self.rng.random() < 0.7
+
+        setattr(actor, "is_quick", sometimes)  # noqa: B010
         if isinstance(actor, MtpDrafter):
             catch_up = actor._catch_up  # pyright: ignore[reportPrivateUsage]
 

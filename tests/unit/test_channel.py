@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import anyio
 import pytest
-from forerun.core.channel import Mailbox
+from forerun.core.channel import Envelope, Mailbox
 from forerun.core.errors import ActorRestarted, ActorStopped, InternalBug, Overloaded, Superseded
 from forerun.core.messages import Mail, WhenFull
 from forerun.core.trace import Flow
@@ -57,6 +57,60 @@ async def test_every_ask_gets_its_own_answer() -> None:
     statistics = mailbox.statistics()
     assert (statistics.num_waiting, statistics.num_received) == (0, 100)
     assert statistics.num_waiting_peak <= 4
+
+
+async def test_an_idle_actor_answers_in_the_senders_task_and_others_messages_wait_their_turn() -> None:
+    """What `at_once` does not take goes into the mailbox, and what comes after that waits behind it."""
+    mailbox, order = Mailbox("test", 8), list[str]()
+
+    def at_once(envelope: Envelope) -> bool:
+        assert isinstance(envelope.message, Question)
+        if envelope.message.n == 0:
+            return False
+        order.append(f"at once {envelope.message.n}")
+        envelope.answer(envelope.message.n)
+        return True
+
+    async def actor() -> None:
+        while True:
+            for envelope in await mailbox.receive_all(at_once=at_once):
+                assert isinstance(envelope.message, Question)
+                order.append(f"later {envelope.message.n}")
+                envelope.answer(envelope.message.n)
+
+    async with anyio.create_task_group() as group:
+        first = await mailbox.post(Question(NOBODY, 1))  # nobody is there yet
+        assert not first.is_there
+        group.start_soon(actor)
+        assert await first.wait() == 1
+        await anyio.wait_all_tasks_blocked()
+        second, third, fourth = [await mailbox.post(Question(NOBODY, n)) for n in (2, 0, 3)]
+        assert [reply.is_there for reply in (second, third, fourth)] == [True, False, False]
+        assert [await reply.wait() for reply in (second, third, fourth)] == [2, 0, 3]
+        group.cancel_scope.cancel()
+    assert order == ["later 1", "at once 2", "later 0", "later 3"]
+    assert mailbox.statistics().num_received == 4
+
+
+async def test_what_an_actor_raises_in_the_senders_task_ends_the_actor() -> None:
+    mailbox = Mailbox("test", 8)
+
+    def at_once(envelope: Envelope) -> bool:
+        raise ZeroDivisionError
+
+    async def actor() -> None:
+        with pytest.raises(ZeroDivisionError):
+            await mailbox.receive_all(at_once=at_once)
+        mailbox.restart(ActorRestarted("test"))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(actor)
+        await anyio.wait_all_tasks_blocked()
+        with pytest.raises(ActorRestarted):
+            await mailbox.ask(Question(NOBODY, 1))
+    later = await mailbox.post(Question(NOBODY, 2))  # of the dead actor nobody asks anything
+    assert [envelope.message for envelope in await mailbox.receive_all()] == [Question(NOBODY, 2)]
+    later.abandon()
 
 
 async def test_tell_waits_while_the_mailbox_is_full() -> None:

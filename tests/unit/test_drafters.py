@@ -13,8 +13,9 @@ from forerun.actors.lookup.counts import Cached
 from forerun.actors.lookup.family import SuffixFamily
 from forerun.actors.lookup.fixed import NUM_CONTINUATIONS, MapK, MapK4V, Simple
 from forerun.actors.lookup.mod import Mod, Table
-from forerun.actors.lookup.suffix import MIN_MATCH, Suffix
+from forerun.actors.lookup.suffix import Suffix
 from forerun.core.errors import ModelFileError
+from forerun.core.speculation import SUFFIX_MIN_MATCH
 
 Twin = Callable[[list[int], Sequence[int], int], list[int]]
 
@@ -80,7 +81,7 @@ def suffix(text: list[int], ahead: Sequence[int], limit: int) -> list[int]:
     whole, found = [*text, *ahead], list[int]()
     while len(found) < limit:
         after: list[int] = []
-        for n in range(len(whole) - 1, MIN_MATCH - 1, -1):
+        for n in range(len(whole) - 1, SUFFIX_MIN_MATCH - 1, -1):
             after = [text[i + n] for i in range(len(text) - n) if text[i : i + n] == whole[-n:]]
             if after:
                 break

@@ -10,6 +10,7 @@ import anyio
 import forerun
 import numpy as np
 import pytest
+from anyio.lowlevel import checkpoint
 from forerun.core.errors import InternalBug
 from forerun.core.outbox import CAPACITY, MERGED_TOKENS
 from forerun.kernels.model.trunk import TrunkBase
@@ -34,6 +35,23 @@ async def test_deltas_make_the_result(model: str) -> None:
     assert result.usage == forerun.Usage(70, len(ids))
     accepted = sum(s.num_accepted_tokens for s in result.speculation.drafters.values())
     assert 1 + result.speculation.num_rounds + accepted >= len(ids)
+
+
+async def test_others_get_their_turn_between_two_rounds(model: str) -> None:
+    """Also where nothing waits for anything."""
+    num_turns = 0
+
+    async def count() -> None:
+        nonlocal num_turns
+        while True:
+            await checkpoint()
+            num_turns += 1
+
+    async with forerun.open_engine(model, spec_type="none") as engine, anyio.create_task_group() as group:
+        group.start_soon(count)
+        result = await engine.complete(prompt(5), max_tokens=60, ignore_eos=True)
+        assert num_turns >= result.speculation.num_rounds == 59
+        group.cancel_scope.cancel()
 
 
 async def test_text_deltas_make_the_text() -> None:

@@ -1,0 +1,88 @@
+"""What things take, by their size: measured while the engine works, and drawn as a curve."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+#: Of a new measurement; old ones fade.
+NEWEST_SHARE = 0.1
+#: A measurement more than so many times the mean is an accident of the machine, and counts as that much.
+OUTLIER = 2.0
+#: Measurements of other sizes after which one is forgotten: what was once slow must be tried again.
+FORGOTTEN_AFTER = 300
+#: The share by which a mean moves before the curve is drawn anew, and measurements that go by first.
+NOTABLE, REDRAWN_AFTER = 0.05, 4
+#: How much cheaper than its only measurement a size may be.
+HOPE = 0.3
+#: What one row more costs, in verifies of one row, before two sizes have been measured. Low, so that drafts are tried.
+HOPED_SLOPE = 0.25
+
+
+class Costs:
+    """Seconds by size, as measured; between sizes and beyond by straight lines, and never less for more. A size that was measured a few
+    times only is taken for somewhat cheaper than it seemed, so that an accident is not believed for long."""
+
+    def __init__(self) -> None:
+        self._means: dict[int, tuple[float, int, int]] = {}  # size -> mean, measurements, the clock at the last
+        self._clock = self._redrawn_at = 0  # the clock from which on the curve may be drawn anew
+        self._curve: tuple[list[int], list[float]] = [], []
+        self._drawn: dict[int, float] = {}  # the means it was made of
+        self._table: list[float] = []  # what `__call__` has said of sizes 0, 1, ... since the curve was drawn
+
+    def saw(self, size: int, seconds: float) -> None:
+        if seconds <= 0:
+            return
+        self._clock += 1
+        mean, number, _ = self._means.get(size, (seconds, 0, 0))
+        mean += (min(seconds, OUTLIER * mean) - mean) * max(1 / (number + 1), NEWEST_SHARE)
+        self._means[size] = mean, number + 1, self._clock
+        if self._clock % FORGOTTEN_AFTER == 0:
+            self._means = {size: each for size, each in self._means.items() if self._clock - each[2] < FORGOTTEN_AFTER}
+            self._table.clear()
+        drawn = self._drawn.get(size, 0.0)
+        if not drawn or (self._clock >= self._redrawn_at and abs(mean * (1 - HOPE / (number + 1)) - drawn) > NOTABLE * drawn):
+            self._table.clear()
+
+    def _draw(self) -> None:
+        """Makes the curve of what was measured."""
+        self._redrawn_at = self._clock + min(self._clock, REDRAWN_AFTER)
+        sizes = sorted(self._means)
+        self._drawn = {size: mean * (1 - HOPE / number) for size, (mean, number, _) in self._means.items()}
+        # Where more seemed to cost less, neighbours are averaged (pool adjacent violators).
+        pools: list[tuple[float, int, int]] = []  # mean, measurements, sizes
+        for each in sizes:
+            pools.append((self._drawn[each], self._means[each][1], 1))
+            while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+                (one, n, k), (other, m, j) = pools[-2:]
+                pools[-2:] = [((one * n + other * m) / (n + m), n + m, k + j)]
+        self._curve = sizes, [mean for mean, _, count in pools for _ in range(count)]
+
+    @property
+    def reach(self) -> int:
+        """The largest size that may be tried: twice the largest that was, so that the curve is measured from its beginning."""
+        return 2 * max(self._means, default=0) or 1
+
+    def __call__(self, size: int) -> float:
+        """0 before anything was measured."""
+        if not self._table:
+            self._draw()
+        while len(self._table) <= size:
+            self._table.append(self._estimate(len(self._table)))
+        return self._table[size]
+
+    def _estimate(self, size: int) -> float:
+        sizes, seconds = self._curve
+        if not sizes:
+            return 0.0
+        at = bisect_left(sizes, size)
+        if at < len(sizes) and sizes[at] == size:
+            return seconds[at]
+        if at == 0:
+            return seconds[0] * (1 + HOPED_SLOPE * (size - 1)) / (1 + HOPED_SLOPE * (sizes[0] - 1))
+        if at < len(sizes):
+            share = (size - sizes[at - 1]) / (sizes[at] - sizes[at - 1])
+            return seconds[at - 1] + share * (seconds[at] - seconds[at - 1])
+        slope = HOPED_SLOPE * seconds[-1] / (1 + HOPED_SLOPE * (sizes[-1] - 1))
+        if len(sizes) > 1:
+            slope = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
+        return seconds[-1] + slope * (size - sizes[-1])

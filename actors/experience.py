@@ -1,0 +1,66 @@
+"""What the sequences of an engine have seen of its drafters, and of what things take; each begins with what the others know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .costs import Costs
+
+#: Trials that a belief remembers, one about the head's guesses in a row, and what a word of the drafter's own weighs against them.
+MEMORY, SHORT_MEMORY, WORD = 12.0, 6.0, 1.5
+#: Rounds between two questions to a head that is not worth it, at first.
+FIRST_PAUSE = 4
+
+
+@dataclass(slots=True)
+class Belief:
+    """How often something was right, lately."""
+
+    num_right: float = 0.0
+    num_trials: float = 0.0
+
+    def saw(self, is_right: float, memory: float = MEMORY) -> None:
+        fading = 1 - 1 / memory
+        self.num_right, self.num_trials = self.num_right * fading + is_right, self.num_trials * fading + 1
+
+    def share(self, before: float) -> float:
+        return (self.num_right + WORD * before) / (self.num_trials + WORD)
+
+
+UNTRIED = Belief()
+
+
+@dataclass(slots=True)
+class Surprise:
+    """How many tokens were right, and how many were expected to be: what a text is like shows here first, before each belief has been
+    put to the test."""
+
+    num_right: float = 0.0
+    num_expected: float = 0.0
+
+    def saw(self, is_right: bool, expected: float) -> None:
+        fading = 1 - 1 / MEMORY
+        self.num_right, self.num_expected = self.num_right * fading + is_right, self.num_expected * fading + expected
+
+    def factor(self, before: float) -> float:
+        """By which to trust less than before."""
+        return min(1.0, (self.num_right + WORD * before) / (self.num_expected + WORD))
+
+
+UNSURPRISED = Surprise()
+
+
+class Experience:
+    """What all sequences of an engine have seen: what verifying and looking up take; alone and in company, where one waits for others,
+    what drafting takes, all else in a round, and a whole round in which nobody is asked, soon after another one and later; how often
+    drafters were right, what looking up brought, and how seldom the head was asked at last."""
+
+    def __init__(self) -> None:
+        self.verify, self.looking = Costs(), Costs()
+        self.drafting, self.overhead, self.after, self.resting = ((Costs(), Costs()) for _ in range(4))
+        self.beliefs: dict[tuple[str, int, int], Belief] = {}
+        self.first_guesses = [Belief() for _ in range(64)]
+        # Of whole sequences, for long repetitions bring many tokens and say nothing of other texts: what a question to look-ups saved, and
+        # how far drafters could be trusted.
+        self.found, self.trust = Belief(), dict[str, Belief]()
+        self.pause, self.num_unasked = float(FIRST_PAUSE), 0  # between two questions to a head that is not worth it; rounds since the last
