@@ -186,10 +186,15 @@ class Chooser:
         return True
 
     def spent(self, num_rests: int, seconds: float) -> None:
-        """A round of rest took so long, the `num_rests`th in a row, or with 0 one with questions, but for drafting and verifying."""
+        """A round of rest took so long, the `num_rests`th in a row, or with 0 one with questions, but for drafting and verifying. What
+        is much longer than a verify was a wait for a reader."""
         e = self._experience
         costs = e.overhead if num_rests == 0 else e.after if num_rests <= AFTER else e.resting
-        costs[self._has_company].saw(1, seconds if num_rests else min(seconds, e.verify(1)))
+        costs[self._has_company].saw(1, min(seconds, e.verify(1) * (2 if num_rests else 1)))
+
+    def rested(self, num_other_rows: int) -> None:
+        """Beside so many rows of others."""
+        self._num_other_rows += 0.3 * (num_other_rows - self._num_other_rows)
 
     def looks(self) -> bool:
         """Whether to ask those who look up this round, as `rests` has found."""
@@ -247,8 +252,7 @@ class Chooser:
         self._round += 1
         self._experience.num_unasked += 1
         if num_rows:
-            # Of a plan that is no sense not all was verified.
-            self._num_other_rows += 0.3 * (max(0, num_rows - len(plan.tokens) - 1) - self._num_other_rows)
+            self.rested(max(0, num_rows - len(plan.tokens) - 1))  # of a plan that is no sense not all was verified
             self._experience.verify.saw(num_rows, seconds)
         if self._is_looking:
             saved = float(_num_looked_up(plan, tokens))
@@ -257,14 +261,17 @@ class Chooser:
             self._found.saw(saved, 2 * MEMORY)
             self._look_at = self._round + self._look_pause
         self._compare_all(tokens, drafts, plan)
+        is_silent = self._is_asking and not any(draft.drafter == "draft-mtp" for draft in drafts)
         if self._is_asking:
-            if self._is_probing and not self._is_promising:
+            if is_silent:
+                self._first_guesses[0].saw(False, SHORT_MEMORY)
+            if (self._is_probing or is_silent) and not self._is_promising:
                 self._pause = min(2 * self._pause, self._last_pause)
                 self._experience.pause = min(LONGER * self._experience.pause, self._last_pause)
             elif not self._is_probing:
                 self._experience.pause = max(self._experience.pause / LONGER, FIRST_PAUSE)
             self._experience.num_unasked, self._head_at = 0, self._round + self._pause
-        is_idle = not self._is_promising and (self._is_probing or not self._is_asking)
+        is_idle = not self._is_promising and (self._is_probing or is_silent or not self._is_asking)
         self._wake_at = self._head_at if is_idle or not self._has_head else 0
 
     @property
@@ -276,11 +283,12 @@ class Chooser:
         return round(min(LOOK_PAUSE, lost / (LOOKING_SHARE * resting))) if lost > 0 and resting else 0
 
     def ended(self) -> None:
-        """The sequence has."""
+        """The sequence has, or lost its memory."""
         if self._found.num_trials:
             self._experience.found.saw(self._found.num_right / self._found.num_trials)
         for name, surprise in self._surprises.items():
             self._experience.trust.setdefault(name, Belief()).saw(surprise.factor(1.0))
+        self._found, self._surprises = Belief(), {}  # should it go on, in other memory, that is not counted twice
 
     def _compare_all(self, tokens: Sequence[int], drafts: Sequence[Draft], plan: Plan) -> None:
         if not drafts:

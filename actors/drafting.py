@@ -139,11 +139,10 @@ class Drafting:
             return plan
         began = self._trace.clock()
         (head,) = await self._ask([HEAD], question, (question.last_token,), limit, floor) or (None,)
-        if head is None:
-            return plan
-        plan = await self._with_head(head, question)
+        chooser.drafting.saw(len(head.tokens) if head is not None else 1, (self._trace.clock() - began) / 1e9)
+        if head is not None:
+            plan = await self._with_head(head, question)
         self._seconds = (self._trace.clock() - began) / 1e9
-        chooser.drafting.saw(len(head.tokens), self._seconds)
         return plan
 
     async def _with_head(self, head: Draft, question: Question) -> Plan:
@@ -202,6 +201,7 @@ class Drafting:
     def settle(self, num_drafted: int, num_accepted: int, tokens: tuple[int, ...], verdict: Verdict) -> None:
         """The round brought `tokens`; of `num_drafted` draft tokens that were verified, `num_accepted` were right."""
         if self._is_resting:
+            self._chooser.rested(verdict.num_rows - 1)
             return
         left, right = num_drafted, num_accepted
         for part in self._plan.parts:
@@ -259,6 +259,7 @@ class Drafting:
     async def forget(self, flow: Flow, lease: int) -> None:
         """Returns when no drafter works on the lease any more."""
         self._chooser.ended()
+        self._began = self._num_rests = 0
         for reply in self._observed:
             reply.abandon()
         self._observed.clear()

@@ -119,6 +119,7 @@ class Actor(ABC):
     def _handles_at_once(self, envelope: Envelope) -> bool:
         if not self.is_quick(envelope.message):
             return False
+        envelope.start()
         handling = self.handle([envelope])
         try:
             handling.send(None)

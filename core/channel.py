@@ -221,7 +221,6 @@ class Mailbox:
 
     def _is_handled(self, envelope: Envelope, at_once: Callable[[Envelope], bool]) -> bool:
         """Whether the idle actor has handled a message in the sender's task. What it raises ends the actor, not the sender."""
-        envelope.start()
         try:
             is_handled = at_once(envelope)
         except Exception as error:
@@ -279,14 +278,14 @@ class Mailbox:
         tasks, without two turns of the event loop; what it raises is raised here."""
         self._at_once = at_once
         try:
-            while not self._waiting:
+            while self._struck is None and not self._waiting:
                 self._arrived = self._new_event()
                 await self._arrived.wait()
-                if self._struck is not None:
-                    error, self._struck = self._struck, None
-                    raise error
         finally:
             self._at_once = None
+        if self._struck is not None:
+            error, self._struck = self._struck, None
+            raise error
         if len(self._waiting) < enough:
             await checkpoint()
         taken = list(self._waiting)
@@ -301,6 +300,7 @@ class Mailbox:
     def restart(self, error: ForerunError) -> None:
         """The actor has died and another will read this mailbox: all that it had ends with `error`."""
         self.life += 1
+        self._struck = None
         self._fail_all(error)
         self._call_senders()
 

@@ -61,7 +61,7 @@ def draw(logits: F32, params: SamplingParams, position: int) -> list[int]:
 def _drawn(logits: F32, params: SamplingParams, position: int) -> int:
     x = logits.astype(np.float64)
     x = (x - x.max()) / max(params.temperature, 1e-6)  # which is greedy but for ties, and does not overflow
-    kept = _highest(x, params.top_k) if 0 < params.top_k < len(x) else np.arange(len(x))
+    kept = _highest(logits, params.top_k) if 0 < params.top_k < len(x) else np.arange(len(x))
     if params.top_p < 1:
         order = kept[np.argsort(-x[kept], kind="stable")]
         reached = np.cumsum(np.exp(x[order])) / np.exp(x[kept]).sum()

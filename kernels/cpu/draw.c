@@ -144,7 +144,7 @@ static int64_t choose(const float *logits, int64_t n, const Sampling *s, uint64_
     uint64_t first[4];
     philox(s->seed, (uint64_t)best_at / 4 + 1, position, first);
     double best = gumbel(uniform(first[best_at % 4])), per = 1 / temperature, lowest = most + floor.x * temperature;
-    float limit = (float)(lowest - 1e-6 * fabs(lowest)); /* no more than a quick look: it rounds */
+    float limit = (float)(lowest - 1e-6 * (fabs(lowest) + fabs((double)most))); /* no more than a quick look: it rounds */
     limit = limit > floor.logit ? limit : floor.logit;
     for (int64_t start = 0; start < n; start += SOME) {
         int count = n - start < SOME ? (int)(n - start) : SOME, num_left = 0;

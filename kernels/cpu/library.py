@@ -100,7 +100,7 @@ class Library:
 
     def draw(self, logits: F32, params: SamplingParams, position: int) -> list[int]:
         """The tokens at `position`... from logits [R, V], with noise (temperature > 0) and filters."""
-        logits = np.ascontiguousarray(logits)
+        logits = np.ascontiguousarray(logits, np.float32)
         num_rows, size = logits.shape
         how = SamplingStruct(params.temperature, params.top_p, params.min_p, params.top_k, params.seed)
         tokens = (c_int64 * num_rows)()

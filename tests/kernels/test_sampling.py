@@ -77,6 +77,20 @@ def test_c_draws_what_numpy_draws(seed: int) -> None:
         assert draw_in_c(rows, params, position) == draw(rows, params, position), params
 
 
+def test_c_keeps_the_last_of_a_nucleus_whose_logit_is_zero() -> None:
+    """Where what is left of it after rounding is less than what it is made of."""
+    try:
+        draw_in_c = library().draw
+    except OSError:
+        pytest.skip("there are no C kernels")
+    logits = np.full((1, 64), -30, np.float32)
+    logits[0, [7, 40]] = 0, -9
+    for seed in range(300):
+        logits[0, 5] = 0.01 + seed / 100
+        params = SamplingParams(0.3 + seed / 250, top_p=0.99999, seed=seed)
+        assert draw_in_c(logits, params, seed) == draw(logits, params, seed), seed
+
+
 def test_greedy_takes_the_lowest_of_ties() -> None:
     assert choose(np.array([1, 3, 3], np.float32), SamplingParams(), 5) == 1
 

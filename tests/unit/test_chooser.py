@@ -171,6 +171,19 @@ def test_a_new_sequence_begins_with_what_the_others_were_like() -> None:
     assert len(Chooser(experience).best([draft], 0, 16).tokens) < before
 
 
+def test_a_head_that_says_nothing_is_not_asked_for_ever() -> None:
+    chooser, num_asked = Chooser(Experience()), 0
+    for _ in range(400):
+        if chooser.rests(may_find=False):
+            continue
+        limit, _ = chooser.head_limit(chooser.best([], 0, 40), 3)
+        if limit:
+            num_asked += 1
+            chooser.drafting.saw(1, 0.05)
+        chooser.came([1], [], Plan((), 0.0), 1, 1.0)
+    assert num_asked < 60
+
+
 def test_others_rows_make_short_drafts() -> None:
     """In a batch of many rows that costs what it has rows, one more row must earn more."""
 
