@@ -52,7 +52,7 @@ def test_draws_follow_the_filtered_distribution(params: SamplingParams) -> None:
     assert chi_squared < 22.5  # p = 0.0004 at 5 degrees of freedom, the most there are
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(5))
 def test_c_draws_what_numpy_draws(seed: int) -> None:
     """With every filter, ties, tokens ruled out, and any temperature."""
     try:
@@ -60,7 +60,7 @@ def test_c_draws_what_numpy_draws(seed: int) -> None:
     except OSError:
         pytest.skip("there are no C kernels")
     rng = np.random.default_rng(seed)
-    for _ in range(150):
+    for _ in range(100):
         size = int(rng.choice([1, 2, 3, 5, 17, 64, 100, 1000, 4099]))
         logits = rng.normal(0, rng.choice([0.1, 1, 3, 10]), size)
         kind = int(rng.integers(3))
@@ -71,7 +71,7 @@ def test_c_draws_what_numpy_draws(seed: int) -> None:
         rows = np.stack([logits, np.roll(logits, 1), logits]).astype(np.float32)
         params = SamplingParams(
             float(rng.choice([1e-310, 0.05, 0.3, 0.8, 1, 1.5, 3])), int(rng.choice([0, 1, 2, 20, size, max(1, size - 1)])),
-            float(rng.choice([1, 1, 0.99, 0.9, 0.5, 0.01])), float(rng.choice([0, 0, 0.05, 0.3, 1])), seed * (2**61 - 1),
+            float(rng.choice([1, 1, 0.99, 0.9, 0.5, 0.01])), float(rng.choice([0, 0, 0.05, 0.3, 1])), seed * (2**62 - 1),
         )  # fmt: skip
         position = int(rng.integers(10**6))
         assert draw_in_c(rows, params, position) == draw(rows, params, position), params
