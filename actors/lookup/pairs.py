@@ -1,5 +1,5 @@
 """Whether anything can be found, without asking: a look-up that matches two tokens or more finds nothing where the newest two
-have not stood before. A question to an actor takes as long as half a small model's token, this a hundredth of that.
+have not stood before (what either costs: kernels/EXPERIMENTS.md).
 """
 
 from __future__ import annotations

@@ -23,7 +23,9 @@ def test_costs_are_what_was_measured_and_straight_between_and_beyond() -> None:
         costs.saw(5, 3.0)
         costs.saw(9, 2.0)  # more rows never cost less
     assert [costs(size) for size in (1, 3, 5, 9, 13)] == pytest.approx([1.0, 1.75, 2.5, 2.5, 2.5], rel=0.02)
-    for _ in range(5):  # then the curve is drawn anew
+    costs.saw(1, 100.0)
+    assert costs(1) < 1.3
+    for _ in range(4):  # then the curve is drawn anew
         costs.saw(1, 100.0)  # an accident counts little
         costs.saw(1, 0.0)
         assert costs(1) < 1.7
