@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from ..core.actor import Actor, Executor
@@ -21,11 +21,10 @@ from ..core.errors import InternalBug, LeaseLost, PositionLost
 from ..core.messages import Commit, Forget, Mail, Observe, Propose, Resume
 from ..core.protocol import CHUNK
 from ..core.speculation import DRAFTER_PATIENCE_SECONDS, Draft, SpeculationParams
-from ..core.vocabulary import Choosing, SamplingParams
+from ..core.vocabulary import SamplingParams
 from ..kernels.backend import F32
+from ..kernels.model.drafts import Drafted, MtpRows, Wanted
 from ..kernels.model.memory import SequencePool
-from ..kernels.model.mtp import MtpRows
-from ..kernels.sampling import choose, share
 
 
 class DraftHead(Protocol):
@@ -35,7 +34,7 @@ class DraftHead(Protocol):
 
     def last(self, batch: Sequence[MtpRows]) -> F32: ...
 
-    def guess(self, batch: Sequence[MtpRows]) -> tuple[F32, F32]: ...
+    def draft(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> list[Drafted]: ...
 
     def seconds(self, num_rows: int) -> float:
         """About how long so many rows take."""
@@ -157,32 +156,12 @@ class MtpDrafter(Actor):
         return MtpRows(memory, start, tokens, hidden)
 
     def _draft(self, wanted: list[tuple[Propose, MtpRows]]) -> list[Draft]:
-        rows = [each for _, each in wanted]
-        tokens: list[list[int]] = [[] for _ in wanted]
-        shares: list[list[float]] = [[] for _ in wanted]
-        active, p = list(range(len(wanted))), self._params
-        while active:
-            outputs, all_logits = self._head.guess([rows[i] for i in active])
-            still: list[int] = []
-            for i, output, logits in zip(active, outputs, all_logits, strict=True):
-                message, position = wanted[i][0], rows[i].position + len(rows[i].tokens)
-                token = self._choose(logits, message.choosing, position, tuple(tokens[i]))
-                probability = share(logits, token)
-                if probability < p.draft_p_min:
-                    continue
-                tokens[i].append(token)
-                shares[i].append(probability)
-                rows[i] = MtpRows(rows[i].memory, position, (token,), output[None])
-                if len(tokens[i]) < message.limit and math.prod(shares[i]) >= message.floor:
-                    still.append(i)
-            active = still
+        p, asked = self._params, list[Wanted]()
+        for message, _ in wanted:
+            how = replace(message.choosing, sampling=SamplingParams()) if p.draft_sampling == "greedy" else message.choosing
+            asked.append(Wanted(how, message.limit, message.floor, p.draft_p_min))
+        drafted = self._head.draft([rows for _, rows in wanted], asked)
         return [
-            Draft("draft-mtp", tuple(each), tuple(sure)) if len(each) >= p.draft_n_min else Draft("draft-mtp", ())
-            for each, sure in zip(tokens, shares, strict=True)
+            Draft("draft-mtp", each.tokens, each.shares) if len(each.tokens) >= p.draft_n_min else Draft("draft-mtp", ())
+            for each in drafted
         ]
-
-    def _choose(self, logits: F32, how: Choosing, position: int, ahead: tuple[int, ...]) -> int:
-        sampling = how.sampling
-        if self._params.draft_sampling == "greedy":
-            sampling = SamplingParams()
-        return choose(logits, sampling, position, how.history.then(ahead) if how.history is not None else None)

@@ -11,11 +11,11 @@ from ..core.channel import Envelope, Mailbox
 from ..core.errors import InternalBug, LeaseLost, PositionLost, WorkFailed
 from ..core.messages import Forget, Freeze, Mail, Prefill, Verify
 from ..core.trace import Trace
-from ..core.vocabulary import Choosing, Verdict
+from ..core.vocabulary import Verdict
 from ..kernels.backend import F32
 from ..kernels.model.memory import SequenceMemory, SequencePool
 from ..kernels.model.trunk import Rows
-from ..kernels.sampling import choose_rows, logprobs
+from ..kernels.sampling import Ask, choose_rows, logprobs
 
 R = TypeVar("R")
 
@@ -101,14 +101,8 @@ class TargetDecoder(Actor):
         num_rows = sum(len(rows.tokens) for rows in batch)
 
         def work() -> list[Verdict]:
-            start = 0
             logits = self._target.verify(batch)[0]
-            verdicts: list[Verdict] = []
-            for _, message, rows in verifies:
-                verdict = _verdict(logits[start : start + len(rows.tokens)], message.choosing, message.position + 1, message.tokens[1:])
-                start += len(rows.tokens)
-                verdicts.append(verdict)
-            return verdicts
+            return _verdicts(logits, [Ask(message.choosing, message.position + 1, message.tokens[1:]) for _, message, _ in verifies])
 
         envelopes = [envelope for envelope, _, _ in verifies]
         began = self._clock()
@@ -122,7 +116,7 @@ class TargetDecoder(Actor):
             logits = self._target.prefill(rows, message.is_last)
             if message.is_kept:
                 rows.memory.keep()
-            return Verdict(()) if logits is None else _verdict(logits, message.choosing, message.position + len(message.tokens))
+            return Verdict(()) if logits is None else _verdicts(logits, [Ask(message.choosing, message.position + len(message.tokens))])[0]
 
         envelope.start()
         envelope.answer(await self._do(work, len(rows.tokens), [envelope]))
@@ -147,9 +141,12 @@ class TargetDecoder(Actor):
             raise
 
 
-def _verdict(logits: F32, how: Choosing, position: int, ahead: tuple[int, ...] = ()) -> Verdict:
-    """The choices at `position`... from logits [R, V]."""
-    choices = choose_rows(logits, how, position, ahead)
-    if how.num_logprobs is None:
-        return Verdict(tuple(choices))
-    return Verdict(tuple(choices), tuple(logprobs(row, token, how.num_logprobs) for row, token in zip(logits, choices, strict=True)))
+def _verdicts(logits: F32, asks: list[Ask]) -> list[Verdict]:
+    """What is chosen for each sequence, from the logits [R, V] of all."""
+    verdicts, start = list[Verdict](), 0
+    for ask, choices in zip(asks, choose_rows(logits, asks), strict=True):
+        rows, num_top = logits[start : start + ask.num_rows], ask.how.num_logprobs
+        start += ask.num_rows
+        said = () if num_top is None else tuple(logprobs(row, token, num_top) for row, token in zip(rows, choices, strict=True))
+        verdicts.append(Verdict(tuple(choices), said))
+    return verdicts

@@ -165,6 +165,11 @@ class Choosing:
     history: History | None = None
     num_logprobs: int | None = None
 
+    @property
+    def needs_host(self) -> bool:
+        """Biases and penalties change logits where Python is."""
+        return bool(self.sampling.logit_bias) or self.history is not None
+
 
 class FinishReason(Enum):
     """Why a request ended."""

@@ -4,14 +4,16 @@ batch or retry can change a text.
     argmax(filtered logits / temperature + Gumbel noise(seed, position, token))
 
 is a draw from the softmax (Gumbel 1954; Maddison et al. 2014). The noise comes from Philox (Salmon et al. 2011), keyed
-by the seed, its counter starting at the position: any (position, token) can be computed alone, in any order. In C where
-there are C kernels (cpu/draw.c); in NumPy else, and to compare with.
+by the seed, its counter starting at the position: any (position, token) can be computed alone, in any order. On a device
+where logits are there (cuda/sampling.cu), in C where there are C kernels (cpu/draw.c); in NumPy else, and to compare with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
@@ -71,22 +73,58 @@ def _drawn(logits: F32, params: SamplingParams, position: int) -> int:
     return int(kept[(x[kept] + gumbel(uniform(params.seed, position, len(x))[kept])).argmax()])
 
 
-class HasChoices(Protocol):
-    """Logits of a device, which knows the highest of each row."""
+class DeviceLogits(Protocol):
+    """Logits [R, V] that a device has, and chooses from itself."""
 
     @property
-    def choices(self) -> list[int]: ...
+    def choices(self) -> list[int]:
+        """The highest of each row."""
+        ...
+
+    def draw(self, how: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
+        """The token of each row at its position; biases and penalties do not count."""
+        ...
+
+    def __getitem__(self, at: slice) -> DeviceLogits: ...
+
+    def __array__(self) -> F32: ...
 
 
-def choose_rows(logits: F32 | HasChoices, how: Choosing, position: int, ahead: tuple[int, ...] = ()) -> list[int]:
-    """The tokens at `position`... from logits [R, V], of which each row but the first follows one token more of `ahead`."""
-    sampling, history = how.sampling, how.history
-    if not sampling.logit_bias and history is None:
-        if sampling.temperature > 0:
-            return _draw()(np.asarray(logits), sampling, position)
-        return logits.argmax(-1).tolist() if isinstance(logits, np.ndarray) else logits.choices
-    rows = np.asarray(logits)
-    return [choose(row, sampling, position + i, history.then(ahead[:i]) if history is not None else None) for i, row in enumerate(rows)]
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """The tokens at `position`... of one sequence, from 1 + len(ahead) rows, each but the first after one token more of `ahead`."""
+
+    how: Choosing
+    position: int
+    ahead: tuple[int, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        return 1 + len(self.ahead)
+
+
+def choose_rows(logits: F32 | DeviceLogits, asks: Sequence[Ask]) -> list[list[int]]:
+    """The tokens of each sequence, from the rows of all [R, V] in their order."""
+    ends = list(accumulate(ask.num_rows for ask in asks))
+    parts = [slice(end - ask.num_rows, end) for ask, end in zip(asks, ends, strict=True)]
+    if isinstance(logits, np.ndarray):
+        return [_choose(logits[part], ask) for ask, part in zip(asks, parts, strict=True)]
+    if all(ask.how.needs_host for ask in asks):
+        tokens = list[int]()
+    elif all(ask.how.sampling.temperature == 0 for ask in asks if not ask.how.needs_host):
+        tokens = logits.choices
+    else:
+        each = [(ask.how.sampling, ask.position + i) for ask in asks for i in range(ask.num_rows)]
+        tokens = logits.draw([how for how, _ in each], [position for _, position in each])
+    return [_choose(np.asarray(logits[part]), ask) if ask.how.needs_host else tokens[part] for ask, part in zip(asks, parts, strict=True)]
+
+
+def _choose(logits: F32, ask: Ask) -> list[int]:
+    sampling, history = ask.how.sampling, ask.how.history
+    if not ask.how.needs_host:
+        return logits.argmax(-1).tolist() if sampling.temperature == 0 else _draw()(logits, sampling, ask.position)
+    rows = enumerate(logits)
+    return [choose(row, sampling, ask.position + i, history.then(ask.ahead[:i]) if history is not None else None) for i, row in rows]
 
 
 def logprobs(logits: F32, token: int, num_top: int) -> TokenLogprob:

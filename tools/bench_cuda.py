@@ -22,8 +22,8 @@ from ..kernels.cuda.memory import CudaMemory, spans_array
 from ..kernels.cuda.program import Column, Program
 from ..kernels.cuda.rounds import DeviceRounds, Start
 from ..kernels.cuda.synthetic import FORMATS, synthetic_weights
+from ..kernels.model.drafts import MtpRows
 from ..kernels.model.memory import num_pages
-from ..kernels.model.mtp import MtpRows
 from ..kernels.model.sizes import PUBLISHED
 from ..kernels.model.trunk import Rows
 from ..kernels.model.weights import DeltaWeights, ModelWeights

@@ -10,9 +10,10 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from ..backend import F32
+from ..model.drafts import MtpRows
 from ..model.inputs import Rotary, inputs_of
 from ..model.memory import SequenceMemory
-from ..model.mtp import HeadBase, MtpRows
+from ..model.mtp import HeadBase
 from ..model.pages import PAGE, KeyValues
 from ..model.recurrent import RecurrentLog, RecurrentStore, SnapshotRing
 from ..model.trunk import Rows, TrunkBase

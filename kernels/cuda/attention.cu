@@ -34,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(128)
     int row = blockIdx.x, head = blockIdx.y * 4 + threadIdx.x / WARP, lane = threadIdx.x % WARP, kv = head - HEADS;
     wait_for_previous();
     let_next_begin();
-    if (head >= HEADS + KV_HEADS) return;
+    if (head >= HEADS + KV_HEADS || span_of[row] < 0) return;
     const Span &s = spans[span_of[row]];
     i64 position = s.position + row - s.first_row;
     const float *from = kv < 0 ? q + (i64)row * q_stride + head * 2 * HEAD_DIM : k + (i64)row * k_stride + kv * HEAD_DIM;
@@ -205,6 +205,7 @@ extern "C" __global__ void merge_parts(const Span *spans, const int *span_of, co
     wait_for_previous();
     let_next_begin();
     int row = blockIdx.x, first = blockIdx.y * heads, count = min(heads, HEADS - first);
+    if (span_of[row] < 0) return;
     const Span &s = spans[span_of[row]];
     int num_parts = is_looped ? 1 : (int)((s.position + row - s.first_row) / PART) + 1;
     for (int i = threadIdx.x; i < count * HEAD_DIM; i += blockDim.x) {

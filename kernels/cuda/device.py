@@ -8,7 +8,7 @@ import re
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from ctypes import c_char, c_int, c_longlong, c_uint, c_void_p
+from ctypes import c_char, c_double, c_int, c_longlong, c_size_t, c_uint, c_ulonglong, c_void_p
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +22,7 @@ from ..model.config import ModelConfig
 #: An array of a device: CuPy's, or NumPy's where a CPU plays the device.
 Array = Any
 FOLDER = Path(__file__).parent
-SOURCES = ("products", "rows", "delta", "attention", "choose")
+SOURCES = ("products", "rows", "delta", "attention", "sampling", "rounds")
 #: Without contraction of a * b + c, an expression has the same bits in every kernel it stands in; fused ones are written so.
 OPTIONS = ("--std=c++17", "--fmad=false")
 
@@ -98,6 +98,10 @@ class Device(Protocol):
         """Until all that was launched has been computed."""
         ...
 
+    def shared(self, num_bytes: int) -> npt.NDArray[np.uint8]:
+        """Bytes of the host that recorded launches copy from and to."""
+        ...
+
     def fetch(self, values: Array) -> Callable[[], npt.NDArray[Any]]:
         """Begins a copy to the host of what was computed so far, beside what is launched next; what is returned waits for it."""
         ...
@@ -114,9 +118,13 @@ class Kernels(Protocol):
         """Launches steps, each of which sees what those before it wrote."""
         ...
 
-    def record(self, steps: Sequence[Step]) -> Callable[[], None]:
-        """Something that launches them all at once."""
+    def record(self, steps: Sequence[Step], inputs: Sequence[Copy] = (), outputs: Sequence[Copy] = ()) -> Callable[[], None]:
+        """Something that launches them all at once: first the inputs are copied to the device, at the end the outputs from it."""
         ...
+
+
+#: An array of the device, and the bytes of `Device.shared` that it is copied from or to.
+Copy = tuple[Array, npt.NDArray[np.uint8]]
 
 
 class _Attribute(ctypes.Structure):
@@ -190,6 +198,10 @@ class CudaDevice:
     def wait(self) -> None:
         self.stream.synchronize()
 
+    def shared(self, num_bytes: int) -> npt.NDArray[np.uint8]:
+        with self.using() as cupy:
+            return np.frombuffer(cupy.cuda.alloc_pinned_memory(num_bytes), np.uint8, num_bytes)
+
     def fetch(self, values: Array) -> Callable[[], npt.NDArray[Any]]:
         with self.using() as cupy:
             pinned = cupy.cuda.alloc_pinned_memory(values.nbytes)
@@ -234,6 +246,14 @@ class CudaDevice:
         with self.using():
             return CudaKernels(self, sizes)
 
+    def copy_async(self, array: Array, bytes_: npt.NDArray[np.uint8], *, to_host: bool) -> None:
+        """Between an array and bytes of `shared`."""
+        there, here, size = c_ulonglong(array.data.ptr), c_void_p(bytes_.ctypes.data), c_size_t(bytes_.nbytes)
+        driver, stream = self._driver, c_void_p(self.stream.ptr)
+        code = driver.cuMemcpyDtoHAsync_v2(here, there, size, stream) if to_host else driver.cuMemcpyHtoDAsync_v2(there, here, size, stream)
+        if code:
+            raise OSError(f"copying {bytes_.nbytes} bytes failed with CUDA error {code}")
+
     def launch(self, function: int, step: Step, *, is_first: bool) -> None:
         attribute = _Attribute(id=PROGRAMMATIC, value=1)
         launch = _Launch((c_uint * 3)(*step.grid), (c_uint * 3)(step.threads, 1, 1), step.shared, self.stream.ptr)
@@ -270,12 +290,16 @@ class CudaKernels:
             for i, step in enumerate(steps):
                 self._device.launch(self.function(step.kernel, step.shared), step, is_first=i == 0)
 
-    def record(self, steps: Sequence[Step]) -> Callable[[], None]:
+    def record(self, steps: Sequence[Step], inputs: Sequence[Copy] = (), outputs: Sequence[Copy] = ()) -> Callable[[], None]:
         with self._device.using():
             for step in steps:
                 self.function(step.kernel, step.shared)  # loads what is not loaded yet, which must not happen while recording
             self._device.stream.begin_capture()
+            for array, bytes_ in inputs:
+                self._device.copy_async(array, bytes_, to_host=False)
             self.run(steps)
+            for array, bytes_ in outputs:
+                self._device.copy_async(array, bytes_, to_host=True)
             graph = self._device.stream.end_capture()
 
         def launch() -> None:
@@ -301,12 +325,34 @@ SPAN = np.dtype(SpanStruct)
 LOG, RING, CHUNK = range(3)
 
 
+class DrawStruct(ctypes.Structure):
+    """Draw of forerun.cuh."""
+
+    _fields_ = (
+        ("temperature", c_double), ("top_p", c_double), ("log_min_p", c_double), ("seed", c_ulonglong), ("position", c_longlong),
+        ("top_k", c_int), ("reserved", c_int),
+    )  # fmt: skip
+
+
+DRAW = np.dtype(DrawStruct)
+
+
 class RowsStruct(ctypes.Structure):
     """Rows of forerun.cuh."""
 
     _fields_ = (
         ("halves", c_void_p), ("quants", c_void_p), ("scales", c_void_p), ("sums", c_void_p), ("floats", c_void_p),
         ("halves_stride", c_int), ("quants_stride", c_int),
+    )  # fmt: skip
+
+
+class RoundStruct(ctypes.Structure):
+    """Round of rounds.cu."""
+
+    _fields_ = (
+        ("verify", c_void_p), ("catch_up", c_void_p), ("draft", c_void_p), ("tokens", c_void_p), ("choices", c_void_p),
+        ("drafted", c_void_p), ("picked", c_void_p), ("report", c_void_p), ("draws", c_void_p), ("shares", c_void_p), ("sure", c_void_p),
+        ("rates", c_void_p), ("depth", c_int), ("sequences", c_int), ("seed", c_int), ("reserved", c_int),
     )  # fmt: skip
 
 

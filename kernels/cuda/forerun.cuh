@@ -11,6 +11,7 @@ typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef long long i64;
+typedef unsigned long long u64;
 
 #define WARP 32
 #define ALL_LANES 0xffffffffu
@@ -41,6 +42,16 @@ struct Span {
     int column_slots, hidden_slots;
 };
 enum { LOG, RING, CHUNK };
+
+/* How the token of one row is drawn (sampling.cu). */
+struct Draw {
+    double temperature; /* 0: the highest */
+    double top_p;       /* 1: all */
+    double log_min_p;   /* below 0 */
+    u64 seed;
+    i64 position;
+    int top_k, reserved; /* 0: all */
+};
 
 /* Rows for the next product, in the forms that the matrices want: any pointer may be null. */
 struct Rows {

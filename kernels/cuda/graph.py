@@ -3,72 +3,186 @@ batch and run as a whole. Here a prefill's rows have the bits of a verify's: bot
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from ctypes import c_float
+from functools import partial
+from itertools import accumulate
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from ...core.errors import InternalBug
+from ...core.vocabulary import SamplingParams
 from ..backend import F32
+from ..model.drafts import Drafted, MtpRows, Wanted, draft_by_guesses
 from ..model.inputs import HasRows, numbered
 from ..model.memory import SequenceMemory
-from ..model.mtp import HeadBase, MtpRows
+from ..model.mtp import HeadBase
 from ..model.recurrent import RecurrentLog
 from ..model.trunk import Rows, TrunkBase
 from ..model.weights import DeltaWeights, ModelWeights
-from .device import NOWHERE, SPAN, Array, Device, Kernels, SpanStruct
+from .device import DRAW, NOWHERE, SPAN, Address, Array, Copy, DrawStruct, Kernels, RoundStruct, SpanStruct, Step
 from .matrices import CudaBackend, CudaMatrix
 from .memory import CudaSequence, spans_array
-from .program import PART, Column, Parts, Prepared, Program, threads_for
+from .program import PART, Column, Filters, Parts, Prepared, Program, threads_for
 
 #: Shapes of batches that are kept recorded, for each kind of program; the longest unused is forgotten.
 MAX_RECORDED = 32
 
 
 class DeviceRows:
-    """Rows [R, n] on the device. NumPy has them for the asking; of logits, `choices` are the highest of each row, and cost a few bytes."""
+    """Rows [R, n] where a recorded program leaves them, until it runs again. NumPy has them for the asking."""
 
-    def __init__(self, device: Device, rows: Array, choices: Array | None = None) -> None:
-        self.device, self.rows, self._choices = device, rows, choices
+    def __init__(self, recorded: Recorded, name: str, rows: slice, columns: int) -> None:
+        self._recorded, self._name, self._rows, self._columns = recorded, name, rows, columns
+        self._run = recorded.num_runs
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self._rows.stop - self._rows.start
 
     def __getitem__(self, at: slice) -> DeviceRows:
-        return DeviceRows(self.device, self.rows[at], None if self._choices is None else self._choices[at])
+        start, stop, _ = at.indices(len(self))
+        self._check()
+        return DeviceRows(self._recorded, self._name, slice(self._rows.start + start, self._rows.start + stop), self._columns)
 
     def __iter__(self) -> Iterator[F32]:
         return iter(np.asarray(self))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> F32:
-        return self.device.to_host(self.rows).astype(dtype or np.float32, copy=False)
+        return self._recorded.device.to_host(self.on_device).astype(dtype or np.float32, copy=False)
+
+    @property
+    def on_device(self) -> Array:
+        self._check()
+        buffer = self._recorded.program.buffers[self._name]
+        return buffer.reshape(-1, buffer.shape[-1])[self._rows, : self._columns]
+
+    def _check(self) -> None:
+        if self._run != self._recorded.num_runs:
+            raise InternalBug("these rows have been written over")
 
     @property
     def choices(self) -> list[int]:
-        if self._choices is None:
-            raise InternalBug("these rows are not logits")
-        return [int(token) for token in self.device.to_host(self._choices)]
+        """Of logits, the highest of each row."""
+        self._check()
+        return self._recorded.read("choices")[self._rows].tolist()
+
+    def draw(self, how: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
+        """Of logits, the token of each row at its position, chosen where they are."""
+        self._check()
+        chooser = self._recorded.chooser(filters_of(how), self._columns)
+        draws = chooser.begin()["draws"]
+        draws[:] = 0
+        for row, each, position in zip(range(self._rows.start, self._rows.stop), how, positions, strict=True):
+            put_draw(draws, row, each, position)
+        chooser.launch()
+        return chooser.read("drawn")[self._rows].tolist()
 
 
-class _Recorded:
-    """A program with the places of what changes from call to call: tokens, spans, and whose span a row is in."""
+def filters_of(how: Sequence[SamplingParams]) -> Filters:
+    return Filters(any(each.top_k > 0 for each in how), any(each.top_p < 1 for each in how))
+
+
+def put_draw(draws: npt.NDArray[np.uint8], row: int, how: SamplingParams, position: int) -> None:
+    """Into bytes of Draws, one a row."""
+    log_min_p = math.log(how.min_p) if how.min_p > 0 else -math.inf
+    struct = DrawStruct(how.temperature, how.top_p, log_min_p, how.seed, position, how.top_k, 0)
+    draws[row * DRAW.itemsize : (row + 1) * DRAW.itemsize] = np.frombuffer(bytes(struct), np.uint8)
+
+
+class Recorded:
+    """A program, recorded when it first runs: what the host tells it each time goes to the device with it, and what the host wants of it
+    comes back."""
 
     def __init__(self, program: Program, kernels: Kernels) -> None:
-        self.program = program
-        program.buffer("spans", (program.num_spans * SPAN.itemsize,), np.uint8)
-        program.buffer("span of", (program.rows,), np.int32)
-        program.buffer("tokens", (program.rows,), np.int32)
-        self._kernels, self._run = kernels, cast("Callable[[], None] | None", None)
+        self.program, self.device, self.num_runs = program, program.device, 0
+        self._kernels, self._launch = kernels, cast("Callable[[], None] | None", None)
+        self._told, self._wanted = dict[str, npt.NDArray[Any]](), dict[str, npt.NDArray[Any]]()
+        self._inputs, self._outputs = list[Copy](), list[Copy]()
+        self._is_running = False
+        self._choosers: dict[Filters, Recorded] = {}
+
+    def take(self, **fields: tuple[int, Any]) -> None:
+        """Buffers that the host fills before each run: so many values of a type."""
+        sizes = [-(-count * np.dtype(dtype).itemsize // 16) * 16 for count, dtype in fields.values()]
+        there, here, at = self.device.zeros((sum(sizes),), np.uint8), self.device.shared(sum(sizes)), 0
+        here[:] = 0
+        for (name, (count, dtype)), size in zip(fields.items(), sizes, strict=True):
+            end = at + count * np.dtype(dtype).itemsize
+            self.program.buffers[name], self._told[name] = there[at:end].view(dtype), here[at:end].view(dtype)
+            at += size
+        self._inputs.append((there, here))
+
+    def give(self, *names: str) -> None:
+        """Buffers that the host reads after each run."""
+        for name in names:
+            array = self.program.buffers[name]
+            here = self.device.shared(array.nbytes)
+            self._wanted[name] = here.view(array.dtype).reshape(array.shape)
+            self._outputs.append((array, here))
+
+    def begin(self) -> dict[str, npt.NDArray[Any]]:
+        """What is to be filled before `launch`."""
+        self._wait()
+        return self._told
+
+    def launch(self) -> None:
+        if self._launch is None:
+            self._launch = self._kernels.record(self.program.steps, self._inputs, self._outputs)
+        self.num_runs += 1
+        self._is_running = True
+        self._launch()
+
+    def read(self, name: str) -> npt.NDArray[Any]:
+        self._wait()
+        return self._wanted[name]
+
+    def _wait(self) -> None:
+        if self._is_running:
+            self.device.wait()
+            self._is_running = False
 
     def run(self, spans: Sequence[SpanStruct], tokens: Sequence[int]) -> None:
-        device, buffers = self.program.device, self.program.buffers
-        device.put(buffers["spans"], spans_array(spans))
-        device.put(buffers["span of"], np.repeat(np.arange(len(spans), dtype=np.int32), [span.num_rows for span in spans]))
-        device.put(buffers["tokens"], np.array(tokens, np.int32))
-        if self._run is None:
-            self._run = self._kernels.record(self.program.steps)
-        self._run()
+        """A program of rows; `take` was told of `spans`, `span of` and `tokens`. What is filled up belongs to no sequence."""
+        told = self.begin()
+        put_spans(told["spans"], told["span of"], spans)
+        told["tokens"][: len(tokens)] = tokens
+        told["tokens"][len(tokens) :] = 0
+        self.launch()
+
+    def chooser(self, how: Filters, num_tokens: int) -> Recorded:
+        """What draws tokens from the buffer `logits`."""
+        if how not in self._choosers:
+            logits = self.program.buffers["logits"]
+            num_rows, stride = logits.shape[-2:]
+            p = Program(self.program.config, self.program.packing, num_rows, 1, 1)
+            found = self._choosers[how] = Recorded(p, self._kernels)
+            found.take(draws=(num_rows * DRAW.itemsize, np.uint8))
+            p.buffer("drawn", (num_rows,), np.int32)
+            p.choose(Column(self.device.address(logits), stride), num_tokens, num_rows, p.address("drawn"), how)
+            found.give("drawn")
+        return self._choosers[how]
+
+
+def put_spans(to: npt.NDArray[np.uint8], span_of: npt.NDArray[np.int32], spans: Sequence[SpanStruct]) -> None:
+    """The bytes of spans, and whose each row is; the rest is of none."""
+    to[: len(spans) * SPAN.itemsize] = spans_array(spans)
+    empty = np.frombuffer(bytes(SpanStruct(state_slots=1, column_slots=1, hidden_slots=1)), np.uint8)
+    to[len(spans) * SPAN.itemsize :] = np.tile(empty, to.size // SPAN.itemsize - len(spans))
+    whose = np.repeat(np.arange(len(spans), dtype=np.int32), [span.num_rows for span in spans])
+    span_of[: len(whose)] = whose
+    span_of[len(whose) :] = -1
+
+
+def rows_for(count: int) -> int:
+    """Rows of a program that computes so many: a few shapes for all batches there may be."""
+    return count if count <= 4 else -(-count // 8) * 8 if count <= 64 else -(-count // 32) * 32
+
+
+def spans_for(count: int) -> int:
+    return 1 << (count - 1).bit_length()
 
 
 class _Graphs:
@@ -78,18 +192,23 @@ class _Graphs:
         self.weights, self.config, self.backend = weights, weights.config, backend
         self.device, self.packing = backend.device, backend.packing
         self.kernels = backend.kernels(weights.config)
-        self._recorded: dict[tuple[Any, ...], _Recorded] = {}
+        self._recorded: dict[tuple[Any, ...], Recorded] = {}
 
-    def get(self, kind: str, rows: int, num_spans: int, end: int, build: Callable[[Program], None]) -> _Recorded:
+    def get(self, kind: str, num_rows: int, num_spans: int, end: int, build: Callable[[Recorded], None]) -> Recorded:
         """A program for such a batch that sees up to `end` positions."""
         parts = 1
         while parts * PART < end:
             parts *= 2
-        key = kind, rows, num_spans, parts
+        rows, spans = rows_for(num_rows), spans_for(num_spans)
+        key = kind, rows, spans, parts
         found = self._recorded.pop(key, None)
         if found is None:
-            found = _Recorded(Program(self.config, self.packing, rows, num_spans, parts), self.kernels)
-            build(found.program)
+            found = Recorded(Program(self.config, self.packing, rows, spans, parts), self.kernels)
+            fields: dict[str, tuple[int, Any]] = {
+                "spans": (spans * SPAN.itemsize, np.uint8), "span of": (rows, np.int32), "tokens": (rows, np.int32),
+            }  # fmt: skip
+            found.take(**fields)
+            build(found)
             while len(self._recorded) >= MAX_RECORDED:
                 self._recorded.pop(next(iter(self._recorded)))
         self._recorded[key] = found
@@ -99,26 +218,18 @@ class _Graphs:
         """Logits of post-norm rows [R, hidden]."""
         num_rows, hidden = len(rows), self.config.hidden
 
-        def build(p: Program) -> None:
-            p.buffer("given", (num_rows, hidden))
-            ready = p.prepared("ready", hidden, num_rows, {head.format})
-            p.step("prepare", (num_rows,), 256, p.address("given"), NOWHERE, hidden, ready.struct, shared=4 * hidden)
-            build_logits(p, head, ready, num_rows)
+        def build(recorded: Recorded) -> None:
+            p = recorded.program
+            p.buffer("given", (p.rows, hidden))
+            ready = p.prepared("ready", hidden, p.rows, {head.format})
+            p.step("prepare", (p.rows,), 256, p.address("given"), NOWHERE, hidden, ready.struct, shared=4 * hidden)
+            build_logits(p, head, ready, p.rows)
+            recorded.give("choices")
 
         recorded = self.get("logits", num_rows, 1, 1, build)
-        self.device.put(recorded.program.buffers["given"], rows.rows if isinstance(rows, DeviceRows) else rows)
+        self.device.put(recorded.program.buffers["given"][:num_rows], rows.on_device if isinstance(rows, DeviceRows) else rows)
         recorded.run([SpanStruct(num_rows=num_rows)], [0] * num_rows)
-        return self.logits(recorded, head)
-
-    def copy(self, recorded: _Recorded, name: str) -> F32:
-        """A buffer as it is now: the next call writes over it."""
-        return cast("F32", DeviceRows(self.device, self.device.copy(recorded.program.buffers[name])))
-
-    def logits(self, recorded: _Recorded, head: CudaMatrix) -> F32:
-        """What build_logits has left there."""
-        buffers, device = recorded.program.buffers, self.device
-        rows = device.copy(buffers["logits"][0][:, : head.outputs])
-        return cast("F32", DeviceRows(device, rows, device.copy(buffers["choices"])))
+        return as_rows(recorded, "logits", num_rows, head.outputs)
 
     def tokens(self, batch: Sequence[HasRows]) -> list[int]:
         """As `embed` in products.cu takes them."""
@@ -126,6 +237,11 @@ class _Graphs:
         if any(token >= self.config.vocabulary or (token < 0 and rows.memory.given is None) for rows in batch for token in rows.tokens):
             raise IndexError(f"a token is not one of {self.config.vocabulary}")
         return tokens
+
+
+def as_rows(recorded: Recorded, name: str, num_rows: int, columns: int) -> F32:
+    """What stands in a program's buffer, to those that think it is NumPy's."""
+    return cast("F32", DeviceRows(recorded, name, slice(0, num_rows), columns))
 
 
 def build_trunk(p: Program, weights: ModelWeights, *, is_chunk: bool) -> None:
@@ -152,7 +268,7 @@ def build_logits(p: Program, head: CudaMatrix, ready: Prepared, rows: int) -> No
     """Steps of a vocabulary's head: the buffers `logits`, and `choices`, the highest of each row."""
     logits = p.product(head, ready, "logits", rows)
     p.buffer("choices", (rows,), np.int32)
-    p.highest(logits, head.outputs, rows, p.address("choices"))
+    p.choose(logits, head.outputs, rows, p.address("choices"))
 
 
 def build_head(p: Program, head: HeadBase, weights: ModelWeights, *, embedded_tokens: Any, picked: Any, num_picked: int) -> Prepared:
@@ -177,9 +293,34 @@ def build_head(p: Program, head: HeadBase, weights: ModelWeights, *, embedded_to
     return ready
 
 
+def build_drafts(
+    catch_up: Program, draft: Program, head: HeadBase, weights: ModelWeights, r: RoundStruct, *, tokens: Address, picked: Address,
+    how: Filters | None = None,
+) -> list[Step]:  # fmt: skip
+    """Steps of r.depth drafts of each sequence: the head over the rows of `catch_up`, whose hidden rows are where their sequences keep
+    them, then over one row of `draft` for each further token. The one before stands in r.drafted."""
+    num, hidden, steps = draft.rows, weights.config.hidden, list[Step]()
+    catch_up.buffer("before", (catch_up.rows, hidden))
+    # What the head said of a row is what its next row goes on from.
+    draft.buffers["out"] = catch_up.buffers["out"] = draft.buffer("before", (num, hidden))
+    catch_up.read_hidden()
+    for step in range(1, r.depth + 1):
+        p = catch_up if step == 1 else draft
+        ready = build_head(
+            p, head, weights, embedded_tokens=tokens if step == 1 else Address(r.drafted), picked=picked if step == 1 else NOWHERE,
+            num_picked=num,
+        )  # fmt: skip
+        logits = p.product(head.head, ready, "draft logits", num)
+        p.choose(logits, head.head.outputs, num, Address(r.drafted), how, Address(r.sure or 0))
+        p.step("drafted", (-(-num // 32),), 32, r, step)
+        steps += p.steps
+        p.steps = []
+    return steps
+
+
 class CudaTrunk(TrunkBase):
     def __init__(self, weights: ModelWeights, backend: CudaBackend) -> None:
-        self.weights, self.operations_per_second = weights, backend.operations_per_second
+        self.weights, self.config, self.operations_per_second = weights, weights.config, backend.operations_per_second
         self._graphs = _Graphs(weights, backend)
 
     def logits(self, hidden: F32) -> F32:
@@ -191,18 +332,23 @@ class CudaTrunk(TrunkBase):
             memory = _sequence(rows.memory)
             spans.append(memory.span(rows.position, row, len(rows.tokens), base=memory.states.base_position))
             row += len(rows.tokens)
-        recorded = self._run("verify", batch, spans, lambda p: build_trunk(p, self.weights, is_chunk=False))
-        return self._graphs.copy(recorded, "hidden"), self._graphs.logits(recorded, self.weights.head)
+        recorded = self._run("verify", batch, spans)
+        return as_rows(recorded, "hidden", row, self.config.hidden), as_rows(recorded, "logits", row, self.weights.head.outputs)
 
     def _prefill(self, rows: Rows) -> F32:
         memory = _sequence(rows.memory)
         self._seek(memory, rows.position)
         span = memory.span(rows.position, 0, len(rows.tokens), is_chunk=True)
-        recorded = self._run("chunk", [rows], [span], lambda p: build_trunk(p, self.weights, is_chunk=True))
+        recorded = self._run("chunk", [rows], [span])
         self._graphs.device.wait()
-        return self._graphs.copy(recorded, "hidden")
+        return as_rows(recorded, "hidden", len(rows.tokens), self.config.hidden)
 
-    def _run(self, kind: str, batch: Sequence[Rows], spans: Sequence[SpanStruct], build: Callable[[Program], Any]) -> _Recorded:
+    def _run(self, kind: str, batch: Sequence[Rows], spans: Sequence[SpanStruct]) -> Recorded:
+        def build(recorded: Recorded) -> None:
+            build_trunk(recorded.program, self.weights, is_chunk=kind == "chunk")
+            if kind != "chunk":
+                recorded.give("choices")
+
         tokens = self._graphs.tokens(batch)
         end = max(rows.position + len(rows.tokens) for rows in batch)
         recorded = self._graphs.get(kind, len(tokens), len(spans), end, build)
@@ -228,7 +374,8 @@ class CudaTrunk(TrunkBase):
                 self._graphs.get("replay", 0, 1, 1, self._build_replay).run([span], [])
         states.moved_to(position)
 
-    def _build_replay(self, p: Program) -> None:
+    def _build_replay(self, recorded: Recorded) -> None:
+        p = recorded.program
         deltas = [w.mixer for w in self.weights.layers if isinstance(w.mixer, DeltaWeights)]
         for number, w in enumerate(deltas):
             p.delta(w, number, Column(NOWHERE, 0), Column(NOWHERE, 0), Column(NOWHERE, 0), NOWHERE)
@@ -247,60 +394,91 @@ class CudaHead(HeadBase):
         self._graphs, self._device, self._weights = _Graphs(weights, backend), backend.device, weights
 
     def forward(self, batch: Sequence[MtpRows]) -> F32:
-        return self._run(batch, "all", list(range(sum(len(rows.tokens) for rows in batch))))[0]
+        return self._run(batch, "all", list(range(sum(len(rows.tokens) for rows in batch))))
 
     def last(self, batch: Sequence[MtpRows]) -> F32:
-        return self._run(batch, "last", _ends(batch))[0]
-
-    def guess(self, batch: Sequence[MtpRows]) -> tuple[F32, F32]:
-        outputs, logits = self._run(batch, "guess", _ends(batch))
-        assert logits is not None
-        return outputs, logits
+        return self._run(batch, "last", _ends(batch))
 
     def logits(self, outputs: F32) -> F32:
         return self._graphs.product(self.head, outputs)
 
-    def _run(self, batch: Sequence[MtpRows], kind: str, picked: list[int]) -> tuple[F32, F32 | None]:
-        device, hidden = self._device, self._weights.config.hidden
-        tokens = self._graphs.tokens(batch)
-        is_given = all(rows.hidden is not None for rows in batch)
+    def draft(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> list[Drafted]:
+        """All steps without the host, unless it has hidden rows or penalties of its own."""
+        hows = [each.choosing.sampling for each in wanted]
+        if any(each.choosing.needs_host for each in wanted) or any(rows.hidden is not None for rows in batch):
+            return draft_by_guesses(self, batch, wanted)
+        num_steps = max(each.limit for each in wanted)
+        how = filters_of(hows) if any(each.temperature > 0 for each in hows) else None
+        recorded = self._get(batch, f"draft {num_steps} {how}", partial(self._build_drafts, num_steps, how))
+        told, at = recorded.begin(), list[SpanStruct]()
+        for i, (rows, each) in enumerate(zip(batch, hows, strict=True)):
+            end = rows.position + len(rows.tokens)
+            at.append(_sequence(rows.memory).span(end - 1, i, 1))
+            put_draw(told["draws"], i, each, end)
+        put_spans(told["draft spans"], told["draft span of"], at)
+        told["picked"][: len(batch)] = _ends(batch)
+        recorded.run(self._spans(batch), self._graphs.tokens(batch))
+        tokens, shares = recorded.read("drafts")[:, 1:].tolist(), recorded.read("shares").tolist()
+        return [each.cut(*found) for each, found in zip(wanted, zip(tokens, shares, strict=True), strict=False)]
+
+    def _build_drafts(self, num_steps: int, how: Filters | None, recorded: Recorded) -> None:
+        p, num = recorded.program, recorded.program.num_spans
+        draft = Program(p.config, p.packing, num, num, p.max_parts)
+        fields: dict[str, tuple[int, Any]] = {
+            "draft spans": (num * SPAN.itemsize, np.uint8), "draft span of": (num, np.int32), "picked": (num, np.int32),
+            "draws": (num * DRAW.itemsize, np.uint8),
+        }  # fmt: skip
+        recorded.take(**fields)
+        draft.buffers = {name: p.buffers[f"draft {name}"] for name in ("spans", "span of")} | {"draws": p.buffers["draws"]}
+        for name, shape, dtype in (
+            ("drafts", (num, num_steps + 1), np.int32), ("shares", (num, num_steps), np.float32), ("sure", (num,), np.float32),
+            ("drafted", (num,), np.int32),
+        ):  # fmt: skip
+            p.buffer(name, shape, dtype)
+        r = RoundStruct(
+            draft=p.address("draft spans"), tokens=p.address("drafts"), drafted=p.address("drafted"), draws=p.address("draws"),
+            shares=p.address("shares"), sure=p.address("sure"), depth=num_steps, sequences=num,
+        )  # fmt: skip
+        p.steps = build_drafts(p, draft, self, self._weights, r, tokens=p.address("tokens"), picked=p.address("picked"), how=how)
+        p.buffers |= {f"drafting {name}": buffer for name, buffer in draft.buffers.items()}
+        recorded.give("drafts", "shares")
+
+    def _get(self, batch: Sequence[MtpRows], kind: str, build: Callable[[Recorded], None]) -> Recorded:
         end = max(rows.position + len(rows.tokens) for rows in batch)
-
-        def build(p: Program) -> None:
-            p.buffer("before", (p.rows, hidden))
-            p.buffer("picked", (len(picked),), np.int32)
-            if not is_given:
-                p.step("read_hidden", (p.rows,), 256, p.address("spans"), p.address("span of"), p.address("before"), hidden)
-            ready = build_head(
-                p, self, self._weights, embedded_tokens=p.address("tokens"), picked=p.address("picked"), num_picked=len(picked)
-            )
-            if kind == "guess":
-                build_logits(p, self.head, ready, len(picked))
-
-        recorded = self._graphs.get(f"{kind} {is_given}", len(tokens), len(batch), end, build)
-        buffers, row, spans = recorded.program.buffers, 0, list[SpanStruct]()
-        for rows in batch:
-            memory, count = _sequence(rows.memory), len(rows.tokens)
-            spans.append(memory.span(rows.position, row, count))
-            row += count
-        if is_given:
-            row = 0
-            for rows in batch:
-                given = rows.hidden.rows if isinstance(rows.hidden, DeviceRows) else rows.hidden
-                device.put(buffers["before"][row : row + len(rows.tokens)], given)
-                row += len(rows.tokens)
-        elif any(rows.hidden is not None for rows in batch):
-            raise InternalBug("some hidden rows are given, and others are not")
         for rows in batch:
             if rows.hidden is None:
                 _sequence(rows.memory).rows.check(rows.position - 1, len(rows.tokens))
-        device.put(buffers["picked"], np.array(picked, np.int32))
-        recorded.run(spans, tokens)
-        outputs = self._graphs.copy(recorded, "out")
-        if kind == "guess":
-            return outputs, self._graphs.logits(recorded, self.head)
-        device.wait()
-        return outputs, None
+        return self._graphs.get(kind, sum(len(rows.tokens) for rows in batch), len(batch), end, build)
+
+    @staticmethod
+    def _spans(batch: Sequence[MtpRows]) -> list[SpanStruct]:
+        starts = accumulate((len(rows.tokens) for rows in batch), initial=0)
+        return [_sequence(rows.memory).span(rows.position, row, len(rows.tokens)) for rows, row in zip(batch, starts, strict=False)]
+
+    def _run(self, batch: Sequence[MtpRows], kind: str, picked: list[int]) -> F32:
+        hidden, is_given = self._weights.config.hidden, all(rows.hidden is not None for rows in batch)
+        if not is_given and any(rows.hidden is not None for rows in batch):
+            raise InternalBug("some hidden rows are given, and others are not")
+
+        def build(recorded: Recorded) -> None:
+            p = recorded.program
+            num_picked = p.rows if kind == "all" else p.num_spans
+            p.buffer("before", (p.rows, hidden))
+            recorded.take(picked=(num_picked, np.int32))
+            if not is_given:
+                p.read_hidden()
+            build_head(p, self, self._weights, embedded_tokens=p.address("tokens"), picked=p.address("picked"), num_picked=num_picked)
+
+        recorded = self._get(batch, f"{kind} {is_given}", build)
+        if is_given:
+            row = 0
+            for rows in batch:
+                given = rows.hidden.on_device if isinstance(rows.hidden, DeviceRows) else rows.hidden
+                self._device.put(recorded.program.buffers["before"][row : row + len(rows.tokens)], given)
+                row += len(rows.tokens)
+        recorded.begin()["picked"][: len(picked)] = picked
+        recorded.run(self._spans(batch), self._graphs.tokens(batch))
+        return as_rows(recorded, "out", len(picked), hidden)
 
 
 def _ends(batch: Sequence[MtpRows]) -> list[int]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from ctypes import c_float, c_int, c_void_p
 from dataclasses import dataclass
 from math import lcm
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from ..backend import F32
 from ..model.config import ModelConfig
 from ..model.inputs import frequencies
 from ..model.weights import AttentionWeights, DeltaWeights, DenseWeights, LayerWeights, MoeWeights
-from .device import NOWHERE, Address, Array, RowsStruct, Step, columns_of
+from .device import DRAW, NOWHERE, Address, Array, RowsStruct, Step, columns_of
 from .matrices import BF16, NAMES, Q4_K, STRIP, CudaMatrix, Packing, Stacked
 
 #: Positions of one part of an attention (PART of forerun.cuh), and pairs of row and head of one block (PAIRS of attention.cu).
@@ -43,6 +43,13 @@ class Column:
 
     address: Address
     stride: int
+
+
+class Filters(NamedTuple):
+    """Which of them some row of a batch has."""
+
+    has_top_k: bool
+    has_top_p: bool
 
 
 class Program:
@@ -89,6 +96,11 @@ class Program:
     def embed(self, table: CudaMatrix, tokens: Address, out: Address, rows: int) -> None:
         spans, span_of = self.address("spans"), self.address("span of")
         self.step("embed", (rows,), 256, self.packing.struct(table), tokens, spans, span_of, out, self.config.hidden)
+
+    def read_hidden(self) -> None:
+        """Into the buffer `before`, for each row the hidden row before it, from where its sequence keeps them."""
+        spans, span_of, to = (self.address(name) for name in ("spans", "span of", "before"))
+        self.step("read_hidden", (self.rows,), 256, spans, span_of, to, self.config.hidden)
 
     def add_norm(self, x: Address, parts: Parts | None, weight: F32, to: Prepared, rows: int) -> None:
         """x += parts (where, how many); `to` are its normed rows."""
@@ -254,13 +266,26 @@ class Program:
         self.step("mix", (rows,), 256, y, routes, used, shared.address, gate.address, gate.stride, out, c.hidden)
         return out, 1
 
-    def highest(self, logits: Column, num_tokens: int, rows: int, tokens: Address) -> None:
-        """The token of each row of logits, of the first num_tokens."""
-        parts = max(1, min(64, num_tokens // 1024))
-        bests = self.device.address(self.buffer("bests", (self.rows, parts)))
-        places = self.device.address(self.buffer("places", (self.rows, parts), np.int32))
-        self.step("highest_parts", (parts, rows), 256, logits.address, logits.stride, num_tokens, bests, places)
-        self.step("highest", (rows,), 32, bests, places, parts, tokens)
+    def choose(
+        self, logits: Column, num_tokens: int, rows: int, tokens: Address, how: Filters | None = None, shares: Address = NOWHERE
+    ) -> None:
+        """The token of each row, from the first num_tokens logits: the highest; or, with `how`, as the buffer `draws` says. `shares`: and
+        its probability at temperature 1."""
+        many = max(1, min(64, num_tokens // 1024))
+        address, where = self.device.address, (logits.address, logits.stride, num_tokens)
+        parts = address(self.buffer("parts of logits", (self.rows, many, 4)))
+        draws, histograms, edges, scored = NOWHERE, NOWHERE, NOWHERE, NOWHERE
+        if how is not None:
+            draws = address(self.buffer("draws", (rows * DRAW.itemsize,), np.uint8))
+            scored = address(self.buffer("scored", (self.rows, many, 2), np.float64))
+            histograms = address(self.buffer("histograms", (self.rows, 6, 2048), np.uint64))
+            edges = address(self.buffer("edges", (self.rows, 6, 2), np.uint64))
+        self.step("survey", (many, rows), 256, *where, parts, histograms if how is not None and any(how) else NOWHERE)
+        if how is not None:
+            for pass_ in (*(range(3) if how.has_top_k else ()), *(range(3, 6) if how.has_top_p else ())):
+                self.step("filter", (many, rows), 256, draws, *where, parts, many, pass_, histograms, edges)
+            self.step("score", (many, rows), 256, draws, *where, parts, many, histograms, edges, scored)
+        self.step("pick", (rows,), 32, draws, *where, parts, many, scored, tokens, shares)
 
 
 def _argument(value: Any) -> Any:

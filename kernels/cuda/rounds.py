@@ -14,9 +14,7 @@ A state is read and written once a round: the rows accepted in one are replayed 
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
-from ctypes import c_int, c_void_p
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,21 +23,11 @@ from ...core.errors import InvalidRequest
 from ..model.mtp import HeadBase
 from ..model.pages import PAGE
 from ..model.weights import ModelWeights
-from .device import NOWHERE, SPAN, Step
-from .graph import build_head, build_trunk
+from .device import SPAN, RoundStruct, Step
+from .graph import build_drafts, build_trunk
 from .matrices import CudaBackend
 from .memory import CudaSequence, spans_array
 from .program import PART, Program
-
-
-class RoundStruct(ctypes.Structure):
-    """Round of choose.cu."""
-
-    _fields_ = (
-        ("verify", c_void_p), ("catch_up", c_void_p), ("draft", c_void_p), ("tokens", c_void_p), ("choices", c_void_p),
-        ("drafted", c_void_p), ("picked", c_void_p), ("report", c_void_p), ("rates", c_void_p), ("depth", c_int), ("sequences", c_int),
-        ("seed", c_int), ("reserved", c_int),
-    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +66,9 @@ class DeviceRounds:
         picked = verify.buffer("picked", (num,), np.int32)
         verify.buffer("choices", (num * rows,), np.int32)
         self._struct = r = RoundStruct(
-            verify.address("spans"), 0, 0, verify.address("tokens"), verify.address("choices"), device.address(drafted),
-            device.address(picked), device.address(self._report), 0, depth, num, seed,
+            verify=verify.address("spans"), tokens=verify.address("tokens"), choices=verify.address("choices"),
+            drafted=device.address(drafted), picked=device.address(picked), report=device.address(self._report), depth=depth,
+            sequences=num, seed=seed,
         )  # fmt: skip
         if rates is not None:
             r.rates = device.address(verify.buffer("rates", (depth,)))
@@ -105,7 +94,7 @@ class DeviceRounds:
 
     def _drafting(self, head: HeadBase, positions: Sequence[int], program: Callable[[int], Program]) -> list[Step]:
         verify, catch_up, draft, r = self._verify, self._catch_up, self._draft, self._struct
-        device, num, rows, hidden = verify.device, len(self._starts), self.depth + 1, self.weights.config.hidden
+        device, num, rows = verify.device, len(self._starts), self.depth + 1
         spans = [start.memory.span(at - self.depth, i * rows, rows) for i, (start, at) in self._with(positions)]
         device.put(catch_up.buffers["spans"], spans_array(spans))
         spans = [start.memory.span(at, i, 1) for i, (start, at) in self._with(positions)]
@@ -114,24 +103,7 @@ class DeviceRounds:
         choices = [token for start in self._starts for token in start.tokens[-rows:]]
         device.put(verify.buffers["choices"], np.array(choices, np.int32))
         device.put(verify.buffers["picked"], np.arange(num, dtype=np.int32) * rows + self.depth)
-        # What the head said of a row is what its next row goes on from.
-        draft.buffers["out"] = catch_up.buffers["out"] = draft.buffer("before", (num, hidden))
-        catch_up.buffer("before", (num * rows, hidden))
-        catch_up.step(
-            "read_hidden", (num * rows,), 256, catch_up.address("spans"), catch_up.address("span of"), catch_up.address("before"), hidden
-        )
-        steps = list[Step]()
-        for step in range(1, self.depth + 1):
-            p = catch_up if step == 1 else draft
-            p.steps = p.steps if step == 1 else []
-            tokens = verify.address("choices") if step == 1 else verify.address("drafted")
-            which = verify.address("picked") if step == 1 else NOWHERE
-            ready = build_head(p, head, self.weights, embedded_tokens=tokens, picked=which, num_picked=num)
-            logits = p.product(head.head, ready, "draft logits", num)
-            p.highest(logits, head.head.outputs, num, verify.address("drafted"))
-            p.step("drafted", (-(-num // 32),), 32, r, step)
-            steps += p.steps
-        return steps
+        return build_drafts(catch_up, draft, head, self.weights, r, tokens=verify.address("choices"), picked=verify.address("picked"))
 
     def launch(self) -> Callable[[], list[list[int]]]:
         """Begins a round; what is returned waits for it, and says the tokens of each sequence. Whoever calls sees to it that there are

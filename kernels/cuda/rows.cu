@@ -100,6 +100,7 @@ extern "C" __global__ void keep_hidden(const Span *spans, const int *span_of, co
     wait_for_previous();
     let_next_begin();
     int row = blockIdx.x;
+    if (span_of[row] < 0) return;
     const Span &span = spans[span_of[row]];
     float *to = span.hidden + (span.position + row - span.first_row) % span.hidden_slots * n;
     for (int i = threadIdx.x; i < n; i += blockDim.x) to[i] = rows[(i64)row * n + i];
@@ -111,6 +112,7 @@ extern "C" __global__ void read_hidden(const Span *spans, const int *span_of, fl
     wait_for_previous();
     let_next_begin();
     int row = blockIdx.x;
+    if (span_of[row] < 0) return;
     const Span &span = spans[span_of[row]];
     i64 position = span.position + row - span.first_row - 1;
     const float *from = span.hidden + max(position, (i64)0) % span.hidden_slots * n;

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
 
 from ...core.errors import InternalBug
 from ..backend import F32, Backend, MatrixMaker
-from .memory import SequenceMemory
+from .drafts import Drafted, MtpRows, Wanted, draft_by_guesses
 from .trunk import LayerGraph
 from .weights import AttentionWeights, ModelWeights, MtpWeights
 
@@ -24,17 +23,6 @@ from .weights import AttentionWeights, ModelWeights, MtpWeights
 DRAFT_VOCABULARY = 32_768
 #: Rows from which a chunk's products are the faster ones.
 CHUNK_ROWS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class MtpRows:
-    """Consecutive rows of one sequence's MTP cache: tokens from an absolute position, and for each the hidden row of the
-    position before it, [R, hidden]; None: the target's, where the memory has them."""
-
-    memory: SequenceMemory
-    position: int
-    tokens: tuple[int, ...]
-    hidden: F32 | None
 
 
 class HeadBase(ABC):
@@ -76,6 +64,10 @@ class HeadBase(ABC):
     @abstractmethod
     def logits(self, outputs: F32) -> F32:
         """[R, V], or of the first DRAFT_VOCABULARY tokens."""
+
+    def draft(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> list[Drafted]:
+        """`last`, and what follows it."""
+        return draft_by_guesses(self, batch, wanted)
 
     def seconds(self, num_rows: int) -> float:
         """About how long drafting so many rows takes."""

@@ -11,8 +11,8 @@ from forerun.kernels.backends import make_head, make_memory, make_trunk
 from forerun.kernels.cuda.graph import CudaHead, CudaTrunk
 from forerun.kernels.cuda.memory import CudaSequence
 from forerun.kernels.cuda.rounds import DeviceRounds, Start
+from forerun.kernels.model.drafts import MtpRows
 from forerun.kernels.model.memory import alone
-from forerun.kernels.model.mtp import MtpRows
 from forerun.kernels.model.trunk import Rows
 from forerun.kernels.model.weights import ModelWeights
 from forerun.kernels.reference import ReferenceBackend

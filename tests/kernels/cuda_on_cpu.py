@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from forerun.kernels.cuda.device import FOLDER, SOURCES, Address, Array, Step
+from forerun.kernels.cuda.device import FOLDER, SOURCES, Address, Array, Copy, Step
 
 HEADER = Path(__file__).with_name("cuda_on_cpu.h")
 OPTIONS = ("-O1", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-fvisibility=hidden", "-w")
@@ -54,6 +54,9 @@ class HostDevice:
 
     def wait(self) -> None:
         pass
+
+    def shared(self, num_bytes: int) -> npt.NDArray[np.uint8]:
+        return np.zeros(num_bytes, np.uint8)
 
     def fetch(self, values: Array) -> Callable[[], npt.NDArray[Any]]:
         copy = values.copy()
@@ -102,5 +105,12 @@ class HostKernels:
             if code:
                 raise OSError(f"{step.kernel}: {'no such kernel' if code == 1 else 'too large a launch'}")
 
-    def record(self, steps: Sequence[Step]) -> Callable[[], None]:
-        return lambda: self.run(steps)
+    def record(self, steps: Sequence[Step], inputs: Sequence[Copy] = (), outputs: Sequence[Copy] = ()) -> Callable[[], None]:
+        def launch() -> None:
+            for array, bytes_ in inputs:
+                array.reshape(-1).view(np.uint8)[:] = bytes_
+            self.run(steps)
+            for array, bytes_ in outputs:
+                bytes_[:] = array.reshape(-1).view(np.uint8)
+
+        return launch

@@ -10,9 +10,9 @@ import pytest
 from forerun.core.embeddings import lay_out
 from forerun.core.protocol import CHUNK
 from forerun.kernels.backends import AnyBackend, make_head, make_memory, make_trunk
+from forerun.kernels.model.drafts import MtpRows
 from forerun.kernels.model.inputs import GivenRows
 from forerun.kernels.model.memory import SequenceMemory, alone
-from forerun.kernels.model.mtp import MtpRows
 from forerun.kernels.model.trunk import Rows, TrunkBase
 from forerun.kernels.model.weights import ModelWeights
 

@@ -22,8 +22,8 @@ from forerun.kernels.cpu.matrices import CpuBackend, CpuMatrix
 from forerun.kernels.cpu.program import EMBED, Program
 from forerun.kernels.formats.stored import BY_NAME, Stored
 from forerun.kernels.model.config import ModelConfig, load_config
+from forerun.kernels.model.drafts import MtpRows
 from forerun.kernels.model.memory import alone
-from forerun.kernels.model.mtp import MtpRows
 from forerun.kernels.model.trunk import Rows
 from forerun.kernels.model.weights import FolderCheckpoint, load_weights
 

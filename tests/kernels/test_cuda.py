@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,23 @@ import numpy as np
 import pytest
 from forerun.actors.model import Defaults, LoadedModel
 from forerun.core.embeddings import lay_out
+from forerun.core.vocabulary import Choosing, History, SamplingParams
 from forerun.kernels.backends import make_head, make_memory, make_trunk
-from forerun.kernels.cuda.device import NOWHERE, SPAN
-from forerun.kernels.cuda.graph import CudaHead, CudaTrunk, DeviceRows
+from forerun.kernels.cuda.device import DRAW, NOWHERE, SPAN
+from forerun.kernels.cuda.graph import CudaHead, CudaTrunk, DeviceRows, filters_of, put_draw
 from forerun.kernels.cuda.matrices import BF16, CudaBackend, CudaMatrix
 from forerun.kernels.cuda.memory import CudaSequence
-from forerun.kernels.cuda.program import Program
+from forerun.kernels.cuda.program import Column, Program
 from forerun.kernels.cuda.rounds import DeviceRounds, Start
 from forerun.kernels.formats.stored import BY_NAME, Stored, quantise
 from forerun.kernels.model.config import load_config
+from forerun.kernels.model.drafts import Drafted, MtpRows, Wanted, draft_by_guesses
 from forerun.kernels.model.inputs import GivenRows
 from forerun.kernels.model.memory import alone
-from forerun.kernels.model.mtp import MtpRows
 from forerun.kernels.model.recurrent import STORES, StoreName
 from forerun.kernels.model.trunk import Rows
 from forerun.kernels.reference import ReferenceBackend
+from forerun.kernels.sampling import choose, share
 
 from tests.checkpoints import LAYOUTS, prompt, prompt_with_rows
 from tests.conftest import cuda_backend, load
@@ -136,10 +139,11 @@ def test_rows_in_place_of_tokens_and_their_places(cuda: CudaBackend, checkpoints
         memory.give(GivenRows(encoded.embeddings))
         results = list[Any]()
         for start, end in ((0, 20), (20, 84), (84, 90)):
-            results += [trunk.prefill(Rows(memory, start, encoded.ids[start:end]), is_last=True)]
-            results += head.guess([MtpRows(memory, start, encoded.ids[start:end], memory.hidden.before(start, end - start))])
-        results += trunk.verify([Rows(memory, 90, (1, 2, 3))])
-        found.append([np.asarray(each) for each in results])
+            said = [trunk.prefill(Rows(memory, start, encoded.ids[start:end]), is_last=True)]
+            said += head.guess([MtpRows(memory, start, encoded.ids[start:end], memory.hidden.before(start, end - start))])
+            results += [np.asarray(each) for each in said]
+        results += [np.asarray(each) for each in trunk.verify([Rows(memory, 90, (1, 2, 3))])]
+        found.append(results)
     for one, other in zip(*found, strict=True):
         assert np.linalg.norm(one - other) < 0.15 * np.linalg.norm(other)
 
@@ -234,3 +238,92 @@ async def test_the_engine_says_the_same_with_and_without_drafts(cuda: CudaBacken
                 result = await engine.complete(prompt(70), max_tokens=10, temperature=temperature, seed=1, ignore_eos=True)
                 found.append(result.token_ids)
     assert found[:2] == found[2:]
+
+
+SAMPLING = [
+    SamplingParams(temperature=1.0, seed=3),
+    SamplingParams(temperature=0.7, seed=2**63 + 5, top_k=20),
+    SamplingParams(temperature=1.3, seed=4, top_p=0.8),
+    SamplingParams(temperature=0.8, seed=5, top_k=50, top_p=0.9, min_p=0.02),
+    SamplingParams(temperature=1.0, seed=6, min_p=0.1),
+    SamplingParams(temperature=1.0, seed=7, top_p=0.0),
+    SamplingParams(temperature=2.0, seed=8, top_k=10**6, top_p=0.9999),
+    SamplingParams(temperature=0.0),
+]
+
+
+@pytest.mark.parametrize("num_tokens", [5, 1000, 5003])
+@pytest.mark.parametrize("kind", ["normal", "steep", "many equal", "no number"])
+def test_tokens_are_drawn_as_on_the_host(cuda: CudaBackend, config: Any, num_tokens: int, kind: str) -> None:
+    rng, num_rows = np.random.default_rng(num_tokens), len(SAMPLING)
+    logits = rng.normal(size=(num_rows, num_tokens)).astype(np.float32) * (20 if kind == "steep" else 3)
+    if kind == "many equal":  # a whole number has many tokens; at the edge of a nucleus all of them stay
+        logits = np.rint(logits)
+    if kind == "no number":
+        logits[:, rng.integers(0, num_tokens, 3)] = np.nan
+        logits[2] = np.nan
+    positions = [int(each) for each in rng.integers(0, 10_000, num_rows)]
+    for how in (SAMPLING, [SAMPLING[0]] * num_rows, [SAMPLING[1]] * num_rows, [SAMPLING[-1]] * num_rows):
+        p = Program(config, cuda.packing, num_rows, 1, 1)
+        cuda.device.put(p.buffer("logits", (num_rows, num_tokens + 3)), np.pad(logits, ((0, 0), (0, 3)), constant_values=99))
+        p.buffer("tokens", (num_rows,), np.int32)
+        p.buffer("shares", (num_rows,))
+        draws = np.zeros(num_rows * DRAW.itemsize, np.uint8)
+        for row, (each, position) in enumerate(zip(how, positions, strict=True)):
+            put_draw(draws, row, each, position)
+        cuda.device.put(p.buffer("draws", draws.shape, np.uint8), draws)
+        where = Column(p.address("logits"), num_tokens + 3)
+        p.choose(where, num_tokens, num_rows, p.address("tokens"), filters_of(how), p.address("shares"))
+        run = cuda.kernels(config).record(p.steps)
+        for _ in range(2):  # nothing is left of the first time
+            run()
+            tokens, shares = (cuda.device.to_host(p.buffers[name]) for name in ("tokens", "shares"))
+            for row, (each, position) in enumerate(zip(how, positions, strict=True)):
+                if kind == "no number":
+                    assert 0 <= tokens[row] < num_tokens
+                elif kind != "many equal" or each.top_p in (0.0, 1.0):
+                    assert tokens[row] == choose(logits[row], each, position), (row, each)
+                if kind != "no number":
+                    assert abs(shares[row] - share(logits[row], tokens[row])) < 1e-5
+
+
+def test_of_equal_tokens_at_the_edge_of_a_nucleus_all_stay(cuda: CudaBackend, config: Any) -> None:
+    logits = np.array([[3.0, 0.0, 2.0, 2.0, 2.0, 2.0, -1.0, 1.0]] * 64, np.float32)
+    p = Program(config, cuda.packing, 64, 1, 1)
+    cuda.device.put(p.buffer("logits", logits.shape), logits)
+    p.buffer("tokens", (64,), np.int32)
+    draws = np.zeros(64 * DRAW.itemsize, np.uint8)
+    how = SamplingParams(temperature=1.0, top_p=0.5)  # 0.4 of 3.0, 0.147 each of 2.0
+    for row in range(64):
+        put_draw(draws, row, how, row)
+    cuda.device.put(p.buffer("draws", draws.shape, np.uint8), draws)
+    p.choose(Column(p.address("logits"), 8), 8, 64, p.address("tokens"), filters_of([how]))
+    cuda.kernels(config).run(p.steps)
+    assert set(cuda.device.to_host(p.buffers["tokens"]).tolist()) == {0, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize("temperatures", [(0.0, 0.0, 0.0), (0.0, 0.8, 1.2)])
+def test_drafts_made_on_the_device_are_those_made_guess_by_guess(
+    cuda: CudaBackend, checkpoints: dict[str, Path], temperatures: tuple[float, ...]
+) -> None:
+    """Of three sequences that catch up with 1, 3 and 4 rows: what is filled up, one sequence more, leaves no trace."""
+    weights = load(checkpoints["dense"], cuda)
+    trunk, head = CudaTrunk(weights, cuda), CudaHead(weights, cuda)
+    batch, wanted, tokens = list[MtpRows](), list[Wanted](), prompt(60)
+    for count, temperature in zip((1, 3, 4), temperatures, strict=True):
+        memory = alone(make_memory(weights.config, cuda), 80, 9)
+        trunk.prefill(Rows(memory, 0, tuple(tokens[: 20 + count])), is_last=False)
+        head.last([MtpRows(memory, 0, tuple(tokens[:20]), None)])
+        batch.append(MtpRows(memory, 20, tuple(tokens[20 : 20 + count]), None))
+        wanted.append(Wanted(Choosing(SamplingParams(temperature=temperature, seed=count, top_k=20 * count)), count))
+    plain = draft_by_guesses(head, batch, wanted)
+    found = head.draft(batch, wanted)
+    assert [each.tokens for each in found] == [each.tokens for each in plain]
+    assert [len(each.tokens) for each in found] == [1, 3, 4]
+    for one, other in zip(found, plain, strict=True):
+        np.testing.assert_allclose(one.shares, other.shares, rtol=1e-4)
+    cut = head.draft(batch, [replace(each, least=1.0) for each in wanted])
+    assert [each.tokens for each in cut] == [()] * 3
+    assert head.draft(batch, [replace(each, floor=1.0) for each in wanted]) == [Drafted(each.tokens[:1], each.shares[:1]) for each in found]
+    penalised = Wanted(Choosing(SamplingParams(repetition_penalty=1.5), History(tuple(tokens[:21]), 21)), 2)
+    assert len(head.draft(batch[:1], [penalised])[0].tokens) == 2

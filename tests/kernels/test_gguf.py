@@ -16,9 +16,10 @@ from forerun.actors.vocabularies import folder_vocabulary, gguf_vocabulary
 from forerun.core.errors import ModelFileError
 from forerun.kernels.formats.gguf import GgufFile, write
 from forerun.kernels.formats.stored import BY_NAME, quantise
+from forerun.kernels.model.drafts import MtpRows
 from forerun.kernels.model.gguf_names import GgufCheckpoint, gguf_config
 from forerun.kernels.model.memory import ModelMemory, alone
-from forerun.kernels.model.mtp import MtpHead, MtpRows
+from forerun.kernels.model.mtp import MtpHead
 from forerun.kernels.model.trunk import Rows, Trunk
 from forerun.kernels.model.weights import ModelWeights, load_weights
 from forerun.kernels.reference import ReferenceBackend

@@ -7,7 +7,7 @@ import pytest
 from forerun.core.errors import InvalidRequest
 from forerun.core.vocabulary import Choosing, History, SamplingParams
 from forerun.kernels.cpu.library import library
-from forerun.kernels.sampling import _penalised, choose, choose_rows, draw, logprobs, share  # pyright: ignore[reportPrivateUsage]
+from forerun.kernels.sampling import Ask, _penalised, choose, choose_rows, draw, logprobs, share  # pyright: ignore[reportPrivateUsage]
 
 LOGITS = np.array([2.0, 1.0, 0.5, 0.5, -1.0, -3.0], np.float32)
 
@@ -131,8 +131,8 @@ def test_penalties_and_biases_are_transformers_and_vllms() -> None:
     expected[3] -= 0.25 + 3 * 0.5
     np.testing.assert_allclose(_penalised(logits, params, history), expected, rtol=1e-6)
     assert choose(logits, params, 0, history) == expected.argmax()
-    rows = choose_rows(np.stack([logits] * 3), Choosing(params, history), 5, (3, 4))
-    assert rows == [choose(logits, params, 5 + i, history.then((3, 4)[:i])) for i in range(3)]
+    rows = choose_rows(np.stack([logits] * 3), [Ask(Choosing(params, history), 5, (3, 4))])
+    assert rows[0] == [choose(logits, params, 5 + i, history.then((3, 4)[:i])) for i in range(3)]
 
 
 def test_log_probabilities_are_of_the_models_own_distribution() -> None:

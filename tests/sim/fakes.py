@@ -19,8 +19,8 @@ from forerun.core.errors import PositionLost
 from forerun.core.protocol import CHUNK, chunk_ends
 from forerun.core.vocabulary import SamplingParams
 from forerun.kernels.backend import F32
+from forerun.kernels.model.drafts import Drafted, MtpRows, Wanted, draft_by_guesses
 from forerun.kernels.model.memory import HiddenRows, SequenceMemory
-from forerun.kernels.model.mtp import MtpRows
 from forerun.kernels.model.pages import Arena, KeyValues
 from forerun.kernels.model.prefix import Checkpoint
 from forerun.kernels.model.recurrent import StoreName
@@ -174,6 +174,9 @@ class FakeHead:
             if int(state) // 24 % HEAD_ERRS == 0:
                 row[:] = np.roll(row, 1)
         return outputs, logits
+
+    def draft(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> list[Drafted]:
+        return draft_by_guesses(self, batch, wanted)
 
     def seconds(self, num_rows: int) -> float:
         return 0.001 * num_rows

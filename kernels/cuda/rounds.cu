@@ -1,50 +1,5 @@
-/* Which token is next, and the bookkeeping of rounds that never leave the device. */
+/* The bookkeeping of drafts and rounds that never leave the device. */
 #include "forerun.cuh"
-
-/* The better of two candidates: the higher, of equals the first. */
-__device__ __forceinline__ void take_better(float &best, int &which, float other, int its) {
-    if (other > best || (other == best && its < which)) best = other, which = its;
-}
-__device__ __forceinline__ void warp_best(float &best, int &which) {
-    for (int distance = WARP / 2; distance; distance /= 2) {
-        float other = __shfl_xor_sync(ALL_LANES, best, distance);
-        int its = __shfl_xor_sync(ALL_LANES, which, distance);
-        take_better(best, which, other, its);
-    }
-}
-
-/* The highest of a part of each row [rows, stride], n of it. Grid: (parts, rows); bests and places [rows, parts]. */
-extern "C" __global__ void highest_parts(const float *logits, int stride, int n, float *bests, int *places) {
-    __shared__ float values[32];
-    __shared__ int which_of[32];
-    wait_for_previous();
-    let_next_begin();
-    const float *row = logits + (i64)blockIdx.y * stride;
-    int from = (int)((i64)n * blockIdx.x / gridDim.x), to = (int)((i64)n * (blockIdx.x + 1) / gridDim.x), which = 0x7fffffff;
-    float best = -INFINITE;
-    for (int i = from + threadIdx.x; i < to; i += blockDim.x) take_better(best, which, row[i], i);
-    warp_best(best, which);
-    if (threadIdx.x % WARP == 0) values[threadIdx.x / WARP] = best, which_of[threadIdx.x / WARP] = which;
-    __syncthreads();
-    if (threadIdx.x >= WARP) return;
-    bool is_there = threadIdx.x < blockDim.x / WARP;
-    best = is_there ? values[threadIdx.x] : -INFINITE, which = is_there ? which_of[threadIdx.x] : 0x7fffffff;
-    warp_best(best, which);
-    if (threadIdx.x == 0) bests[blockIdx.y * gridDim.x + blockIdx.x] = best, places[blockIdx.y * gridDim.x + blockIdx.x] = which;
-}
-EXPORT(highest_parts)
-
-/* The token of each row. Grid: rows; a warp. */
-extern "C" __global__ void highest(const float *bests, const int *places, int parts, int *tokens) {
-    wait_for_previous();
-    let_next_begin();
-    float best = -INFINITE;
-    int which = 0x7fffffff;
-    for (int i = threadIdx.x; i < parts; i += WARP) take_better(best, which, bests[blockIdx.x * parts + i], places[blockIdx.x * parts + i]);
-    warp_best(best, which);
-    if (threadIdx.x == 0) tokens[blockIdx.x] = which;
-}
-EXPORT(highest)
 
 /* Rounds on the device: `depth` drafts for each sequence. Its spans stand side by side: of the trunk's verify, of the head's catching up
  * (the rows of the last verify, each with the token after it), of the head's drafting row. */
@@ -55,6 +10,8 @@ struct Round {
     int *drafted;          /* [sequences]: the head's newest choice; token of the drafting row */
     int *picked;           /* [sequences]: row of the catching up that drafting goes on from */
     int *report;           /* [sequences, depth + 2]: drafts accepted, then the tokens of the round */
+    Draw *draws;           /* [sequences]: of the next draft; or null */
+    float *shares, *sure;  /* [sequences, depth]: how sure the head was of its drafts; [sequences]: of the newest. Or null */
     const float *rates;    /* synthetic: how often the i-th draft is accepted once those before it are; or null */
     int depth, sequences;
     int seed, reserved;
@@ -73,6 +30,8 @@ extern "C" __global__ void drafted(Round r, int step) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= r.sequences) return;
     r.tokens[i * (r.depth + 1) + step] = r.drafted[i];
+    if (r.draws) r.draws[i].position++;
+    if (r.shares) r.shares[i * r.depth + step - 1] = r.sure[i];
     r.draft[i].position++;
 }
 EXPORT(drafted)
