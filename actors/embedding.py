@@ -13,7 +13,7 @@ from ..core.channel import Mailbox
 from ..core.embeddings import Encoded
 from ..core.errors import ActorRestarted, DeadlineExceeded, ForerunError, LeaseLost, RequestFailed
 from ..core.messages import Admit, Forget, Prefill, Release
-from ..core.protocol import chunk_ends
+from ..core.protocol import chunk_ends, together
 from ..core.trace import Flow
 from ..core.vocabulary import Choosing, Lease, SamplingParams
 from ..kernels.backend import F32
@@ -85,7 +85,7 @@ class Embedding:
     async def _next(self) -> tuple[int, F32]:
         if not self._prompt.ids:
             self._prompt = await self._encode()
-            self._ends = chunk_ends(self._prompt.ids, self._boundary_ids)
+            self._ends = together(chunk_ends(self._prompt.ids, self._boundary_ids), self._pool.max_together)
         if self._num_given == len(self._prompt.ids):
             raise StopAsyncIteration
         while True:

@@ -200,7 +200,7 @@ class Engine:
         mailboxes: dict[DrafterName, Mailbox] = {name: spec.mailbox for name, spec in drafters.items()}
         keeps_prefixes = params.memory.prefix_bytes > 0
         self._surroundings = Surroundings(
-            memory.mailbox, target.mailbox, mailboxes, speculation, Experience(), params.overlap, keeps_prefixes, trace
+            memory.mailbox, target.mailbox, mailboxes, speculation, Experience(), params.overlap, keeps_prefixes, pool.max_together, trace
         )
         limits = RESTARTS, PERIOD_SECONDS
         return [

@@ -20,7 +20,7 @@ from ..core.embeddings import Encoded
 from ..core.errors import ActorRestarted, ForerunError, LeaseLost, RequestFailed, SavedSequenceError, WorkFailed
 from ..core.messages import Admit, Forget, Freeze, Observe, Prefill, Publish, Release, Save, Verify
 from ..core.outbox import Outbox
-from ..core.protocol import CHUNK, SequenceProtocol, State
+from ..core.protocol import SequenceProtocol, State
 from ..core.speculation import DrafterName, Speculation, SpeculationParams
 from ..core.trace import Flow, Stage, Trace
 from ..core.vocabulary import (
@@ -49,8 +49,6 @@ logger = logging.getLogger("forerun")
 #: called with (prompt tokens computed, prompt tokens in all)
 PrefillProgress = Callable[[int, int], None]
 
-#: Positions between two checkpoints of a long prompt: each costs as much memory as some hundred positions of keys and values.
-CHECKPOINT_INTERVAL = 8 * CHUNK
 #: Times in a row that the target may die working on a request, without one new token in between, and it is tried once more.
 MAX_FRUITLESS_REPLAYS = 3
 
@@ -66,6 +64,7 @@ class Surroundings:
     experience: Experience
     overlap: bool
     keeps_prefixes: bool
+    max_together: int
     trace: Trace
 
 
@@ -120,7 +119,9 @@ class Sequence:
     ) -> None:
         self._request, self._to, self._origin, self._saves = request, surroundings, origin, saves
         self._params, self._overlap, self._trace = surroundings.speculation, surroundings.overlap, surroundings.trace
-        self.protocol = SequenceProtocol(request, origin.output if origin is not None else (), writer.push)
+        output = origin.output if origin is not None else ()
+        max_together, keeps_prefixes = surroundings.max_together, surroundings.keeps_prefixes
+        self.protocol = SequenceProtocol(request, output, writer.push, max_together=max_together, keeps_prefixes=keeps_prefixes)
         self._writer, self._outbox, self._progress, self._started = writer, outbox, progress, started
         self._drafting = Drafting(
             surroundings.drafters,
@@ -212,7 +213,7 @@ class Sequence:
         protocol, prompt, lease = self.protocol, self._request.prompt_ids, self._held
         position, chunk = protocol.position, protocol.next_chunk()
         end = position + len(chunk)
-        is_last, is_kept = end == len(prompt), self._is_kept(end)
+        is_last, is_kept = end == len(prompt), end in protocol.kept_ends
         verdict = await self._to.target.ask(Prefill(self._flow, lease, position, chunk, self._choosing(len(prompt)), is_last, is_kept))
         await self._drafting.hear()
         self._verdict = verdict
@@ -224,11 +225,6 @@ class Sequence:
             self._report(end)
             if is_last:
                 self._clock.first_token = anyio.current_time()
-
-    def _is_kept(self, end: int) -> bool:
-        """Whether others may want to go on from here: where a message ends, near the prompt's end, and now and then between."""
-        ends = self.protocol.chunk_ends
-        return self._to.keeps_prefixes and end < ends[-1] and (end % CHUNK != 0 or end % CHECKPOINT_INTERVAL == 0 or end == ends[-2])
 
     async def _replay(self) -> None:
         assert self._lease is not None

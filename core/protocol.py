@@ -1,7 +1,8 @@
 """The draft-verify-commit life of one sequence, as a pure state machine: no I/O, no clock, no arrays.
 
 Rules. A prompt is prefilled in chunks that end at multiples of CHUNK, and where a message of a chat ends: where chunks
-begin and end depends on the tokens before alone, and so does what a chunk computes. The choice after the prompt's last
+begin and end depends on the tokens before alone, and so does what a chunk computes. Where chunks leave no trace in what is
+computed, several are computed at once. The choice after the prompt's last
 row is the first token. From then on the newest token is always one the target has chosen but not yet computed; a round
 verifies [that token, drafts...] from its position, and drafts stand while they equal the target's own choices. So the
 tokens are those the target would have chosen alone, and a round always brings at least one. A draft is never longer than
@@ -29,6 +30,8 @@ from .vocabulary import FinishReason, Request, Verdict
 CHUNK = 64
 #: Positions a chunk has to have before a message's end may end it: shorter ones cost more than they can save.
 MIN_CHUNK = 16
+#: Positions between two checkpoints of a long prompt: each costs as much memory as some hundred positions of keys and values.
+CHECKPOINT_INTERVAL = 8 * CHUNK
 
 
 def chunk_ends(tokens: tuple[int, ...], boundary_ids: frozenset[int]) -> tuple[int, ...]:
@@ -41,6 +44,23 @@ def chunk_ends(tokens: tuple[int, ...], boundary_ids: frozenset[int]) -> tuple[i
             ends.append(position)
             start = position
     return tuple(ends)
+
+
+def kept_ends(ends: tuple[int, ...]) -> frozenset[int]:
+    """Of a prompt's chunks, the ends that others may want to go on from: where a message ends, near the prompt's end, and now and then
+    between."""
+    return frozenset(end for end in ends[:-1] if end % CHUNK != 0 or end % CHECKPOINT_INTERVAL == 0 or end == ends[-2])
+
+
+def together(ends: tuple[int, ...], max_rows: int, kept: frozenset[int] = frozenset()) -> tuple[int, ...]:
+    """Of chunks, the ends that stay when as many as have at most `max_rows` positions are computed at once; those in `kept` do."""
+    following = (*ends[1:], None)
+    out, start = list[int](), 0
+    for end, after in zip(ends, following, strict=True):
+        if after is None or end in kept or after - start > max_rows:
+            out.append(end)
+            start = end
+    return tuple(out)
 
 
 class State(Enum):
@@ -124,12 +144,21 @@ class SequenceProtocol:
     """One request from admission to its end. `finish_reason` is set once the end is decided, but for failures."""
 
     def __init__(
-        self, request: Request, output: tuple[int, ...] = (), find_stop: Callable[[tuple[int, ...]], int | None] = lambda tokens: None
+        self,
+        request: Request,
+        output: tuple[int, ...] = (),
+        find_stop: Callable[[tuple[int, ...]], int | None] = lambda tokens: None,
+        *,
+        max_together: int = 0,
+        keeps_prefixes: bool = False,
     ) -> None:
         """`output` is what a saved request had produced. `find_stop` is told all new tokens, once, and returns how many of them it takes
-        until a stop text stands there."""
+        until a stop text stands there. Chunks of at most `max_together` positions are computed at once; with `keeps_prefixes` not beyond
+        where others may go on from."""
         self.request = request
         self.chunk_ends = chunk_ends(request.prompt_ids, request.boundary_ids)
+        self.kept_ends = kept_ends(self.chunk_ends) if keeps_prefixes else frozenset[int]()
+        self._prefill_ends = together(self.chunk_ends, max_together, self.kept_ends)
         self.state = State.WAITING
         self.holds_lease = False
         self.finish_reason: FinishReason | None = None
@@ -205,8 +234,8 @@ class SequenceProtocol:
     # The prompt
 
     def next_chunk(self) -> tuple[int, ...]:
-        """The prompt's tokens from `position` to the chunk's end."""
-        following = self.chunk_ends[bisect_right(self.chunk_ends, self._num_computed) :]
+        """The prompt's tokens from `position` to the chunk's end, or to that of chunks computed at once."""
+        following = self._prefill_ends[bisect_right(self._prefill_ends, self._num_computed) :]
         return self.request.prompt_ids[self._num_computed : following[0]] if following else ()
 
     def chunk_computed(self, verdict: Verdict) -> None:

@@ -1,7 +1,8 @@
-/* Gated delta net: the convolution, the gates and the recurrence of all rows of a sequence in one kernel, the state in registers.
+/* Gated delta net: the convolution, the gates and the recurrence of a few rows of a sequence in one kernel, the state in registers; of
+ * chunks in two.
  * (Yang et al. 2024, arXiv:2412.06464; formulas of Hugging Face's modeling_qwen3_5.py.)
  *
- * A block has COLUMNS columns of one head's state, four threads each: columns know nothing of each other, so that a head can be many blocks.
+ * A block has COLUMNS columns of one head's state, four threads for each: columns know nothing of each other, so that a head can be many blocks.
  * Rows of the log that were accepted come first, with the same operations in the same order as when they were verified; the state they lead
  * to is the new base, and is written then. Sizes: KEY_DIM, VALUE_DIM, KEY_HEADS, VALUE_HEADS, IS_TILED, CONV_WIDTH, NUM_DELTA,
  * COLUMNS. */
@@ -11,7 +12,78 @@
 #define KEYS (KEY_HEADS * KEY_DIM)
 #define CHANNELS (2 * KEYS + VALUE_HEADS * VALUE_DIM)
 #define WINDOW (CONV_WIDTH - 1)
-#define VECTORS (KEY_DIM / 16) /* of 4 keys, that a thread has of its column */
+/* A thread has EACH columns, and of each VECTORS times 4 keys; LANES threads have the rest of them. */
+#define LANES (KEY_DIM % 32 ? 4 : 8)
+#define EACH (LANES / 4)
+#define VECTORS (KEY_DIM / LANES / 4)
+#define APART (COLUMNS / EACH) /* columns between those of a thread */
+
+struct State {
+    float4 keys[EACH][VECTORS];
+    __device__ __forceinline__ void load(const float *from) {
+#pragma unroll
+        for (int i = 0; i < EACH; i++)
+#pragma unroll
+            for (int j = 0; j < VECTORS; j++) keys[i][j] = *(const float4 *)(from + i * APART * KEY_DIM + j * 4 * LANES);
+    }
+    __device__ __forceinline__ void store(float *to) const {
+#pragma unroll
+        for (int i = 0; i < EACH; i++)
+#pragma unroll
+            for (int j = 0; j < VECTORS; j++) *(float4 *)(to + i * APART * KEY_DIM + j * 4 * LANES) = keys[i][j];
+    }
+};
+
+__device__ __forceinline__ float convolved(const float *columns, const float *taps) {
+    float sum = 0;
+#pragma unroll
+    for (int tap = 0; tap < CONV_WIDTH; tap++) sum = fmaf(columns[tap], taps[tap], sum);
+    return silu(sum);
+}
+
+/* exp(log_decay * softplus(rate)) */
+__device__ __forceinline__ float decay_of(float log_decay, float rate) {
+    return expf(log_decay * (fmaxf(rate, 0.0f) + log1pf(expf(-fabsf(rate)))));
+}
+
+/* One row of the recurrence, for what a thread has of the state; `values` are its columns' in shared memory, from the first on. What is
+ * read of each column, to all LANES threads. */
+__device__ __forceinline__ void advance(State &state, const float *key, const float *query, const float *values, float decay, float beta,
+                                        float (&read)[EACH]) {
+    float4 by[VECTORS], of[VECTORS], sums[EACH];
+    float writes[EACH];
+#pragma unroll
+    for (int j = 0; j < VECTORS; j++) by[j] = *(const float4 *)(key + j * 4 * LANES), of[j] = *(const float4 *)(query + j * 4 * LANES);
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+        for (int j = 0; j < VECTORS; j++) {
+            const float4 &s = state.keys[i][j];
+            sum.x = fmaf(by[j].x, s.x, sum.x), sum.y = fmaf(by[j].y, s.y, sum.y);
+            sum.z = fmaf(by[j].z, s.z, sum.z), sum.w = fmaf(by[j].w, s.w, sum.w);
+        }
+        sums[i] = sum;
+    }
+#pragma unroll
+    for (int i = 0; i < EACH; i++)
+        writes[i] = beta * fmaf(-decay, warp_sum((sums[i].x + sums[i].y) + (sums[i].z + sums[i].w), LANES), values[i * APART]);
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+        for (int j = 0; j < VECTORS; j++) {
+            float4 &s = state.keys[i][j];
+            s.x = fmaf(by[j].x, writes[i], s.x * decay), s.y = fmaf(by[j].y, writes[i], s.y * decay);
+            s.z = fmaf(by[j].z, writes[i], s.z * decay), s.w = fmaf(by[j].w, writes[i], s.w * decay);
+            sum.x = fmaf(of[j].x, s.x, sum.x), sum.y = fmaf(of[j].y, s.y, sum.y);
+            sum.z = fmaf(of[j].z, s.z, sum.z), sum.w = fmaf(of[j].w, s.w, sum.w);
+        }
+        sums[i] = sum;
+    }
+#pragma unroll
+    for (int i = 0; i < EACH; i++) read[i] = warp_sum((sums[i].x + sums[i].y) + (sums[i].z + sums[i].w), LANES);
+}
 
 /* Grid: (Hv * VALUE_DIM / COLUMNS, spans); 4 COLUMNS threads. x, b, a [rows, their stride], out [rows, Hv, dv]; conv [taps, channels]. A span
  * without rows moves its base over its log. */
@@ -23,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(4 * COLUMNS, 4)
     __shared__ float *sources[WINDOW + ROWS_AT_ONCE], *kept[ROWS_AT_ONCE]; /* of columns, from the window on; where new ones go */
     const Span &s = spans[blockIdx.y];
     const int splits = VALUE_DIM / COLUMNS, head = blockIdx.x / splits, first_column = blockIdx.x % splits * COLUMNS;
-    const int column = threadIdx.x / 4, part = threadIdx.x % 4, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const int column = threadIdx.x / LANES, part = threadIdx.x % LANES, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const int key_head = IS_TILED ? head % KEY_HEADS : head / (VALUE_HEADS / KEY_HEADS);
     const bool has_key_head = first_column == 0 && (IS_TILED ? head < KEY_HEADS : head % (VALUE_HEADS / KEY_HEADS) == 0);
     const i64 start = s.store == LOG ? s.base : s.position, layer_size = (i64)VALUE_HEADS * VALUE_DIM * KEY_DIM;
@@ -31,9 +103,8 @@ extern "C" __global__ void __launch_bounds__(4 * COLUMNS, 4)
     const i64 own = (i64)layer * layer_size + ((i64)head * VALUE_DIM + first_column + column) * KEY_DIM + part * 4, slot = NUM_DELTA * layer_size;
     float *base = s.states + own + start % s.state_slots * slot; /* a log has one slot */
     if (rows == 0) return;
-    float4 state[VECTORS];
-#pragma unroll
-    for (int j = 0; j < VECTORS; j++) state[j] = *(const float4 *)(base + j * 16);
+    State state;
+    state.load(base);
     wait_for_previous();
     let_next_begin();
     for (int block = 0; block < rows; block += ROWS_AT_ONCE) {
@@ -44,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(4 * COLUMNS, 4)
             float *slot = s.columns + ((i64)layer * s.column_slots + (position + s.column_slots) % s.column_slots) * CHANNELS;
             float *row = (float *)x + (s.first_row + position - s.position) * stride;
             sources[threadIdx.x] = position < 0 ? nullptr : position < s.position ? slot : row;
-            if (threadIdx.x >= WINDOW) kept[threadIdx.x - WINDOW] = s.store != CHUNK && position >= s.position ? slot : nullptr;
+            if (threadIdx.x >= WINDOW) kept[threadIdx.x - WINDOW] = position >= s.position ? slot : nullptr;
         }
         __syncthreads();
         for (int which = threadIdx.x; which < 2 * KEY_DIM + COLUMNS; which += blockDim.x) {
@@ -59,10 +130,7 @@ extern "C" __global__ void __launch_bounds__(4 * COLUMNS, 4)
 #pragma unroll
             for (int t = 0; t < ROWS_AT_ONCE; t++) {
                 if (t >= count) break;
-                float sum = 0;
-#pragma unroll
-                for (int tap = 0; tap < CONV_WIDTH; tap++) sum = fmaf(columns[t + tap], taps[tap], sum);
-                float value = silu(sum);
+                float value = convolved(columns + t, taps);
                 if (which < KEY_DIM) q[t][which] = value;
                 else if (which < 2 * KEY_DIM) k[t][which - KEY_DIM] = value;
                 else v[t][which - 2 * KEY_DIM] = value;
@@ -78,10 +146,9 @@ extern "C" __global__ void __launch_bounds__(4 * COLUMNS, 4)
             else {
                 i64 row = s.first_row + block + t - replayed;
                 open = b[row * b_stride + head], rate = a[row * a_stride + head];
-                if (s.store != CHUNK && first_column == 0) gates[head] = open, gates[VALUE_HEADS + head] = rate;
+                if (first_column == 0) gates[head] = open, gates[VALUE_HEADS + head] = rate;
             }
-            float y = rate + dt_bias[head];
-            decays[t] = expf(log_decay[head] * (fmaxf(y, 0.0f) + log1pf(expf(-fabsf(y)))));
+            decays[t] = decay_of(log_decay[head], rate + dt_bias[head]);
             betas[t] = sigmoid(open);
         }
         __syncthreads();
@@ -93,58 +160,137 @@ extern "C" __global__ void __launch_bounds__(4 * COLUMNS, 4)
         }
         __syncthreads();
         for (int t = 0; t < count; t++) {
-            if (block + t == replayed && replayed > 0) {
-#pragma unroll
-                for (int j = 0; j < VECTORS; j++) *(float4 *)(base + j * 16) = state[j];
-            }
-            const float4 *key = (const float4 *)(k[t] + part * 4), *query = (const float4 *)(q[t] + part * 4);
-            float decay = decays[t];
-            float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll
-            for (int j = 0; j < VECTORS; j++) {
-                float4 by = key[j * 4];
-                sum.x = fmaf(by.x, state[j].x, sum.x), sum.y = fmaf(by.y, state[j].y, sum.y);
-                sum.z = fmaf(by.z, state[j].z, sum.z), sum.w = fmaf(by.w, state[j].w, sum.w);
-            }
-            float write = betas[t] * fmaf(-decay, warp_sum((sum.x + sum.y) + (sum.z + sum.w), 4), v[t][column]);
-            sum = make_float4(0, 0, 0, 0);
-#pragma unroll
-            for (int j = 0; j < VECTORS; j++) {
-                float4 by = key[j * 4], of = query[j * 4];
-                state[j].x = fmaf(by.x, write, state[j].x * decay), state[j].y = fmaf(by.y, write, state[j].y * decay);
-                state[j].z = fmaf(by.z, write, state[j].z * decay), state[j].w = fmaf(by.w, write, state[j].w * decay);
-                sum.x = fmaf(of.x, state[j].x, sum.x), sum.y = fmaf(of.y, state[j].y, sum.y);
-                sum.z = fmaf(of.z, state[j].z, sum.z), sum.w = fmaf(of.w, state[j].w, sum.w);
-            }
-            float read = warp_sum((sum.x + sum.y) + (sum.z + sum.w), 4);
+            if (block + t == replayed && replayed > 0) state.store(base);
+            float read[EACH];
+            advance(state, k[t] + part * 4, q[t] + part * 4, v[t] + column, decays[t], betas[t], read);
             if (block + t < replayed) continue;
             i64 row = s.first_row + block + t - replayed;
-            if (part == 0) out[row * VALUE_HEADS * VALUE_DIM + head * VALUE_DIM + first_column + column] = read;
-            if (s.store == RING) {
-                float *to = s.states + own + (start + block + t + 1) % s.state_slots * slot;
-#pragma unroll
-                for (int j = 0; j < VECTORS; j++) *(float4 *)(to + j * 16) = state[j];
-            }
+            if (part == 0)
+                for (int i = 0; i < EACH; i++) out[row * VALUE_HEADS * VALUE_DIM + head * VALUE_DIM + first_column + column + i * APART] = read[i];
+            if (s.store == RING) state.store(s.states + own + (start + block + t + 1) % s.state_slots * slot);
         }
     }
-    if (s.store == CHUNK || s.num_rows == 0) {
-        float *to = s.states + own + (s.position + s.num_rows) % s.state_slots * slot;
-#pragma unroll
-        for (int j = 0; j < VECTORS; j++) *(float4 *)(to + j * 16) = state[j];
-    }
+    if (s.num_rows == 0) state.store(s.states + own + s.position % s.state_slots * slot);
 }
 EXPORT(delta)
 
-/* The window after a chunk: its last columns. While a chunk is computed its rows may be more than the slots. Grid: spans. */
+/* Chunks of a prompt, of one sequence: what the recurrence reads is made of all rows at once. */
+
+/* Convolved queries, keys (both of length 1, and queries over the root of KEY_DIM) and values, [rows, CHANNELS], and each value head's decay
+ * and beta, [rows, 2 VALUE_HEADS]. Grid: (rows / ROWS_AT_ONCE, (2 KEY_HEADS + VALUE_HEADS) / 4), a warp a head. */
+extern "C" __global__ void __launch_bounds__(128)
+    convolve(const Span *spans, int layer, const float *x, int stride, const float *b, int b_stride, const float *a, int a_stride,
+             const float *conv, const float *log_decay, const float *dt_bias, float *out, float *gates) {
+    wait_for_previous();
+    let_next_begin();
+    const Span &s = spans[0];
+    const int head = blockIdx.y * 4 + threadIdx.x / WARP, lane = threadIdx.x % WARP, first = blockIdx.x * ROWS_AT_ONCE;
+    const int count = min(ROWS_AT_ONCE, s.num_rows - first);
+    if (count <= 0) return;
+    if (blockIdx.y == 0)
+        for (int i = threadIdx.x; i < count * VALUE_HEADS; i += blockDim.x) {
+            i64 row = first + i / VALUE_HEADS;
+            int of = i % VALUE_HEADS;
+            gates[row * 2 * VALUE_HEADS + of] = decay_of(log_decay[of], a[row * a_stride + of] + dt_bias[of]);
+            gates[row * 2 * VALUE_HEADS + VALUE_HEADS + of] = sigmoid(b[row * b_stride + of]);
+        }
+    if (head >= 2 * KEY_HEADS + VALUE_HEADS) return;
+    const bool is_value = head >= 2 * KEY_HEADS;
+    const int width = is_value ? VALUE_DIM : KEY_DIM, start = is_value ? 2 * KEYS + (head - 2 * KEY_HEADS) * VALUE_DIM : head * KEY_DIM;
+    float squares[ROWS_AT_ONCE];
+    for (int t = 0; t < ROWS_AT_ONCE; t++) squares[t] = 0;
+    for (int i = lane; i < width; i += WARP) {
+        float columns[WINDOW + ROWS_AT_ONCE], taps[CONV_WIDTH];
+#pragma unroll
+        for (int j = 0; j < WINDOW + ROWS_AT_ONCE; j++) {
+            i64 position = s.position + first + j - WINDOW;
+            const float *slot = s.columns + ((i64)layer * s.column_slots + (position + s.column_slots) % s.column_slots) * CHANNELS;
+            const float *from = j < WINDOW && first + j < WINDOW ? slot : x + (i64)(first + j - WINDOW) * stride;
+            columns[j] = j < WINDOW + count && position >= 0 ? from[start + i] : 0.0f;
+        }
+#pragma unroll
+        for (int tap = 0; tap < CONV_WIDTH; tap++) taps[tap] = conv[tap * CHANNELS + start + i];
+#pragma unroll
+        for (int t = 0; t < ROWS_AT_ONCE; t++) {
+            if (t >= count) break;
+            float value = convolved(columns + t, taps);
+            squares[t] = fmaf(value, value, squares[t]);
+            out[(i64)(first + t) * CHANNELS + start + i] = value;
+        }
+    }
+    if (is_value) return;
+    __syncwarp();
+    for (int t = 0; t < ROWS_AT_ONCE; t++) {
+        float scale = (head >= KEY_HEADS ? 1.0f : 1.0f / sqrtf((float)KEY_DIM)) / sqrtf(warp_sum(squares[t]) + 1e-6f);
+        if (t < count)
+            for (int i = lane; i < width; i += WARP) out[(i64)(first + t) * CHANNELS + start + i] *= scale;
+    }
+}
+EXPORT(convolve)
+
+#define STAGED_ROWS 16
+
+/* The recurrence over what `convolve` made. Grid: Hv * VALUE_DIM / COLUMNS; 4 COLUMNS threads. */
+extern "C" __global__ void __launch_bounds__(4 * COLUMNS)
+    recur(const Span *spans, int layer, const float *x, const float *gates, float *out) {
+    __shared__ __align__(16) float q[2][STAGED_ROWS][KEY_DIM], k[2][STAGED_ROWS][KEY_DIM], v[2][STAGED_ROWS][COLUMNS];
+    __shared__ float decays[2][STAGED_ROWS], betas[2][STAGED_ROWS];
+    const Span &s = spans[0];
+    const int splits = VALUE_DIM / COLUMNS, head = blockIdx.x / splits, first_column = blockIdx.x % splits * COLUMNS;
+    const int column = threadIdx.x / LANES, part = threadIdx.x % LANES;
+    const int key_head = IS_TILED ? head % KEY_HEADS : head / (VALUE_HEADS / KEY_HEADS), rows = s.num_rows;
+    const i64 layer_size = (i64)VALUE_HEADS * VALUE_DIM * KEY_DIM, slot = NUM_DELTA * layer_size;
+    float *own = s.states + (i64)layer * layer_size + ((i64)head * VALUE_DIM + first_column + column) * KEY_DIM + part * 4;
+    State state;
+    state.load(own + s.position % s.state_slots * slot);
+    wait_for_previous();
+    let_next_begin();
+#define STAGE(first)                                                                                                                         \
+    {                                                                                                                                        \
+        const int which = (first) / STAGED_ROWS % 2, vectors = (2 * KEY_DIM + COLUMNS) / 4;                                                  \
+        for (int i = threadIdx.x; i < STAGED_ROWS * vectors; i += blockDim.x) {                                                              \
+            int t = i / vectors, at = i % vectors * 4;                                                                                       \
+            bool is_there = (first) + t < rows;                                                                                              \
+            const float *row = x + (is_there ? (i64)((first) + t) * CHANNELS : 0);                                                           \
+            if (at < KEY_DIM) copy_async(&q[which][t][at], row + key_head * KEY_DIM + at, is_there);                                         \
+            else if (at < 2 * KEY_DIM) copy_async(&k[which][t][at - KEY_DIM], row + KEYS + key_head * KEY_DIM + at - KEY_DIM, is_there);     \
+            else copy_async(&v[which][t][at - 2 * KEY_DIM], row + 2 * KEYS + head * VALUE_DIM + first_column + at - 2 * KEY_DIM, is_there);  \
+        }                                                                                                                                    \
+        end_of_copies();                                                                                                                     \
+        if (threadIdx.x < STAGED_ROWS && (first) + (int)threadIdx.x < rows) {                                                                \
+            const float *own_gates = gates + (i64)((first) + threadIdx.x) * 2 * VALUE_HEADS;                                                 \
+            decays[which][threadIdx.x] = own_gates[head], betas[which][threadIdx.x] = own_gates[VALUE_HEADS + head];                         \
+        }                                                                                                                                    \
+    }
+    STAGE(0);
+    for (int first = 0; first < rows; first += STAGED_ROWS) {
+        STAGE(first + STAGED_ROWS);
+        wait_for_copies<1>();
+        __syncthreads();
+        const int which = first / STAGED_ROWS % 2, count = min(STAGED_ROWS, rows - first);
+        for (int t = 0; t < count; t++) {
+            float read[EACH];
+            advance(state, k[which][t] + part * 4, q[which][t] + part * 4, v[which][t] + column, decays[which][t], betas[which][t], read);
+            if (part == 0)
+                for (int i = 0; i < EACH; i++)
+                    out[((i64)(s.first_row + first + t) * VALUE_HEADS + head) * VALUE_DIM + first_column + column + i * APART] = read[i];
+        }
+        __syncthreads();
+    }
+    state.store(own + (s.position + rows) % s.state_slots * slot);
+}
+EXPORT(recur)
+
+/* The window after a chunk: its last columns. While a chunk is computed its rows may be more than the slots. Grid: of 256 channels. */
 extern "C" __global__ void keep_columns(const Span *spans, int layer, const float *x, int stride) {
     wait_for_previous();
     let_next_begin();
-    const Span &s = spans[blockIdx.x];
-    int count = min(CONV_WIDTH - 1, s.num_rows);
-    for (int i = threadIdx.x; i < count * CHANNELS; i += blockDim.x) {
-        int row = s.num_rows - count + i / CHANNELS;
+    const Span &s = spans[0];
+    int channel = blockIdx.x * blockDim.x + threadIdx.x;
+    if (channel >= CHANNELS) return;
+    for (int row = max(0, s.num_rows - WINDOW); row < s.num_rows; row++) {
         i64 slot = (i64)layer * s.column_slots + (s.position + row) % s.column_slots;
-        s.columns[slot * CHANNELS + i % CHANNELS] = x[(i64)(s.first_row + row) * stride + i % CHANNELS];
+        s.columns[slot * CHANNELS + channel] = x[(i64)row * stride + channel];
     }
 }
 EXPORT(keep_columns)

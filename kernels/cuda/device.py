@@ -22,7 +22,7 @@ from ..model.config import ModelConfig
 #: An array of a device: CuPy's, or NumPy's where a CPU plays the device.
 Array = Any
 FOLDER = Path(__file__).parent
-SOURCES = ("products", "rows", "delta", "attention", "sampling", "rounds")
+SOURCES = ("products", "wide", "rows", "delta", "attention", "sampling", "rounds")
 #: Without contraction of a * b + c, an expression has the same bits in every kernel it stands in; fused ones are written so.
 OPTIONS = ("--std=c++17", "--fmad=false")
 
@@ -322,7 +322,7 @@ class SpanStruct(ctypes.Structure):
 
 
 SPAN = np.dtype(SpanStruct)
-LOG, RING, CHUNK = range(3)
+LOG, RING = range(2)
 
 
 class DrawStruct(ctypes.Structure):

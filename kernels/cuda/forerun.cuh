@@ -38,10 +38,10 @@ struct Span {
     i64 num_coordinates, free;
     i64 num_pages;    /* of the whole arena */
     int first_row, num_rows;
-    int store, state_slots; /* LOG, RING or CHUNK (the base moves over all rows); states in a ring */
+    int store, state_slots; /* LOG or RING; states in a ring */
     int column_slots, hidden_slots;
 };
-enum { LOG, RING, CHUNK };
+enum { LOG, RING };
 
 /* How the token of one row is drawn (sampling.cu). */
 struct Draw {
@@ -62,6 +62,16 @@ struct Rows {
     float *floats;  /* [rows, n] */
     int halves_stride, quants_stride;
 };
+
+/* Weights as products.cu describes them. */
+struct Matrix {
+    const uint4 *tiles;   /* [strips, units, 2 or 4, 32 lanes] */
+    const uint4 *scales;  /* Q8_0: float16 pairs of outputs g and g + 8 [strips, units, 8, 4]. Q4_K: bytes [strips, units, 8, 8, 4] */
+    const uint2 *ends;    /* Q4_K: d of g and g + 8, then dmin of both [strips, units, 8] */
+    int outputs, units;
+    int format, reserved; /* BF16, Q8_0, Q4_K */
+};
+enum { BF16, Q8_0, Q4_K };
 
 #ifdef __CUDACC__
 #define SHARED(type, name)                          \
@@ -89,6 +99,21 @@ __device__ __forceinline__ uint2 load_once(const uint2 *at) {
     asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at));
     return v;
 }
+
+/* Weights that the other warps of a block read, too. */
+__device__ __forceinline__ uint4 load_shared(const uint4 *at) {
+    uint4 v;
+    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
+    return v;
+}
+
+/* Begins to copy 16 bytes into shared memory, or zeros; a thread's copies up to `end_of_copies` are a group, and it waits for all but its
+ * newest N groups. */
+__device__ __forceinline__ void copy_async(void *to, const void *from, bool is_there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(is_there ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
 /* Two floats as bfloat16, rounded to nearest, the first in the low half. */
 __device__ __forceinline__ u32 to_halves(float low, float high) {

@@ -1,5 +1,6 @@
 """Trunk and MTP head on the CUDA kernels: the formulas of model/trunk.py and model/mtp.py as programs, recorded once for each shape of a
-batch and run as a whole. Here a prefill's rows have the bits of a verify's: both are the same steps."""
+batch and run as a whole. A row's bits depend neither on the rows beside it nor on where chunks end; those of a prompt are computed with
+other products than those of a verify."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from ..backend import F32
 from ..model.drafts import Drafted, MtpRows, Wanted, draft_by_guesses
 from ..model.inputs import HasRows, numbered
 from ..model.memory import SequenceMemory
-from ..model.mtp import HeadBase
+from ..model.mtp import CHUNK_ROWS, HeadBase
 from ..model.recurrent import RecurrentLog
 from ..model.trunk import Rows, TrunkBase
 from ..model.weights import DeltaWeights, ModelWeights
@@ -194,7 +195,9 @@ class _Graphs:
         self.kernels = backend.kernels(weights.config)
         self._recorded: dict[tuple[Any, ...], Recorded] = {}
 
-    def get(self, kind: str, num_rows: int, num_spans: int, end: int, build: Callable[[Recorded], None]) -> Recorded:
+    def get(
+        self, kind: str, num_rows: int, num_spans: int, end: int, build: Callable[[Recorded], None], *, is_wide: bool = False
+    ) -> Recorded:
         """A program for such a batch that sees up to `end` positions."""
         parts = 1
         while parts * PART < end:
@@ -203,7 +206,7 @@ class _Graphs:
         key = kind, rows, spans, parts
         found = self._recorded.pop(key, None)
         if found is None:
-            found = Recorded(Program(self.config, self.packing, rows, spans, parts), self.kernels)
+            found = Recorded(Program(self.config, self.packing, rows, spans, parts, is_wide=is_wide), self.kernels)
             fields: dict[str, tuple[int, Any]] = {
                 "spans": (spans * SPAN.itemsize, np.uint8), "span of": (rows, np.int32), "tokens": (rows, np.int32),
             }  # fmt: skip
@@ -244,9 +247,9 @@ def as_rows(recorded: Recorded, name: str, num_rows: int, columns: int) -> F32:
     return cast("F32", DeviceRows(recorded, name, slice(0, num_rows), columns))
 
 
-def build_trunk(p: Program, weights: ModelWeights, *, is_chunk: bool) -> None:
-    """Steps of the trunk: post-norm hidden rows into the buffer `hidden` and where their sequences keep them, and if they are no chunk,
-    what build_logits says."""
+def build_trunk(p: Program, weights: ModelWeights) -> None:
+    """Steps of the trunk: post-norm hidden rows into the buffer `hidden` and where their sequences keep them, and if they are no chunk of a
+    prompt, what build_logits says."""
     c, rows = weights.config, p.rows
     x = p.device.address(p.buffer("x", (rows, c.hidden)))
     p.embed(weights.embedding, p.address("tokens"), x, rows)
@@ -254,14 +257,13 @@ def build_trunk(p: Program, weights: ModelWeights, *, is_chunk: bool) -> None:
     counts = [0, 0]
     for w in weights.layers:
         is_delta = isinstance(w.mixer, DeltaWeights)
-        parts = p.layer(x, parts, w, counts[is_delta], is_chunk)
+        parts = p.layer(x, parts, w, counts[is_delta])
         counts[is_delta] += 1
-    ready = p.prepared("hidden", c.hidden, rows, {weights.head.format}, keeps_floats="hidden")
+    ready = p.prepared("hidden", c.hidden, rows, p.formats(weights.head), keeps_floats="hidden")
     p.add_norm(x, parts, weights.norm, ready, rows)
     p.step("keep_hidden", (rows,), 256, p.address("spans"), p.address("span of"), p.address("hidden"), c.hidden)
-    if is_chunk:
-        return
-    build_logits(p, weights.head, ready, rows)
+    if not p.is_wide:
+        build_logits(p, weights.head, ready, rows)
 
 
 def build_logits(p: Program, head: CudaMatrix, ready: Prepared, rows: int) -> None:
@@ -277,7 +279,7 @@ def build_head(p: Program, head: HeadBase, weights: ModelWeights, *, embedded_to
     c, rows, w = weights.config, p.rows, head.mtp
     embedded = p.device.address(p.buffer("embedded", (rows, c.hidden)))
     p.embed(weights.embedding, embedded_tokens, embedded, rows)
-    both = p.prepared("both", 2 * c.hidden, rows, {w.fc.format})
+    both = p.prepared("both", 2 * c.hidden, rows, p.formats(w.fc))
     floats = p.packing.floats
     p.step(
         "pair_norm", (rows,), threads_for(c.hidden), embedded, p.address("before"), floats(w.embedding_norm), floats(w.hidden_norm),
@@ -338,20 +340,20 @@ class CudaTrunk(TrunkBase):
     def _prefill(self, rows: Rows) -> F32:
         memory = _sequence(rows.memory)
         self._seek(memory, rows.position)
-        span = memory.span(rows.position, 0, len(rows.tokens), is_chunk=True)
+        span = memory.span(rows.position, 0, len(rows.tokens))
         recorded = self._run("chunk", [rows], [span])
         self._graphs.device.wait()
         return as_rows(recorded, "hidden", len(rows.tokens), self.config.hidden)
 
     def _run(self, kind: str, batch: Sequence[Rows], spans: Sequence[SpanStruct]) -> Recorded:
         def build(recorded: Recorded) -> None:
-            build_trunk(recorded.program, self.weights, is_chunk=kind == "chunk")
+            build_trunk(recorded.program, self.weights)
             if kind != "chunk":
                 recorded.give("choices")
 
         tokens = self._graphs.tokens(batch)
         end = max(rows.position + len(rows.tokens) for rows in batch)
-        recorded = self._graphs.get(kind, len(tokens), len(spans), end, build)
+        recorded = self._graphs.get(kind, len(tokens), len(spans), end, build, is_wide=kind == "chunk")
         for rows in batch:
             rows.memory.recurrent.begin()
         recorded.run(spans, tokens)
@@ -443,12 +445,13 @@ class CudaHead(HeadBase):
         p.buffers |= {f"drafting {name}": buffer for name, buffer in draft.buffers.items()}
         recorded.give("drafts", "shares")
 
-    def _get(self, batch: Sequence[MtpRows], kind: str, build: Callable[[Recorded], None]) -> Recorded:
+    def _get(self, batch: Sequence[MtpRows], kind: str, build: Callable[[Recorded], None], *, is_chunk: bool = False) -> Recorded:
         end = max(rows.position + len(rows.tokens) for rows in batch)
         for rows in batch:
             if rows.hidden is None:
                 _sequence(rows.memory).rows.check(rows.position - 1, len(rows.tokens))
-        return self._graphs.get(kind, sum(len(rows.tokens) for rows in batch), len(batch), end, build)
+        count = sum(len(rows.tokens) for rows in batch)
+        return self._graphs.get(kind, count, len(batch), end, build, is_wide=is_chunk and count >= CHUNK_ROWS)
 
     @staticmethod
     def _spans(batch: Sequence[MtpRows]) -> list[SpanStruct]:
@@ -469,7 +472,7 @@ class CudaHead(HeadBase):
                 p.read_hidden()
             build_head(p, self, self._weights, embedded_tokens=p.address("tokens"), picked=p.address("picked"), num_picked=num_picked)
 
-        recorded = self._get(batch, f"{kind} {is_given}", build)
+        recorded = self._get(batch, f"{kind} {is_given}", build, is_chunk=True)
         if is_given:
             row = 0
             for rows in batch:

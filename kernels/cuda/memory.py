@@ -11,14 +11,16 @@ import numpy as np
 import numpy.typing as npt
 
 from ...core.errors import PositionLost
-from ...core.protocol import CHUNK as CHUNK_ROWS
 from ..backend import F32
 from ..model.config import ModelConfig
 from ..model.inputs import GivenRows
 from ..model.memory import SequenceMemory
 from ..model.pages import PAGE, Arena, PageRows
 from ..model.recurrent import RecurrentPositions, StoreName
-from .device import CHUNK, LOG, NOWHERE, RING, Array, Device, SpanStruct
+from .device import LOG, NOWHERE, RING, Array, Device, SpanStruct
+
+#: Rows of a prompt that are computed at once.
+MAX_CHUNK = 512
 
 
 class CudaStates(RecurrentPositions):
@@ -36,8 +38,8 @@ class CudaStates(RecurrentPositions):
         self.gates = device.zeros((c.num_delta, self.column_slots, 2 * c.value_heads), np.float32)
 
     def read(self) -> tuple[F32, F32]:
-        state = self._device.to_host(self.states[self.base_position % self.state_slots])
-        return np.ascontiguousarray(state.swapaxes(2, 3)), self._window(self._device.to_host(self.columns))
+        state = self._device.to_host(self.states[self.base_position % self.state_slots].swapaxes(2, 3))
+        return state, self._window(self._device.to_host(self.columns))
 
     def _window(self, columns: F32) -> F32:
         at = np.arange(self.base_position - self.window, self.base_position)
@@ -47,7 +49,7 @@ class CudaStates(RecurrentPositions):
 
     def restore(self, position: int, state: F32, columns: F32) -> None:
         self.moved_to(position)
-        self._device.put(self.states[position % self.state_slots], np.ascontiguousarray(state.swapaxes(2, 3)))
+        self._device.put(self.states[position % self.state_slots].swapaxes(2, 3), state)
         for i in range(self.window):
             self._device.put(self.columns[:, (position - self.window + i) % self.column_slots], np.ascontiguousarray(columns[:, i]))
 
@@ -154,12 +156,14 @@ class CudaKeyValues:
 class CudaSequence(SequenceMemory):
     """All of one sequence."""
 
+    max_chunk = MAX_CHUNK
+
     def __init__(  # not the base's: nothing of it is NumPy's
         self, config: ModelConfig, arena: CudaArena, table: list[int], capacity: int, max_rows: int, store: StoreName, device: Device
     ) -> None:
         self.capacity, self.table, self.arena = capacity, table, arena
         self.states = CudaStates(config, max_rows, store, device)
-        self.rows = CudaHidden(config.hidden, 2 * CHUNK_ROWS + max_rows + 1, device)
+        self.rows = CudaHidden(config.hidden, 2 * MAX_CHUNK + max_rows + 1, device)
         self.recurrent, self.hidden = cast("Any", self.states), cast("Any", self.rows)
         self.trunk, self.mtp = (cast("Any", CudaKeyValues(arena, table, is_mtp)) for is_mtp in (False, True))
         self.max_checkpoint_bytes, self.checkpoints, self.frozen = 0, [], None
@@ -178,15 +182,13 @@ class CudaSequence(SequenceMemory):
         self._span.coordinates, self._span.given = map(self._device.address, self._given)
         self._span.num_coordinates, self._span.free = len(given.coordinates), given.free
 
-    def span(self, position: int, first_row: int, num_rows: int, *, base: int | None = None, is_chunk: bool = False) -> SpanStruct:
+    def span(self, position: int, first_row: int, num_rows: int, *, base: int | None = None) -> SpanStruct:
         """What kernels are told of rows from `position`."""
         if position < 0 or position + num_rows > len(self.table) * PAGE:
             raise IndexError(f"rows {position} to {position + num_rows} are beyond {len(self.table)} pages")
         span = SpanStruct.from_buffer_copy(self._span)
         span.position, span.base = position, position if base is None else base
         span.first_row, span.num_rows = first_row, num_rows
-        if is_chunk:
-            span.store = CHUNK
         return span
 
 
@@ -196,6 +198,10 @@ class CudaMemory:
 
     config: ModelConfig
     device: Device
+
+    @property
+    def max_together(self) -> int:
+        return MAX_CHUNK
 
     def arena(self, num_pages: int) -> CudaArena:
         return CudaArena(num_pages, self.config, self.device)

@@ -11,15 +11,6 @@
 
 #define WARPS 8
 
-struct Matrix {
-    const uint4 *tiles;   /* [strips, units, 2 or 4, 32 lanes] */
-    const uint4 *scales;  /* Q8_0: float16 pairs of outputs g and g + 8 [strips, units, 8, 4]. Q4_K: bytes [strips, units, 8, 8, 4] */
-    const uint2 *ends;    /* Q4_K: d of g and g + 8, then dmin of both [strips, units, 8] */
-    int outputs, units;
-    int format, reserved; /* BF16, Q8_0, Q4_K */
-};
-enum { BF16, Q8_0, Q4_K };
-
 /* Where a product's rows stand: block rows `row`... of x that are below `end`. */
 struct Place {
     int strip, row, end, from, to; /* units from, to */

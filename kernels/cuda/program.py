@@ -26,6 +26,8 @@ MANY_BLOCKS, MAX_SPLITS = 264, 8
 #: Values of a row that one block makes ready, where rows are cut.
 SEGMENT = 1024
 WARPS = 8
+#: Strips of a block of wide.cu.
+WIDE_STRIPS = 8
 #: Rows from which a chunk's attention loops over its parts, instead of leaving them all for a merge.
 LOOP_ROWS = 33
 
@@ -53,10 +55,10 @@ class Filters(NamedTuple):
 
 
 class Program:
-    """Steps for `rows` rows of `num_spans` sequences that see at most `max_parts` parts."""
+    """Steps for `rows` rows of `num_spans` sequences that see at most `max_parts` parts. `is_wide`: with the products of wide.cu."""
 
-    def __init__(self, config: ModelConfig, packing: Packing, rows: int, num_spans: int, max_parts: int) -> None:
-        self.config, self.packing, self.device = config, packing, packing.device
+    def __init__(self, config: ModelConfig, packing: Packing, rows: int, num_spans: int, max_parts: int, *, is_wide: bool = False) -> None:
+        self.config, self.packing, self.device, self.is_wide = config, packing, packing.device, is_wide
         self.rows, self.num_spans, self.max_parts = rows, num_spans, max_parts
         self.is_looped = rows >= LOOP_ROWS
         self.steps: list[Step] = []
@@ -87,6 +89,10 @@ class Program:
             struct.floats = self.device.address(self.buffer(keeps_floats, (rows, width)))
         return Prepared(struct)
 
+    def formats(self, *matrices: CudaMatrix) -> set[int]:
+        """Those of rows that products of these matrices read."""
+        return {BF16} if self.is_wide else {m.format for m in matrices}
+
     # Steps
 
     def step(self, kernel: str, grid: tuple[int, ...], threads: int, *arguments: Any, shared: int = 0) -> None:
@@ -110,14 +116,29 @@ class Program:
 
     def product(self, m: CudaMatrix, x: Prepared, name: str, rows: int, *, splits: int = 1) -> Column:
         """Into the buffer `name` [splits, rows, outputs filled up]."""
-        stride, number = STRIP * m.strips, _tiles(rows, m.format)
+        stride = STRIP * m.strips
         out = self.device.address(self.buffer(name, (splits, rows, stride)))
-        strips = -(-m.strips // 2) if m.format == BF16 and number == 4 else m.strips
-        grid = strips * -(-rows // (8 * number)), splits
-        self.step(
-            f"product_{NAMES[m.format]}_{number}", grid, 32 * WARPS, self.packing.struct(m), x.struct, out, stride, RowsStruct(), rows
-        )
+        if self.is_wide:
+            self._wide(f"wide_{NAMES[m.format]}", m, x, out, stride, RowsStruct(), rows, splits)
+        else:
+            number = _tiles(rows, m.format)
+            strips = -(-m.strips // 2) if m.format == BF16 and number == 4 else m.strips
+            grid = strips * -(-rows // (8 * number)), splits
+            self._product(f"product_{NAMES[m.format]}_{number}", grid, m, x, out, stride, RowsStruct(), rows)
         return Column(out, stride)
+
+    def _wide(
+        self, kernel: str, m: CudaMatrix, x: Prepared, out: Address, stride: int, gated: RowsStruct, rows: int, splits: int = 1
+    ) -> None:
+        block = 64 if rows <= 128 else 128 if m.format == Q4_K else 256
+        grid = -(-m.strips // WIDE_STRIPS) * -(-rows // block), splits
+        self._product(f"{kernel}_{block}", grid, m, x, out, stride, gated, rows, shared=3 * 2 * (block * 64 + 64))
+
+    def _product(
+        self, kernel: str, grid: tuple[int, ...], m: CudaMatrix, x: Prepared, out: Address, stride: int, gated: RowsStruct, rows: int,
+        shared: int = 0,
+    ) -> None:  # fmt: skip
+        self.step(kernel, grid, 32 * WARPS, self.packing.struct(m), x.struct, out, stride, gated, rows, shared=shared)
 
     def products(self, stacked: Stacked, x: Prepared, name: str, rows: int) -> list[Column]:
         """Each matrix's columns."""
@@ -126,39 +147,40 @@ class Program:
 
     def into_residual(self, m: CudaMatrix, x: Prepared, rows: int) -> Parts:
         """A product that the next norm adds to the residual: where it is, and in how many parts."""
-        splits = max(1, min(MAX_SPLITS, MANY_BLOCKS // m.strips, m.units // (2 * WARPS)))
+        if self.is_wide:
+            splits = max(1, min(MAX_SPLITS, MANY_BLOCKS // 4 // -(-m.strips // WIDE_STRIPS), m.inputs // 256))
+        else:
+            splits = max(1, min(MAX_SPLITS, MANY_BLOCKS // m.strips, m.units // (2 * WARPS)))
         return self.product(m, x, f"parts of {splits}", rows, splits=splits).address, splits
 
-    def layer(self, x: Address, before: Parts | None, w: LayerWeights, number: int, is_chunk: bool = False) -> Parts:
+    def layer(self, x: Address, before: Parts | None, w: LayerWeights, number: int) -> Parts:
         """`before` are the parts still to be added to the residual x; returns those of this layer's end."""
         rows, c = self.rows, self.config
         if isinstance(w.mixer, DeltaWeights):
-            formats = {m.format for m in (w.mixer.qkv, w.mixer.z, w.mixer.b, w.mixer.a)}
+            formats = self.formats(w.mixer.qkv, w.mixer.z, w.mixer.b, w.mixer.a)
             u = self.prepared(f"u {sorted(formats)}", c.hidden, rows, formats)
             self.add_norm(x, before, w.input_norm, u, rows)
-            parts = self._delta(u, w.mixer, number, is_chunk)
+            parts = self._delta(u, w.mixer, number)
         else:
-            formats = {m.format for m in (w.mixer.q, w.mixer.k, w.mixer.v)}
+            formats = self.formats(w.mixer.q, w.mixer.k, w.mixer.v)
             u = self.prepared(f"u {sorted(formats)}", c.hidden, rows, formats)
             self.add_norm(x, before, w.input_norm, u, rows)
             parts = self._attention(u, w.mixer, number)
         ffn = w.ffn
-        formats = {ffn.gate.format} if isinstance(ffn, DenseWeights) else self._moe_formats(ffn)
+        formats = self.formats(ffn.gate, ffn.up) if isinstance(ffn, DenseWeights) else self._moe_formats(ffn)
         u = self.prepared(f"u {sorted(formats)}", c.hidden, rows, formats)
         self.add_norm(x, parts, w.ffn_norm, u, rows)
         return self._dense(u, ffn) if isinstance(ffn, DenseWeights) else self._moe(u, ffn)
 
-    def _delta(self, u: Prepared, w: DeltaWeights, number: int, is_chunk: bool) -> Parts:
+    def _delta(self, u: Prepared, w: DeltaWeights, number: int) -> Parts:
         c, rows = self.config, self.rows
         values = c.value_heads * c.value_dim
         qkv, z, b, a = self.products(self.packing.stack(w.qkv, w.z, w.b, w.a), u, "delta", rows)
         mixed = self.device.address(self.buffer("mixed", (rows, values)))
-        self.delta(w, number, qkv, b, a, mixed)
-        if is_chunk:
-            self.step("keep_columns", (self.num_spans,), 256, self.address("spans"), number, qkv.address, qkv.stride)
+        (self.delta_of_chunk if self.is_wide else self.delta)(w, number, qkv, b, a, mixed)
         heads = lcm(32, c.value_dim) // c.value_dim
         heads *= max(1, SEGMENT // 2 // (heads * c.value_dim))
-        out = self.prepared(f"mixed {w.out.format}", values, rows, {w.out.format})
+        out = self.prepared(f"mixed {w.out.format}", values, rows, self.formats(w.out))
         self.step(
             "gated_norm", (rows, -(-c.value_heads // heads)), 256, mixed, z.address, z.stride, self.packing.floats(w.norm),
             c_float(c.rms_eps), c.value_dim, heads, values, out.struct, shared=4 * heads * c.value_dim,
@@ -172,6 +194,18 @@ class Program:
             "delta", (c.value_heads * c.value_dim // columns, self.num_spans), 4 * columns, self.address("spans"), number, qkv.address,
             qkv.stride, b.address, b.stride, a.address, a.stride, floats(w.conv), floats(w.log_decay), floats(w.dt_bias), mixed,
         )  # fmt: skip
+
+    def delta_of_chunk(self, w: DeltaWeights, number: int, qkv: Column, b: Column, a: Column, mixed: Address) -> None:
+        c, floats, spans, rows = self.config, self.packing.floats, self.address("spans"), self.rows
+        ready = self.device.address(self.buffer("convolved", (rows, c.channels)))
+        gates = self.device.address(self.buffer("gates", (rows, 2 * c.value_heads)))
+        heads, columns = 2 * c.key_heads + c.value_heads, columns_of(c)
+        self.step(
+            "convolve", (-(-rows // 8), -(-heads // 4)), 128, spans, number, qkv.address, qkv.stride, b.address, b.stride, a.address,
+            a.stride, floats(w.conv), floats(w.log_decay), floats(w.dt_bias), ready, gates,
+        )  # fmt: skip
+        self.step("recur", (c.value_heads * c.value_dim // columns,), 4 * columns, spans, number, ready, gates, mixed)
+        self.step("keep_columns", (-(-c.channels // 256),), 256, spans, number, qkv.address, qkv.stride)
 
     def _attention(self, u: Prepared, w: AttentionWeights, number: int) -> Parts:
         c, rows, device = self.config, self.rows, self.device
@@ -190,7 +224,7 @@ class Program:
         self.step(
             "attend", (parts, c.kv_heads * pairs, self.num_spans), 256, spans, number, queries, sums, ends, parts, int(self.is_looped),
         )  # fmt: skip
-        out = self.prepared(f"attended {w.out.format}", c.heads * c.head_dim, rows, {w.out.format})
+        out = self.prepared(f"attended {w.out.format}", c.heads * c.head_dim, rows, self.formats(w.out))
         self.step(
             "merge_parts", (rows, c.heads), 128, spans, span_of, sums, ends, parts, int(self.is_looped), q.address, q.stride, 1, out.struct,
             shared=4 * c.head_dim,
@@ -200,13 +234,13 @@ class Program:
     def _hidden_of_ffn(self, w: DenseWeights, u: Prepared, name: str) -> Prepared:
         """silu(gate) * up, for the matrix that follows."""
         rows, width = self.rows, w.gate.outputs
-        h = self.prepared(f"{name} {w.down.format}", width, rows, {w.down.format})
+        h = self.prepared(f"{name} {w.down.format}", width, rows, self.formats(w.down))
         if w.gate.format == w.up.format == w.down.format == BF16:
             m, number = self.packing.gated([w.gate], [w.up], True), _tiles(rows, BF16)
-            self.step(
-                f"gated_bf16_{number}", (m.strips // 2 * -(-rows // (8 * number)), 1), 32 * WARPS, self.packing.struct(m), u.struct,
-                NOWHERE, 0, h.struct, rows,
-            )  # fmt: skip
+            if self.is_wide:
+                self._wide("wide_gated_bf16", m, u, NOWHERE, 0, h.struct, rows)
+            else:
+                self._product(f"gated_bf16_{number}", (m.strips // 2 * -(-rows // (8 * number)),), m, u, NOWHERE, 0, h.struct, rows)
             return h
         gate, up = self.products(self.packing.stack(w.gate, w.up), u, f"gate up {name}", rows)
         self.swiglu(gate, up, width, rows, h)
@@ -221,9 +255,8 @@ class Program:
     def _dense(self, u: Prepared, w: DenseWeights) -> Parts:
         return self.into_residual(w.down, self._hidden_of_ffn(w, u, "h"), self.rows)
 
-    @staticmethod
-    def _moe_formats(w: MoeWeights) -> set[int]:
-        return {m.format for m in (w.router, w.shared_gate, w.shared.gate, w.experts.gate[0])}
+    def _moe_formats(self, w: MoeWeights) -> set[int]:
+        return self.formats(w.router, w.shared_gate, w.shared.gate) | {w.experts.gate[0].format}
 
     def _moe(self, u: Prepared, w: MoeWeights) -> Parts:
         c, rows, used, device = self.config, self.rows, w.experts.num_used, self.device

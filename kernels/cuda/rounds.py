@@ -83,7 +83,7 @@ class DeviceRounds:
             assert head is not None
             self._catch_up, self._draft = program(num * rows), program(num)
             steps += self._drafting(head, positions, program)
-        build_trunk(verify, weights, is_chunk=False)
+        build_trunk(verify, weights)
         verify.step("accept", (-(-num // 32),), 32, r)
         steps += verify.steps
         self._run = backend.kernels(config).record(steps)

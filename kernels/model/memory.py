@@ -54,6 +54,7 @@ class HiddenRows:
 class SequenceMemory:
     """All of one sequence: room in the pages of `table` for `capacity` positions, and for `max_rows` rows in one verify."""
 
+    max_chunk = CHUNK
     given: GivenRows | None = None  # what its prompt has in place of tokens
 
     def __init__(self, config: ModelConfig, arena: Arena, table: list[int], capacity: int, max_rows: int, store: StoreName) -> None:
@@ -61,7 +62,7 @@ class SequenceMemory:
         self.trunk, self.mtp = KeyValues(arena.trunk, table), KeyValues(arena.mtp, table)
         self.recurrent = STORES[store](config, max_rows)
         # A drafter reads a chunk's rows while the next is computed, and needs the row before its first.
-        self.hidden = HiddenRows(config.hidden, 2 * CHUNK + max_rows + 1)
+        self.hidden = HiddenRows(config.hidden, 2 * self.max_chunk + max_rows + 1)
         self.max_checkpoint_bytes = 0
         self.checkpoints: list[Checkpoint] = []  # taken while the prompt was computed
         self.frozen: Snapshot | None = None  # all of it, on its way to a file
@@ -73,7 +74,7 @@ class SequenceMemory:
     def check(self, position: int, num_rows: int, *, is_chunk: bool) -> None:
         """PositionLost unless `num_rows` rows can be computed from `position`. Changes nothing."""
         self.recurrent.check(position)
-        max_rows = CHUNK if is_chunk else self.recurrent.max_rows
+        max_rows = self.max_chunk if is_chunk else self.recurrent.max_rows
         if position + num_rows > self.capacity or num_rows > max_rows:
             lease = f"a lease of {self.capacity} positions, {max_rows} at once"
             raise PositionLost(f"rows {position} to {position + num_rows} do not fit {lease}")
@@ -129,6 +130,11 @@ class MemoryParams:
 class MemoryMaker(Protocol):
     """What a model gives a pool."""
 
+    @property
+    def max_together(self) -> int:
+        """Rows that chunks of a prompt may have that are computed at once; 0 where what is computed depends on each one's ends."""
+        ...
+
     def arena(self, num_pages: int) -> Arena: ...
 
     def memory(self, arena: Arena, table: list[int], capacity: int, max_rows: int, store: StoreName) -> SequenceMemory: ...
@@ -145,6 +151,10 @@ class ModelMemory:
     """A real model's."""
 
     config: ModelConfig
+
+    @property
+    def max_together(self) -> int:
+        return 0
 
     def arena(self, num_pages: int) -> Arena:
         return Arena(num_pages, self.config.num_attention, self.config.kv_heads, self.config.head_dim)
@@ -178,6 +188,10 @@ class SequencePool:
         if lease not in self._leases or lease in self._revoked:
             raise LeaseLost(f"lease {lease} is not lent")
         return self._leases[lease][1]
+
+    @property
+    def max_together(self) -> int:
+        return self._make.max_together
 
     @property
     def num_slots(self) -> int:

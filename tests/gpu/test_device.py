@@ -19,6 +19,7 @@ from forerun.kernels.reference import ReferenceBackend
 
 from tests.checkpoints import LAYOUTS, prompt
 from tests.conftest import cuda_backend, load
+from tests.kernels.test_cuda import check_that_chunks_leave_no_trace
 
 
 def error(found: Any, wanted: Any) -> float:
@@ -81,3 +82,10 @@ def test_rounds_on_the_device_say_what_single_rows_say(checkpoints: dict[str, Pa
             text += more
         waiting = following
     assert [text[:num_tokens] for text in found] == plain
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_where_chunks_end_leaves_no_trace(checkpoints: dict[str, Path], layout: str) -> None:
+    backend = cuda_backend(True)
+    weights = load(checkpoints[layout], backend)
+    check_that_chunks_leave_no_trace(backend, weights, [300], [64, 64, 64, 64, 44], [1, 2, 40, 100, 7, 150])

@@ -13,10 +13,10 @@ from forerun.actors.model import Defaults, LoadedModel
 from forerun.core.embeddings import lay_out
 from forerun.core.vocabulary import Choosing, History, SamplingParams
 from forerun.kernels.backends import make_head, make_memory, make_trunk
-from forerun.kernels.cuda.device import DRAW, NOWHERE, SPAN
+from forerun.kernels.cuda.device import DRAW, NOWHERE, SPAN, SpanStruct
 from forerun.kernels.cuda.graph import CudaHead, CudaTrunk, DeviceRows, filters_of, put_draw
 from forerun.kernels.cuda.matrices import BF16, CudaBackend, CudaMatrix
-from forerun.kernels.cuda.memory import CudaSequence
+from forerun.kernels.cuda.memory import CudaSequence, spans_array
 from forerun.kernels.cuda.program import Column, Program
 from forerun.kernels.cuda.rounds import DeviceRounds, Start
 from forerun.kernels.formats.stored import BY_NAME, Stored, quantise
@@ -25,7 +25,9 @@ from forerun.kernels.model.drafts import Drafted, MtpRows, Wanted, draft_by_gues
 from forerun.kernels.model.inputs import GivenRows
 from forerun.kernels.model.memory import alone
 from forerun.kernels.model.recurrent import STORES, StoreName
+from forerun.kernels.model.sizes import PUBLISHED
 from forerun.kernels.model.trunk import Rows
+from forerun.kernels.model.weights import DeltaWeights
 from forerun.kernels.reference import ReferenceBackend
 from forerun.kernels.sampling import choose, share
 
@@ -59,10 +61,10 @@ def int8(values: Any) -> Any:
     return (np.rint(blocks / scale) * scale).reshape(values.shape)
 
 
-def product(cuda: CudaBackend, config: Any, m: CudaMatrix, x: Any, splits: int = 1) -> Any:
-    p = Program(config, cuda.packing, len(x), 1, 1)
+def product(cuda: CudaBackend, config: Any, m: CudaMatrix, x: Any, splits: int = 1, *, is_wide: bool = False) -> Any:
+    p = Program(config, cuda.packing, len(x), 1, 1, is_wide=is_wide)
     cuda.device.put(p.buffer("given", x.shape), x)
-    ready = p.prepared("x", x.shape[1], len(x), {m.format})
+    ready = p.prepared("x", x.shape[1], len(x), p.formats(m))
     p.step("prepare", (len(x),), 64, p.address("given"), NOWHERE, x.shape[1], ready.struct, shared=4 * x.shape[1])
     p.product(m, ready, "y", len(x), splits=splits)
     cuda.kernels(config).run(p.steps)
@@ -146,22 +148,6 @@ def test_rows_in_place_of_tokens_and_their_places(cuda: CudaBackend, checkpoints
         found.append(results)
     for one, other in zip(*found, strict=True):
         assert np.linalg.norm(one - other) < 0.15 * np.linalg.norm(other)
-
-
-def test_attention_over_several_parts_has_the_bits_of_a_chunk(cuda: CudaBackend, checkpoints: dict[str, Path]) -> None:
-    """A chunk's block walks through the parts, a verify's blocks have one each; 300 positions are two parts."""
-    weights, tokens, found = load(checkpoints["dense"], cuda), prompt(310), list[Any]()
-    for rows in (64, 5):
-        trunk, memory = make_trunk(weights, cuda), alone(make_memory(weights.config, cuda), 320, 9)
-        for start in range(0, 256, 64):
-            trunk.prefill(Rows(memory, start, tuple(tokens[start : start + 64])), is_last=False)
-        if rows == 64:
-            trunk.prefill(Rows(memory, 256, tuple(tokens[256:300])), is_last=False)
-        else:
-            for start in range(256, 300, rows):
-                trunk.verify([Rows(memory, start, tuple(tokens[start : min(start + rows, 300)]))])
-        found.append(np.asarray(trunk.verify([Rows(memory, 300, tuple(tokens[300:303]))])[0]))
-    np.testing.assert_array_equal(found[0], found[1])
 
 
 @pytest.mark.parametrize("store", STORES)
@@ -327,3 +313,103 @@ def test_drafts_made_on_the_device_are_those_made_guess_by_guess(
     assert head.draft(batch, [replace(each, floor=1.0) for each in wanted]) == [Drafted(each.tokens[:1], each.shares[:1]) for each in found]
     penalised = Wanted(Choosing(SamplingParams(repetition_penalty=1.5), History(tuple(tokens[:21]), 21)), 2)
     assert len(head.draft(batch[:1], [penalised])[0].tokens) == 2
+
+
+@pytest.mark.parametrize(("kind", "inputs"), [("BF16", 160), ("BF16", 32), ("Q8_0", 160), ("Q8_0", 1024), ("Q4_K", 768)])
+def test_products_of_many_rows(cuda: CudaBackend, config: Any, kind: str, inputs: int) -> None:
+    """Those of rounded rows and weights; a row has the same bits whatever rows stand beside it."""
+    weight = stored(kind, 152, inputs)
+    m, x = cuda.matrix(weight), np.random.default_rng(1).normal(size=(300, inputs)).astype(np.float32)
+    wanted = bf16(x).astype(np.float64) @ bf16(weight.values()).astype(np.float64).T
+    for splits in (1, 2) if inputs > 128 else (1,):
+        found = product(cuda, config, m, x, splits, is_wide=True)
+        assert np.linalg.norm(found - wanted) < 1e-5 * np.linalg.norm(wanted)
+        for some in (slice(0, 1), slice(40, 107), slice(3, 140)):
+            np.testing.assert_array_equal(product(cuda, config, m, x[some], splits, is_wide=True), found[some])
+
+
+def test_gate_and_up_of_many_rows(cuda: CudaBackend, config: Any) -> None:
+    gate, up = stored("BF16", 72, 96), stored("BF16", 72, 96)
+    up = replace(up, raw=up.raw[::-1].copy())
+    x = np.random.default_rng(1).normal(size=(150, 96)).astype(np.float32)
+    p = Program(config, cuda.packing, len(x), 1, 1, is_wide=True)
+    cuda.device.put(p.buffer("given", x.shape), x)
+    ready = p.prepared("x", 96, len(x), {BF16})
+    p.step("prepare", (len(x),), 64, p.address("given"), NOWHERE, 96, ready.struct, shared=4 * 96)
+    to = p.prepared("h", 72, len(x), {BF16})
+    m = cuda.packing.gated([cuda.matrix(gate)], [cuda.matrix(up)], True)
+    p._wide("wide_gated_bf16", m, ready, NOWHERE, 0, to.struct, len(x))  # pyright: ignore[reportPrivateUsage]
+    cuda.kernels(config).run(p.steps)
+    found = (cuda.device.to_host(p.buffers["h halves"]).astype(np.uint32) << 16).view(np.float32)[:, :72]
+    one, other = (bf16(x).astype(np.float64) @ w.values().astype(np.float64).T for w in (gate, up))
+    wanted = one / (1 + np.exp(-one)) * other
+    assert np.linalg.norm(found - wanted) < 5e-3 * np.linalg.norm(wanted)
+
+
+def check_that_chunks_leave_no_trace(backend: CudaBackend, weights: Any, *partitions: list[int]) -> None:
+    tokens, found = prompt(310), list[Any]()
+    for sizes in partitions:
+        trunk, memory = make_trunk(weights, backend), alone(make_memory(weights.config, backend), 320, 9)
+        at = 0
+        for size in sizes:
+            trunk.prefill(Rows(memory, at, tuple(tokens[at : at + size])), is_last=False)
+            at += size
+        found.append([np.asarray(each) for each in trunk.verify([Rows(memory, at, tuple(tokens[at : at + 3]))])])
+    for other in found[1:]:
+        for one, its in zip(found[0], other, strict=True):
+            np.testing.assert_array_equal(one, its)
+
+
+def test_where_chunks_end_leaves_no_trace(cuda: CudaBackend, checkpoints: dict[str, Path]) -> None:
+    """Nor that 300 positions are two parts of an attention. All layouts: tests/gpu/test_device.py."""
+    check_that_chunks_leave_no_trace(cuda, load(checkpoints["dense"], cuda), [270], [1, 2, 37, 80, 7, 143])
+
+
+def test_the_recurrence_of_large_heads(cuda: CudaBackend) -> None:
+    """Rows one by one, as the formulas say, of the 0.8B shape: of a verify, and of a chunk from the middle of the windows on."""
+    config, rng, rows, position = PUBLISHED["0.8B"], np.random.default_rng(1), 11, 2
+    c, heads, dim = config, config.value_heads, config.key_dim
+    x = rng.normal(size=(position + rows, c.channels)).astype(np.float32)
+    b, a = rng.normal(size=(2, rows, heads)).astype(np.float32)
+    conv = rng.uniform(-0.5, 0.5, (c.conv_width, c.channels)).astype(np.float32)
+    log_decay, dt_bias = -rng.uniform(0.1, 2, heads).astype(np.float32), rng.normal(size=heads).astype(np.float32)
+    initial = rng.normal(size=(heads, c.value_dim, dim)).astype(np.float32)
+
+    padded = np.concatenate([np.zeros((c.conv_width - 1, c.channels)), x]).astype(np.float64)
+    mixed = sum(padded[tap + position : tap + position + rows] * conv[tap] for tap in range(c.conv_width))
+    mixed = (mixed / (1 + np.exp(-mixed))).reshape(rows, -1, dim)
+    unit = mixed / np.sqrt((mixed**2).sum(-1, keepdims=True) + 1e-6)
+    q, k, v = unit[:, : c.key_heads] / np.sqrt(dim), unit[:, c.key_heads : 2 * c.key_heads], mixed[:, 2 * c.key_heads :]
+    state, wanted = initial.astype(np.float64), np.zeros((rows, heads, c.value_dim))
+    for t in range(rows):
+        state = state * np.exp(log_decay * np.log1p(np.exp(a[t].astype(np.float64) + dt_bias)))[:, None, None]
+        of = np.arange(heads) * c.key_heads // heads
+        write = (v[t] - np.einsum("hvk,hk->hv", state, k[t, of])) / (1 + np.exp(-b[t].astype(np.float64)))[:, None]
+        state = state + write[:, :, None] * k[t, of][:, None]
+        wanted[t] = np.einsum("hvk,hk->hv", state, q[t, of])
+
+    for is_wide in (False, True):
+        p = Program(config, cuda.packing, rows, 1, 1, is_wide=is_wide)
+        device = cuda.device
+        states = device.zeros((1, c.num_delta, heads, c.value_dim, dim), np.float32)
+        columns = device.zeros((c.num_delta, 64, c.channels), np.float32)
+        gates = device.zeros((c.num_delta, 64, 2 * heads), np.float32)
+        device.put(states[0, 1], initial)
+        device.put(columns[1, :position], x[:position])
+        span = SpanStruct(
+            position=position, base=position, states=device.address(states), columns=device.address(columns), gates=device.address(gates),
+            num_rows=rows, state_slots=1, column_slots=64,
+        )  # fmt: skip
+        device.put(p.buffer("spans", (SPAN.itemsize,), np.uint8), spans_array([span]))
+        for name, values in (("x", x[position:]), ("b", b), ("a", a)):
+            device.put(p.buffer(name, values.shape), values)
+        out = p.buffer("out", (rows, heads, c.value_dim))
+        w = DeltaWeights(None, None, None, None, conv, log_decay, dt_bias, np.ones(1, np.float32), None)
+        of_x, of_b, of_a = (Column(p.address(name), width) for name, width in (("x", c.channels), ("b", heads), ("a", heads)))
+        (p.delta_of_chunk if is_wide else p.delta)(w, 1, of_x, of_b, of_a, p.address("out"))
+        cuda.kernels(config).run(p.steps)
+        assert np.linalg.norm(device.to_host(out) - wanted) < 1e-5 * np.linalg.norm(wanted)
+        if is_wide:
+            assert np.linalg.norm(device.to_host(states)[0, 1] - state) < 1e-5 * np.linalg.norm(state)
+            at = np.arange(position + rows - 3, position + rows)
+            np.testing.assert_array_equal(device.to_host(columns)[1, at % 64], x[at])

@@ -198,6 +198,8 @@ class FakeVocabulary(Vocabulary):
 
 
 class FakeMaker:
+    max_together = 0
+
     def arena(self, num_pages: int) -> Arena:
         return Arena(num_pages, 1, 1, 1)
 

@@ -58,6 +58,8 @@ class Instant:
 
 
 class InstantMaker(FakeMaker):
+    max_together = 0
+
     def memory(self, arena: Arena, table: list[int], capacity: int, max_rows: int, store: StoreName) -> SequenceMemory:
         return InstantMemory(table)
 

@@ -1,0 +1,185 @@
+/* Products of many rows, for chunks of a prompt. A block has 8 strips of outputs, a warp two of them and half of the block's rows. Weights
+ * go from memory to registers, where they become bfloat16 whatever they are stored as; rows come through shared memory.
+ *
+ * What a row's result is made of is added in the order of the inputs (in as many parts as the grid has splits, which depends on the weights
+ * alone), so a row's bits depend on nothing but the row. They are not those of products.cu. */
+#include "forerun.cuh"
+
+#define WARPS 8
+#define BLOCK_STRIPS 8
+#define STAGES 3
+#define STAGE_INPUTS 64 /* two units of 32 */
+
+/* The weights of one strip and unit as they are stored, and as the operands of two instructions. */
+template <int FORMAT> struct Weights;
+
+template <> struct Weights<BF16> {
+    uint4 tiles[2];
+    const uint4 *from;
+    __device__ __forceinline__ void begin(const Matrix &m, i64 strip) { from = m.tiles + strip * m.units * 2 * WARP + threadIdx.x % WARP; }
+    __device__ __forceinline__ void load(const Matrix &m, int stage, int unit) {
+        const uint4 *at = from + stage * 4 * WARP;
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            tiles[half] = stage * 2 + unit < m.units ? load_shared(at + (unit * 2 + half) * WARP) : make_uint4(0, 0, 0, 0);
+    }
+    __device__ __forceinline__ void operands(int unit, uint4 (&a)[2]) const { a[0] = tiles[0], a[1] = tiles[1]; }
+};
+
+/* Four quants of two bytes each in the words of a register, times a scale for outputs g and g + 8. */
+__device__ __forceinline__ uint4 scaled_halves(float q0, float q1, float q2, float q3, float q4, float q5, float q6, float q7, float low, float high) {
+    return make_uint4(to_halves(q0 * low, q1 * low), to_halves(q4 * high, q5 * high), to_halves(q2 * low, q3 * low), to_halves(q6 * high, q7 * high));
+}
+__device__ __forceinline__ float quant(u32 word, int i) { return (float)(signed char)(word >> 8 * i); }
+__device__ __forceinline__ float nibble(u32 word, int i, int shift) { return (float)(word >> (8 * i + shift) & 15); }
+
+template <> struct Weights<Q8_0> {
+    uint4 tile;
+    u32 scale;
+    const uint4 *from, *scales_from; /* what is two stages here is one unit of the matrix */
+    __device__ __forceinline__ void begin(const Matrix &m, i64 strip) {
+        from = m.tiles + strip * m.units * 4 * WARP + threadIdx.x % WARP;
+        scales_from = m.scales + strip * m.units * 8 + threadIdx.x % WARP / 4;
+    }
+    __device__ __forceinline__ void load(const Matrix &m, int stage, int unit) {
+        tile = load_shared(from + (stage * 2 + unit) * WARP);
+        scale = ((const u32 *)(scales_from + stage / 2 * 8))[stage % 2 * 2 + unit];
+    }
+    __device__ __forceinline__ void operands(int unit, uint4 (&a)[2]) const {
+        float low = from_half((u16)scale), high = from_half((u16)(scale >> 16));
+        const uint4 &t = tile;
+        a[0] = scaled_halves(quant(t.x, 0), quant(t.x, 1), quant(t.x, 2), quant(t.x, 3), quant(t.y, 0), quant(t.y, 1), quant(t.y, 2), quant(t.y, 3), low, high);
+        a[1] = scaled_halves(quant(t.z, 0), quant(t.z, 1), quant(t.z, 2), quant(t.z, 3), quant(t.w, 0), quant(t.w, 1), quant(t.w, 2), quant(t.w, 3), low, high);
+    }
+};
+
+template <> struct Weights<Q4_K> {
+    uint4 tile;   /* of both units of a stage: low nibbles, then high ones */
+    uint2 scales; /* bytes of each: scale of g and g + 8, minimum of both */
+    uint2 ends;
+    const uint4 *from, *scales_from; /* what is four stages here is one unit of the matrix */
+    const uint2 *ends_from;
+    __device__ __forceinline__ void begin(const Matrix &m, i64 strip) {
+        int group = threadIdx.x % WARP / 4;
+        from = m.tiles + strip * m.units * 4 * WARP + threadIdx.x % WARP;
+        scales_from = m.scales + (strip * m.units * 8 + group) * 2;
+        ends_from = m.ends + strip * m.units * 8 + group;
+    }
+    __device__ __forceinline__ void load(const Matrix &m, int stage, int unit) {
+        if (unit == 1) return; /* it is there */
+        tile = load_shared(from + stage * WARP);
+        scales = ((const uint2 *)(scales_from + stage / 4 * 16))[stage % 4];
+        ends = ends_from[stage / 4 * 8];
+    }
+    __device__ __forceinline__ void operands(int unit, uint4 (&a)[2]) const {
+        u32 bytes = unit ? scales.y : scales.x, words[4] = {tile.x, tile.y, tile.z, tile.w}, found[2][4];
+#pragma unroll
+        for (int high = 0; high < 2; high++) {
+            float d = from_half((u16)(ends.x >> 16 * high)) * (float)(bytes >> 8 * high & 255);
+            float least = from_half((u16)(ends.y >> 16 * high)) * (float)(bytes >> (16 + 8 * high) & 255);
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+#pragma unroll
+                for (int pair = 0; pair < 2; pair++) {
+                    u32 word = words[half * 2 + high];
+                    found[half][pair * 2 + high] = to_halves(nibble(word, 2 * pair, 4 * unit) * d - least, nibble(word, 2 * pair + 1, 4 * unit) * d - least);
+                }
+        }
+        a[0] = make_uint4(found[0][0], found[0][1], found[0][2], found[0][3]);
+        a[1] = make_uint4(found[1][0], found[1][1], found[1][2], found[1][3]);
+    }
+};
+
+/* Grid: (groups of 8 strips * groups of ROWS rows, splits); shared: STAGES stages. out [splits, rows, out_stride]; or, GATED, silu of one
+ * strip times the next, as bfloat16 into `gated`. */
+template <int FORMAT, int ROWS, bool GATED>
+__device__ __forceinline__ void wide(const Matrix &m, const Rows &x, float *out, int out_stride, const Rows &gated, int rows) {
+    const int TILES = ROWS / 16, PLANE = ROWS * 64 + 64; /* bytes of one unit of all rows; stages begin at other banks */
+    SHARED(u8, staged);
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, groups = (rows + ROWS - 1) / ROWS, first_row = blockIdx.x % groups * ROWS;
+    const int strips = (m.outputs + 15) / 16, own_strip = (int)(blockIdx.x / groups) * BLOCK_STRIPS + warp % 4 * 2, half = warp / 4;
+    const int inputs = x.halves_stride, stages = (inputs + STAGE_INPUTS - 1) / STAGE_INPUTS;
+    const int from = (int)((i64)stages * blockIdx.y / gridDim.y), to = (int)((i64)stages * (blockIdx.y + 1) / gridDim.y);
+    Weights<FORMAT> weights[2];
+#pragma unroll
+    for (int s = 0; s < 2; s++) weights[s].begin(m, min(own_strip + s, strips - 1));
+#pragma unroll
+    for (int s = 0; s < 2; s++) weights[s].load(m, from, 0);
+    wait_for_previous();
+    float sums[2][TILES][4];
+#pragma unroll
+    for (int s = 0; s < 2; s++)
+#pragma unroll
+        for (int t = 0; t < TILES; t++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) sums[s][t][i] = 0;
+
+    const int piece = threadIdx.x % 8, unit_of = piece / 4; /* of 8 inputs, of a row's 64 */
+#define FETCH(stage)                                                                                                            \
+    {                                                                                                                           \
+        u8 *at = staged + (stage) % STAGES * 2 * PLANE + unit_of * PLANE + piece % 4 * 16;                                      \
+        int input = (stage) * STAGE_INPUTS + piece * 8;                                                                         \
+        _Pragma("unroll 2") for (int row = threadIdx.x / 8; row < ROWS; row += WARPS * WARP / 8) {                              \
+            bool is_there = (stage) < to && first_row + row < rows && input < inputs;                                           \
+            copy_async(at + row * 64, x.halves + (is_there ? (i64)(first_row + row) * x.halves_stride + input : 0), is_there);  \
+        }                                                                                                                       \
+        end_of_copies();                                                                                                        \
+    }
+    for (int stage = from; stage < from + STAGES - 1; stage++) FETCH(stage);
+    for (int stage = from; stage < to; stage++) {
+        wait_for_copies<STAGES - 2>();
+        __syncthreads();
+        FETCH(stage + STAGES - 1);
+        const u8 *base = staged + stage % STAGES * 2 * PLANE + (half * (ROWS / 2) + lane / 4) * 64 + lane % 4 * 16;
+#pragma unroll
+        for (int unit = 0; unit < 2; unit++) {
+            uint4 a[2][2];
+#pragma unroll
+            for (int s = 0; s < 2; s++) {
+                weights[s].operands(unit, a[s]);
+                weights[s].load(m, min(stage + unit, to - 1), 1 - unit);
+            }
+#pragma unroll
+            for (int t = 0; t < TILES; t++) {
+                uint4 b = *(const uint4 *)(base + unit * PLANE + t * 8 * 64);
+#pragma unroll
+                for (int s = 0; s < 2; s++) {
+                    multiply(sums[s][t], a[s][0].x, a[s][0].y, a[s][0].z, a[s][0].w, b.x, b.y);
+                    multiply(sums[s][t], a[s][1].x, a[s][1].y, a[s][1].z, a[s][1].w, b.z, b.w);
+                }
+            }
+        }
+    }
+    wait_for_copies<0>();
+    let_next_begin();
+    out += (i64)blockIdx.y * rows * out_stride;
+#pragma unroll
+    for (int t = 0; t < TILES; t++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int row = first_row + half * (ROWS / 2) + t * 8 + lane % 4 * 2 + i % 2, place = lane / 4 + i / 2 * 8;
+            if (row >= rows) continue;
+            if (GATED) {
+                if (own_strip < strips)
+                    gated.halves[(i64)row * gated.halves_stride + own_strip / 2 * 16 + place] = (u16)to_halves(silu(sums[0][t][i]) * sums[1][t][i], 0);
+            } else {
+#pragma unroll
+                for (int s = 0; s < 2; s++)
+                    if ((own_strip + s) * 16 + place < m.outputs) out[(i64)row * out_stride + (own_strip + s) * 16 + place] = sums[s][t][i];
+            }
+        }
+}
+
+#define WIDE(NAME, FORMAT, ROWS, GATED)                                                                                                      \
+    extern "C" __global__ void __launch_bounds__(WARPS *WARP, 1) NAME(Matrix m, Rows x, float *out, int out_stride, Rows gated, int rows) { \
+        wide<FORMAT, ROWS, GATED>(m, x, out, out_stride, gated, rows);                                                                       \
+    }                                                                                                                                        \
+    EXPORT(NAME)
+WIDE(wide_bf16_64, BF16, 64, false)
+WIDE(wide_bf16_256, BF16, 256, false)
+WIDE(wide_gated_bf16_64, BF16, 64, true)
+WIDE(wide_gated_bf16_256, BF16, 256, true)
+WIDE(wide_q8_0_64, Q8_0, 64, false)
+WIDE(wide_q8_0_256, Q8_0, 256, false)
+WIDE(wide_q4_k_64, Q4_K, 64, false)
+WIDE(wide_q4_k_128, Q4_K, 128, false)
