@@ -1,4 +1,4 @@
-/* Gated attention over keys and values in pages, of a few rows or of a whole chunk.
+/* Gated attention over keys and values in pages, of a few rows, and of a whole chunk.
  *
  * Positions are computed in parts of PART, always the same ones; a part's softmax is its own, and parts are merged in their order: by a
  * kernel after this one where each part is a block, or by the block itself, with the same operations. So a row's bits depend on its
@@ -196,6 +196,140 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP, 1)
     }
 }
 EXPORT(attend)
+
+#define CHUNK_PAIRS 64
+#define UNITS (HEAD_DIM / 32)
+#define KEY_PLANE (PAGE * 64 + 64)       /* bytes of 32 dimensions of a page's keys; planes begin at other banks */
+#define VALUE_PLANE (HEAD_DIM * 64 + 64) /* of 32 positions of its values */
+#define STAGE_BYTES (UNITS * KEY_PLANE + 2 * VALUE_PLANE)
+#define HALF_TILES (HEAD_DIM / 16) /* of 8 dimensions, that a warp has of the output */
+#define WEIGHT_STRIDE (PAGE + 8)
+
+/* The same for a chunk of one sequence, page by page from the first on, however many rows there are. A pair of warps has 16 pairs of row and
+ * head: each scores half of a page's positions, then sums half of the dimensions. Grid: (groups of CHUNK_PAIRS, KV_HEADS); what is found is
+ * one part, shared: 2 STAGE_BYTES. */
+extern "C" __global__ void __launch_bounds__(WARPS *WARP, 1) attend_chunk(const Span *spans, int layer, const u16 *queries, float *sums, float2 *ends) {
+    SHARED(u8, staged);
+    __shared__ __align__(16) u16 weights[CHUNK_PAIRS * WEIGHT_STRIDE];
+    __shared__ float highest[2][CHUNK_PAIRS], totals[2][CHUNK_PAIRS];
+    const Span &s = spans[0];
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, group = lane / 4, quarter = lane % 4, half = warp / 4, own = warp % 4 * 16;
+    const int kv = blockIdx.y, first_pair = blockIdx.x * CHUNK_PAIRS, num_pairs = s.num_rows * GROUP;
+    if (first_pair >= num_pairs) return;
+    const i64 last = s.position + (min(first_pair + CHUNK_PAIRS, num_pairs) - 1) / GROUP; /* position that any of the rows sees */
+    wait_for_previous();
+    let_next_begin();
+    auto fetch = [&](int which) {
+        i64 begin = (i64)which * PAGE, page = begin <= last ? page_at(s, layer, begin, kv) : 0;
+        u8 *to = staged + which % 2 * STAGE_BYTES;
+        for (int i = threadIdx.x; i < PAGE * UNITS * 4; i += blockDim.x) {
+            int position = i / (UNITS * 4), piece = i % (UNITS * 4), dimension = i / 8, at = i % 8 * 8;
+            copy_async(to + piece / 4 * KEY_PLANE + position * 64 + piece % 4 * 16, s.keys + page + position * HEAD_DIM + piece * 8,
+                       begin + position <= last);
+            copy_async(to + UNITS * KEY_PLANE + at / 32 * VALUE_PLANE + dimension * 64 + at % 32 * 2,
+                       s.values + page + (i64)dimension * PAGE + at, begin + at <= last);
+        }
+        end_of_copies();
+    };
+    fetch(0);
+    uint4 query[UNITS][2];
+    i64 seen[2]; /* by the rows of this thread: positions up to */
+    for (int i = 0; i < 2; i++) {
+        int pair = first_pair + own + group + 8 * i;
+        seen[i] = s.position + pair / GROUP;
+        const u16 *from = queries + ((i64)(s.first_row + pair / GROUP) * HEADS + kv * GROUP + pair % GROUP) * HEAD_DIM + quarter * 8;
+#pragma unroll
+        for (int unit = 0; unit < UNITS; unit++) query[unit][i] = pair < num_pairs ? *(const uint4 *)(from + unit * 32) : make_uint4(0, 0, 0, 0);
+    }
+    float out[HALF_TILES][4], most[2] = {-INFINITE, -INFINITE}, total[2] = {0, 0};
+#pragma unroll
+    for (int t = 0; t < HALF_TILES; t++)
+        for (int i = 0; i < 4; i++) out[t][i] = 0;
+    for (int page = 0; (i64)page * PAGE <= last; page++) {
+        wait_for_copies<0>();
+        __syncthreads();
+        fetch(page + 1);
+        const u8 *keys_at = staged + page % 2 * STAGE_BYTES, *values_at = keys_at + UNITS * KEY_PLANE;
+        float found[4][4], here[2] = {-INFINITE, -INFINITE};
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+            for (int i = 0; i < 4; i++) found[n][i] = 0;
+#pragma unroll
+        for (int unit = 0; unit < UNITS; unit++) {
+            const uint4 &a0 = query[unit][0], &a1 = query[unit][1];
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+                uint4 b = *(const uint4 *)(keys_at + unit * KEY_PLANE + (half * 32 + n * 8 + group) * 64 + quarter * 16);
+                multiply(found[n], a0.x, a1.x, a0.y, a1.y, b.x, b.y);
+                multiply(found[n], a0.z, a1.z, a0.w, a1.w, b.z, b.w);
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                bool is_seen = (i64)page * PAGE + half * 32 + n * 8 + quarter * 2 + i % 2 <= seen[i / 2];
+                found[n][i] = is_seen ? found[n][i] * (1.0f / sqrtf((float)HEAD_DIM)) : -INFINITE;
+                here[i / 2] = fmaxf(here[i / 2], found[n][i]);
+            }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            here[i] = warp_max(here[i], 4);
+            if (quarter == 0) highest[half][own + group + 8 * i] = here[i];
+        }
+        __syncthreads();
+        float scale[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float both = fmaxf(most[i], fmaxf(here[i], highest[1 - half][own + group + 8 * i]));
+            scale[i] = __expf(most[i] - both); /* 0 at first: position 0 is seen by all */
+            most[i] = both;
+            total[i] *= scale[i];
+        }
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                u32 pair = to_halves(__expf(found[n][2 * i] - most[i]), __expf(found[n][2 * i + 1] - most[i]));
+                total[i] += low_half(pair) + high_half(pair); /* as they are multiplied with */
+                *(u32 *)(weights + (own + group + 8 * i) * WEIGHT_STRIDE + half * 32 + n * 8 + quarter * 2) = pair;
+            }
+        __syncthreads();
+#pragma unroll
+        for (int t = 0; t < HALF_TILES; t++)
+            for (int i = 0; i < 4; i++) out[t][i] *= scale[i / 2];
+#pragma unroll
+        for (int unit = 0; unit < 2; unit++) {
+            uint4 a0 = *(const uint4 *)(weights + (own + group) * WEIGHT_STRIDE + unit * 32 + quarter * 8);
+            uint4 a1 = *(const uint4 *)(weights + (own + group + 8) * WEIGHT_STRIDE + unit * 32 + quarter * 8);
+#pragma unroll
+            for (int t = 0; t < HALF_TILES; t++) {
+                int dimension = half * (HEAD_DIM / 2) + t * 8 + group;
+                uint4 b = *(const uint4 *)(values_at + unit * VALUE_PLANE + dimension * 64 + quarter * 16);
+                multiply(out[t], a0.x, a1.x, a0.y, a1.y, b.x, b.y);
+                multiply(out[t], a0.z, a1.z, a0.w, a1.w, b.z, b.w);
+            }
+        }
+    }
+    wait_for_copies<0>();
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        total[i] = warp_sum(total[i], 4);
+        if (quarter == 0) totals[half][own + group + 8 * i] = total[i];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        int pair = first_pair + own + group + 8 * i;
+        if (pair >= num_pairs) continue;
+        i64 place = (i64)(s.first_row + pair / GROUP) * HEADS + kv * GROUP + pair % GROUP;
+#pragma unroll
+        for (int t = 0; t < HALF_TILES; t++)
+            *(float2 *)(sums + place * HEAD_DIM + half * (HEAD_DIM / 2) + t * 8 + quarter * 2) = make_float2(out[t][2 * i], out[t][2 * i + 1]);
+        if (half == 0 && quarter == 0) ends[place] = make_float2(most[i], totals[0][own + group + 8 * i] + totals[1][own + group + 8 * i]);
+    }
+}
+EXPORT(attend_chunk)
 
 /* Merges the parts and applies the gates, which stand in q beside the queries. `which`, if not null, says which rows. Grid: (rows, HEADS /
  * heads); shared: heads * HEAD_DIM floats. */

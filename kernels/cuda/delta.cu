@@ -245,26 +245,25 @@ extern "C" __global__ void __launch_bounds__(4 * COLUMNS)
     state.load(own + s.position % s.state_slots * slot);
     wait_for_previous();
     let_next_begin();
-#define STAGE(first)                                                                                                                         \
-    {                                                                                                                                        \
-        const int which = (first) / STAGED_ROWS % 2, vectors = (2 * KEY_DIM + COLUMNS) / 4;                                                  \
-        for (int i = threadIdx.x; i < STAGED_ROWS * vectors; i += blockDim.x) {                                                              \
-            int t = i / vectors, at = i % vectors * 4;                                                                                       \
-            bool is_there = (first) + t < rows;                                                                                              \
-            const float *row = x + (is_there ? (i64)((first) + t) * CHANNELS : 0);                                                           \
-            if (at < KEY_DIM) copy_async(&q[which][t][at], row + key_head * KEY_DIM + at, is_there);                                         \
-            else if (at < 2 * KEY_DIM) copy_async(&k[which][t][at - KEY_DIM], row + KEYS + key_head * KEY_DIM + at - KEY_DIM, is_there);     \
-            else copy_async(&v[which][t][at - 2 * KEY_DIM], row + 2 * KEYS + head * VALUE_DIM + first_column + at - 2 * KEY_DIM, is_there);  \
-        }                                                                                                                                    \
-        end_of_copies();                                                                                                                     \
-        if (threadIdx.x < STAGED_ROWS && (first) + (int)threadIdx.x < rows) {                                                                \
-            const float *own_gates = gates + (i64)((first) + threadIdx.x) * 2 * VALUE_HEADS;                                                 \
-            decays[which][threadIdx.x] = own_gates[head], betas[which][threadIdx.x] = own_gates[VALUE_HEADS + head];                         \
-        }                                                                                                                                    \
-    }
-    STAGE(0);
+    auto fetch = [&](int start) {
+        const int which = start / STAGED_ROWS % 2, vectors = (2 * KEY_DIM + COLUMNS) / 4;
+        for (int i = threadIdx.x; i < STAGED_ROWS * vectors; i += blockDim.x) {
+            int t = i / vectors, at = i % vectors * 4;
+            bool is_there = start + t < rows;
+            const float *row = x + (is_there ? (i64)(start + t) * CHANNELS : 0);
+            if (at < KEY_DIM) copy_async(&q[which][t][at], row + key_head * KEY_DIM + at, is_there);
+            else if (at < 2 * KEY_DIM) copy_async(&k[which][t][at - KEY_DIM], row + KEYS + key_head * KEY_DIM + at - KEY_DIM, is_there);
+            else copy_async(&v[which][t][at - 2 * KEY_DIM], row + 2 * KEYS + head * VALUE_DIM + first_column + at - 2 * KEY_DIM, is_there);
+        }
+        end_of_copies();
+        if (threadIdx.x < STAGED_ROWS && start + (int)threadIdx.x < rows) {
+            const float *own_gates = gates + (i64)(start + threadIdx.x) * 2 * VALUE_HEADS;
+            decays[which][threadIdx.x] = own_gates[head], betas[which][threadIdx.x] = own_gates[VALUE_HEADS + head];
+        }
+    };
+    fetch(0);
     for (int first = 0; first < rows; first += STAGED_ROWS) {
-        STAGE(first + STAGED_ROWS);
+        fetch(first + STAGED_ROWS);
         wait_for_copies<1>();
         __syncthreads();
         const int which = first / STAGED_ROWS % 2, count = min(STAGED_ROWS, rows - first);

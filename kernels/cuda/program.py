@@ -13,12 +13,13 @@ import numpy as np
 from ..backend import F32
 from ..model.config import ModelConfig
 from ..model.inputs import frequencies
+from ..model.pages import PAGE
 from ..model.weights import AttentionWeights, DeltaWeights, DenseWeights, LayerWeights, MoeWeights
 from .device import DRAW, NOWHERE, Address, Array, RowsStruct, Step, columns_of
 from .matrices import BF16, NAMES, Q4_K, STRIP, CudaMatrix, Packing, Stacked
 
-#: Positions of one part of an attention (PART of forerun.cuh), and pairs of row and head of one block (PAIRS of attention.cu).
-PART, PAIRS = 256, 16
+#: Positions of one part of an attention (PART of forerun.cuh), and pairs of row and head of one block (PAIRS, CHUNK_PAIRS of attention.cu).
+PART, PAIRS, CHUNK_PAIRS = 256, 16, 64
 #: Where the parts of a product are that the next norm adds to the residual, and how many there are.
 Parts = tuple[Address, int]
 #: Blocks that a product into the residual should have, so that all of a large device's multiprocessors read.
@@ -28,7 +29,7 @@ SEGMENT = 1024
 WARPS = 8
 #: Strips of a block of wide.cu.
 WIDE_STRIPS = 8
-#: Rows from which a chunk's attention loops over its parts, instead of leaving them all for a merge.
+#: Rows from which an attention loops over its parts, instead of leaving them all for a merge.
 LOOP_ROWS = 33
 
 
@@ -217,16 +218,20 @@ class Program:
             "keys", (rows, -(-(c.heads + c.kv_heads) // 4)), 128, spans, span_of, number, q.address, q.stride, k.address, k.stride,
             v.address, v.stride, floats(w.q_norm), floats(w.k_norm), rates, c_float(c.rms_eps), queries,
         )  # fmt: skip
-        parts = 1 if self.is_looped else self.max_parts
+        is_one = self.is_looped or self.is_wide
+        parts = 1 if is_one else self.max_parts
         sums = device.address(self.buffer("sums", (rows, c.heads, parts, c.head_dim)))
         ends = device.address(self.buffer("ends", (rows, c.heads, parts, 2)))
-        pairs = -(-self.rows * (c.heads // c.kv_heads) // PAIRS)
-        self.step(
-            "attend", (parts, c.kv_heads * pairs, self.num_spans), 256, spans, number, queries, sums, ends, parts, int(self.is_looped),
-        )  # fmt: skip
+        pairs = self.rows * (c.heads // c.kv_heads)
+        if self.is_wide:
+            shared = 2 * (c.head_dim // 32 * (PAGE * 64 + 64) + 2 * (c.head_dim * 64 + 64))
+            self.step("attend_chunk", (-(-pairs // CHUNK_PAIRS), c.kv_heads), 256, spans, number, queries, sums, ends, shared=shared)
+        else:
+            grid = parts, c.kv_heads * -(-pairs // PAIRS), self.num_spans
+            self.step("attend", grid, 256, spans, number, queries, sums, ends, parts, int(self.is_looped))
         out = self.prepared(f"attended {w.out.format}", c.heads * c.head_dim, rows, self.formats(w.out))
         self.step(
-            "merge_parts", (rows, c.heads), 128, spans, span_of, sums, ends, parts, int(self.is_looped), q.address, q.stride, 1, out.struct,
+            "merge_parts", (rows, c.heads), 128, spans, span_of, sums, ends, parts, int(is_one), q.address, q.stride, 1, out.struct,
             shared=4 * c.head_dim,
         )  # fmt: skip
         return self.into_residual(w.out, out, rows)

@@ -115,21 +115,20 @@ __device__ __forceinline__ void wide(const Matrix &m, const Rows &x, float *out,
             for (int i = 0; i < 4; i++) sums[s][t][i] = 0;
 
     const int piece = threadIdx.x % 8, unit_of = piece / 4; /* of 8 inputs, of a row's 64 */
-#define FETCH(stage)                                                                                                            \
-    {                                                                                                                           \
-        u8 *at = staged + (stage) % STAGES * 2 * PLANE + unit_of * PLANE + piece % 4 * 16;                                      \
-        int input = (stage) * STAGE_INPUTS + piece * 8;                                                                         \
-        _Pragma("unroll 2") for (int row = threadIdx.x / 8; row < ROWS; row += WARPS * WARP / 8) {                              \
-            bool is_there = (stage) < to && first_row + row < rows && input < inputs;                                           \
-            copy_async(at + row * 64, x.halves + (is_there ? (i64)(first_row + row) * x.halves_stride + input : 0), is_there);  \
-        }                                                                                                                       \
-        end_of_copies();                                                                                                        \
-    }
-    for (int stage = from; stage < from + STAGES - 1; stage++) FETCH(stage);
+    auto fetch = [&](int stage) {
+        u8 *at = staged + stage % STAGES * 2 * PLANE + unit_of * PLANE + piece % 4 * 16;
+        int input = stage * STAGE_INPUTS + piece * 8;
+        for (int row = threadIdx.x / 8; row < ROWS; row += WARPS * WARP / 8) {
+            bool is_there = stage < to && first_row + row < rows && input < inputs;
+            copy_async(at + row * 64, x.halves + (is_there ? (i64)(first_row + row) * x.halves_stride + input : 0), is_there);
+        }
+        end_of_copies();
+    };
+    for (int stage = from; stage < from + STAGES - 1; stage++) fetch(stage);
     for (int stage = from; stage < to; stage++) {
         wait_for_copies<STAGES - 2>();
         __syncthreads();
-        FETCH(stage + STAGES - 1);
+        fetch(stage + STAGES - 1);
         const u8 *base = staged + stage % STAGES * 2 * PLANE + (half * (ROWS / 2) + lane / 4) * 64 + lane % 4 * 16;
 #pragma unroll
         for (int unit = 0; unit < 2; unit++) {
