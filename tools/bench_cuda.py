@@ -1,7 +1,7 @@
 """`forerun bench --device cuda`: kernels and whole rounds of models that need no file, each beside what the memory of this device allows.
 
 Times are medians of a graph of launches, by the device's own clock. Every launch reads other memory than the one before it, so that the
-second-level cache does not help; the limit counts each weight, and each recurrent state, once.
+second-level cache does not help; the limit counts each weight, and each recurrent state, once; of a prompt, the operations of its products.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..core.errors import InvalidRequest
 from ..kernels.cuda.device import SPAN, CudaDevice, SpanStruct
 from ..kernels.cuda.graph import CudaHead, CudaTrunk
 from ..kernels.cuda.matrices import UNITS, CudaBackend, CudaMatrix
-from ..kernels.cuda.memory import CudaMemory, spans_array
+from ..kernels.cuda.memory import CudaMemory, CudaSequence, spans_array
 from ..kernels.cuda.program import Column, Program
 from ..kernels.cuda.rounds import DeviceRounds, Start
 from ..kernels.cuda.synthetic import FORMATS, synthetic_weights
@@ -53,7 +53,7 @@ class Bench:
         self.device, self.num_runs = device, num_runs
         self.backend = CudaBackend(device)
         self.figures: list[Figure] = []
-        self.bandwidth = self._copy()
+        self.bandwidth, self.rate = self._copy(), self._multiply()
 
     def _median(self, run: Callable[[], None]) -> float:
         return statistics.median(self.device.seconds(run, self.num_runs))
@@ -66,6 +66,19 @@ class Bench:
             self.device.put(a, b)
 
         return 2 * 2**30 / self._median(run)
+
+    def _multiply(self) -> float:
+        """Operations a second of a large product of 16-bit floats, by cuBLAS."""
+        n, device = 8192, self.device
+        with device.using() as cupy:
+            a, b = (cupy.random.standard_normal((n, n), np.float32).astype(np.float16) for _ in range(2))
+            out = cupy.empty((n, n), np.float16)
+
+        def run() -> None:
+            with device.using() as cupy:
+                cupy.matmul(a, b, out=out)
+
+        return 2 * n**3 / self._median(run)
 
     def products(self, outputs: int, inputs: int, rows: Sequence[int]) -> None:
         """One matrix for few rows."""
@@ -150,10 +163,7 @@ class Bench:
             starts = list[Start]()
             for _ in range(batch):
                 memory = maker.memory(arena, arena.take(pages), capacity, 4, "log")
-                for start in range(0, context - 1, 64):
-                    chunk = tuple(tokens[start : min(start + 64, context - 1)])
-                    trunk.prefill(Rows(memory, start, chunk), is_last=False)
-                    head.last([MtpRows(memory, start, chunk, None)])
+                _prefill(trunk, head, memory, tokens[:-1])
                 starts.append(Start(memory, tokens))
             rounds = DeviceRounds(weights, self.backend, head if depth else None, starts, depth, RATES[:depth] or None)
             seconds = self._median(rounds.replay)
@@ -172,6 +182,49 @@ class Bench:
                 note += f", {rate / plain:.2f} of no drafts"
             name = f"{size} {kind}, {batch} sequences, {depth} drafts"
             self.figures.append(Figure(name, seconds, _bytes_of_round(weights, head, batch, depth), note))
+
+    def prefill(self, size: str, kind: str, num_tokens: int) -> None:
+        """A prompt, without and with the MTP head's rows; the limit is that of the products' arithmetic."""
+        config = PUBLISHED[size]
+        weights = synthetic_weights(config, kind, self.backend)
+        trunk, head, maker = CudaTrunk(weights, self.backend), CudaHead(weights, self.backend), CudaMemory(config, self.device)
+        pages = num_pages(num_tokens, 4)
+        arena = maker.arena(pages)
+        table = arena.take(pages)
+        tokens = [int(t) for t in np.random.default_rng(2).integers(0, 30_000, num_tokens)]
+        seconds = dict[bool, float]()
+        for with_head in (False, True):
+            taken = list[float]()
+            for _ in range(4):  # the first records
+                memory = maker.memory(arena, table, num_tokens, 4, "log")
+                begun = time.perf_counter()
+                _prefill(trunk, head if with_head else None, memory, tokens)
+                self.device.wait()
+                taken.append(time.perf_counter() - begun)
+            seconds[with_head] = statistics.median(taken[1:])
+        inner = _count(weights.layers)
+        limit = 2 * num_tokens * inner / self.rate
+        share = inner / (inner + _count([weights.mtp.fc, weights.mtp.layer] if weights.mtp else []))
+        ratio = seconds[False] / seconds[True]
+        note = f"{num_tokens / seconds[False]:.0f} tokens/s; with the head's rows {ratio:.2f} of that (its arithmetic: {share:.2f})"
+        self.figures.append(Figure(f"{size} {kind}, prompt of {num_tokens}", seconds[False], limit * self.bandwidth, note))
+
+
+def _prefill(trunk: CudaTrunk, head: CudaHead | None, memory: CudaSequence, tokens: Sequence[int]) -> None:
+    for start in range(0, len(tokens), memory.max_chunk):
+        chunk = tuple(tokens[start : start + memory.max_chunk])
+        trunk.prefill(Rows(memory, start, chunk), is_last=False)
+        if head is not None:
+            head.last([MtpRows(memory, start, chunk, None)])
+
+
+def _count(value: object) -> int:
+    """Weights of all matrices in a part of a model."""
+    if isinstance(value, CudaMatrix):
+        return value.outputs * value.inputs
+    if isinstance(value, list | tuple):
+        return sum(_count(each) for each in cast("Sequence[object]", value))
+    return sum(_count(getattr(value, name)) for name in getattr(value, "__dataclass_fields__", {}))
 
 
 def _bytes_of(value: object, seen: set[int]) -> int:
@@ -206,7 +259,9 @@ def bench_cuda(write: Callable[[str], object], sizes: Sequence[str]) -> None:
     except OSError as error:
         raise InvalidRequest([("--device", str(error))]) from error
     bench = Bench(device)
-    write(f"copy: {bench.bandwidth / 1e12:.2f} TB/s\n| | us | limit, us | of the limit | |\n|---|---|---|---|---|\n")
+    write(
+        f"copy: {bench.bandwidth / 1e12:.2f} TB/s; product: {bench.rate / 1e12:.0f} TFLOP/s\n| | us | limit, us | of the limit | |\n|---|---|---|---|---|\n"
+    )
     parts: list[Callable[[], None]] = [
         lambda: bench.products(17408, 5120, (1, 4, 8, 16, 32)),
         lambda: bench.products(5120, 17408, (1, 4)),
@@ -217,6 +272,7 @@ def bench_cuda(write: Callable[[str], object], sizes: Sequence[str]) -> None:
     for size in sizes:
         name, _, kind = size.partition(":")
         parts.append(lambda name=name, kind=kind: bench.rounds(name, kind, 1, (0, 3)))
+        parts.append(lambda name=name, kind=kind: bench.prefill(name, kind, 8192))
     if "0.8B:bf16" in sizes:
         parts.append(lambda: bench.rounds("0.8B", "bf16", 16, (0, 3)))
     for measure in parts:

@@ -46,43 +46,57 @@ __device__ __forceinline__ float decay_of(float log_decay, float rate) {
     return expf(log_decay * (fmaxf(rate, 0.0f) + log1pf(expf(-fabsf(rate)))));
 }
 
-/* One row of the recurrence, for what a thread has of the state; `values` are its columns' in shared memory, from the first on. What is
- * read of each column, to all LANES threads. */
-__device__ __forceinline__ void advance(State &state, const float *key, const float *query, const float *values, float decay, float beta,
-                                        float (&read)[EACH]) {
-    float4 by[VECTORS], of[VECTORS], sums[EACH];
-    float writes[EACH];
+/* What a thread reads of one row. */
+struct Row {
+    float4 key[VECTORS], query[VECTORS];
+    float values[EACH], decay, beta;
+    __device__ __forceinline__ void load(const float *k, const float *q, const float *v, float its_decay, float its_beta) {
 #pragma unroll
-    for (int j = 0; j < VECTORS; j++) by[j] = *(const float4 *)(key + j * 4 * LANES), of[j] = *(const float4 *)(query + j * 4 * LANES);
+        for (int j = 0; j < VECTORS; j++) key[j] = *(const float4 *)(k + j * 4 * LANES), query[j] = *(const float4 *)(q + j * 4 * LANES);
 #pragma unroll
-    for (int i = 0; i < EACH; i++) {
-        float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll
-        for (int j = 0; j < VECTORS; j++) {
-            const float4 &s = state.keys[i][j];
-            sum.x = fmaf(by[j].x, s.x, sum.x), sum.y = fmaf(by[j].y, s.y, sum.y);
-            sum.z = fmaf(by[j].z, s.z, sum.z), sum.w = fmaf(by[j].w, s.w, sum.w);
-        }
-        sums[i] = sum;
+        for (int i = 0; i < EACH; i++) values[i] = v[i * APART];
+        decay = its_decay, beta = its_beta;
     }
-#pragma unroll
-    for (int i = 0; i < EACH; i++)
-        writes[i] = beta * fmaf(-decay, warp_sum((sums[i].x + sums[i].y) + (sums[i].z + sums[i].w), LANES), values[i * APART]);
+};
+
+__device__ __forceinline__ void add_product(float4 &sum, const float4 &a, const float4 &b) {
+    sum.x = fmaf(a.x, b.x, sum.x), sum.y = fmaf(a.y, b.y, sum.y), sum.z = fmaf(a.z, b.z, sum.z), sum.w = fmaf(a.w, b.w, sum.w);
+}
+__device__ __forceinline__ float all_four(const float4 &v) { return (v.x + v.y) + (v.z + v.w); }
+
+/* What the state says to a row's key, each thread its part. */
+__device__ __forceinline__ void recall(const State &state, const Row &row, float (&found)[EACH]) {
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll
+        for (int j = 0; j < VECTORS; j++) add_product(sum, row.key[j], state.keys[i][j]);
+        found[i] = all_four(sum);
+    }
+}
+
+/* The state after a row whose recall is known in full, and what it then says to the query, each thread its part. */
+__device__ __forceinline__ void advance(State &state, const Row &row, const float (&recalled)[EACH], float (&read)[EACH]) {
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        float write = row.beta * fmaf(-row.decay, recalled[i], row.values[i]);
+        float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll
         for (int j = 0; j < VECTORS; j++) {
+            const float4 &by = row.key[j];
             float4 &s = state.keys[i][j];
-            s.x = fmaf(by[j].x, writes[i], s.x * decay), s.y = fmaf(by[j].y, writes[i], s.y * decay);
-            s.z = fmaf(by[j].z, writes[i], s.z * decay), s.w = fmaf(by[j].w, writes[i], s.w * decay);
-            sum.x = fmaf(of[j].x, s.x, sum.x), sum.y = fmaf(of[j].y, s.y, sum.y);
-            sum.z = fmaf(of[j].z, s.z, sum.z), sum.w = fmaf(of[j].w, s.w, sum.w);
+            s.x = fmaf(by.x, write, s.x * row.decay), s.y = fmaf(by.y, write, s.y * row.decay);
+            s.z = fmaf(by.z, write, s.z * row.decay), s.w = fmaf(by.w, write, s.w * row.decay);
+            add_product(sum, row.query[j], s);
         }
-        sums[i] = sum;
+        read[i] = all_four(sum);
     }
+}
+
+/* Sums over the threads of a column. */
+__device__ __forceinline__ void gather(float (&parts)[EACH]) {
 #pragma unroll
-    for (int i = 0; i < EACH; i++) read[i] = warp_sum((sums[i].x + sums[i].y) + (sums[i].z + sums[i].w), LANES);
+    for (int i = 0; i < EACH; i++) parts[i] = warp_sum(parts[i], LANES);
 }
 
 /* Grid: (Hv * VALUE_DIM / COLUMNS, spans); 4 COLUMNS threads. x, b, a [rows, their stride], out [rows, Hv, dv]; conv [taps, channels]. A span
@@ -161,12 +175,17 @@ extern "C" __global__ void __launch_bounds__(4 * COLUMNS, 4)
         __syncthreads();
         for (int t = 0; t < count; t++) {
             if (block + t == replayed && replayed > 0) state.store(base);
-            float read[EACH];
-            advance(state, k[t] + part * 4, q[t] + part * 4, v[t] + column, decays[t], betas[t], read);
+            Row row;
+            float recalled[EACH], read[EACH];
+            row.load(k[t] + part * 4, q[t] + part * 4, v[t] + column, decays[t], betas[t]);
+            recall(state, row, recalled);
+            gather(recalled);
+            advance(state, row, recalled, read);
             if (block + t < replayed) continue;
-            i64 row = s.first_row + block + t - replayed;
+            gather(read);
+            i64 to = s.first_row + block + t - replayed;
             if (part == 0)
-                for (int i = 0; i < EACH; i++) out[row * VALUE_HEADS * VALUE_DIM + head * VALUE_DIM + first_column + column + i * APART] = read[i];
+                for (int i = 0; i < EACH; i++) out[to * VALUE_HEADS * VALUE_DIM + head * VALUE_DIM + first_column + column + i * APART] = read[i];
             if (s.store == RING) state.store(s.states + own + (start + block + t + 1) % s.state_slots * slot);
         }
     }
@@ -267,13 +286,27 @@ extern "C" __global__ void __launch_bounds__(4 * COLUMNS)
         wait_for_copies<1>();
         __syncthreads();
         const int which = first / STAGED_ROWS % 2, count = min(STAGED_ROWS, rows - first);
-        for (int t = 0; t < count; t++) {
-            float read[EACH];
-            advance(state, k[which][t] + part * 4, q[which][t] + part * 4, v[which][t] + column, decays[which][t], betas[which][t], read);
-            if (part == 0)
-                for (int i = 0; i < EACH; i++)
-                    out[((i64)(s.first_row + first + t) * VALUE_HEADS + head) * VALUE_DIM + first_column + column + i * APART] = read[i];
+        float *to = out + ((i64)(s.first_row + first) * VALUE_HEADS + head) * VALUE_DIM + first_column + column;
+        Row row;
+        float read[EACH] = {};
+        row.load(k[which][0] + part * 4, q[which][0] + part * 4, v[which][0] + column, decays[which][0], betas[which][0]);
+#pragma unroll 2
+        for (int t = 0; t < count; t++) { /* what one row read is gathered with what the next one recalls: none waits for the other */
+            float recalled[EACH];
+            recall(state, row, recalled);
+            Row next;
+            const int after = min(t + 1, count - 1);
+            next.load(k[which][after] + part * 4, q[which][after] + part * 4, v[which][after] + column, decays[which][after], betas[which][after]);
+            gather(recalled);
+            gather(read);
+            if (part == 0 && t > 0)
+                for (int i = 0; i < EACH; i++) to[(t - 1) * VALUE_HEADS * VALUE_DIM + i * APART] = read[i];
+            advance(state, row, recalled, read);
+            row = next;
         }
+        gather(read);
+        if (part == 0)
+            for (int i = 0; i < EACH; i++) to[(count - 1) * VALUE_HEADS * VALUE_DIM + i * APART] = read[i];
         __syncthreads();
     }
     state.store(own + (s.position + rows) % s.state_slots * slot);

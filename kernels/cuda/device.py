@@ -118,8 +118,11 @@ class Kernels(Protocol):
         """Launches steps, each of which sees what those before it wrote."""
         ...
 
-    def record(self, steps: Sequence[Step], inputs: Sequence[Copy] = (), outputs: Sequence[Copy] = ()) -> Callable[[], None]:
-        """Something that launches them all at once: first the inputs are copied to the device, at the end the outputs from it."""
+    def record(
+        self, steps: Sequence[Step], inputs: Sequence[Copy] = (), outputs: Sequence[Copy] = (), *, overlap: bool = True
+    ) -> Callable[[], None]:
+        """Something that launches them all at once: first the inputs are copied to the device, at the end the outputs from it. With
+        `overlap` a step's blocks may take their places before the step before has ended."""
         ...
 
 
@@ -254,10 +257,10 @@ class CudaDevice:
         if code:
             raise OSError(f"copying {bytes_.nbytes} bytes failed with CUDA error {code}")
 
-    def launch(self, function: int, step: Step, *, is_first: bool) -> None:
+    def launch(self, function: int, step: Step, *, is_early: bool) -> None:
         attribute = _Attribute(id=PROGRAMMATIC, value=1)
         launch = _Launch((c_uint * 3)(*step.grid), (c_uint * 3)(step.threads, 1, 1), step.shared, self.stream.ptr)
-        if not is_first:
+        if is_early:
             launch.attributes, launch.num_attributes = ctypes.pointer(attribute), 1
         arguments = (c_void_p * len(step.arguments))(*(ctypes.addressof(each) for each in step.arguments))
         code = self._driver.cuLaunchKernelEx(ctypes.byref(launch), c_void_p(function), arguments, None)
@@ -285,19 +288,21 @@ class CudaKernels:
             function.max_dynamic_shared_size_bytes = shared
         return int(function.kernel.ptr)
 
-    def run(self, steps: Sequence[Step]) -> None:
+    def run(self, steps: Sequence[Step], *, overlap: bool = True) -> None:
         with self._device.using():
             for i, step in enumerate(steps):
-                self._device.launch(self.function(step.kernel, step.shared), step, is_first=i == 0)
+                self._device.launch(self.function(step.kernel, step.shared), step, is_early=overlap and i > 0)
 
-    def record(self, steps: Sequence[Step], inputs: Sequence[Copy] = (), outputs: Sequence[Copy] = ()) -> Callable[[], None]:
+    def record(
+        self, steps: Sequence[Step], inputs: Sequence[Copy] = (), outputs: Sequence[Copy] = (), *, overlap: bool = True
+    ) -> Callable[[], None]:
         with self._device.using():
             for step in steps:
                 self.function(step.kernel, step.shared)  # loads what is not loaded yet, which must not happen while recording
             self._device.stream.begin_capture()
             for array, bytes_ in inputs:
                 self._device.copy_async(array, bytes_, to_host=False)
-            self.run(steps)
+            self.run(steps, overlap=overlap)
             for array, bytes_ in outputs:
                 self._device.copy_async(array, bytes_, to_host=True)
             graph = self._device.stream.end_capture()

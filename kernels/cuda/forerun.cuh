@@ -100,13 +100,6 @@ __device__ __forceinline__ uint2 load_once(const uint2 *at) {
     return v;
 }
 
-/* Weights that the other warps of a block read, too. */
-__device__ __forceinline__ uint4 load_shared(const uint4 *at) {
-    uint4 v;
-    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
-    return v;
-}
-
 /* Begins to copy 16 bytes into shared memory, or zeros; a thread's copies up to `end_of_copies` are a group, and it waits for all but its
  * newest N groups. */
 __device__ __forceinline__ void copy_async(void *to, const void *from, bool is_there) {

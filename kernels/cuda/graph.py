@@ -131,7 +131,8 @@ class Recorded:
 
     def launch(self) -> None:
         if self._launch is None:
-            self._launch = self._kernels.record(self.program.steps, self._inputs, self._outputs)
+            overlap = not self.program.is_wide  # large blocks that wait keep the places of others
+            self._launch = self._kernels.record(self.program.steps, self._inputs, self._outputs, overlap=overlap)
         self.num_runs += 1
         self._is_running = True
         self._launch()

@@ -16,7 +16,7 @@ from ..model.inputs import frequencies
 from ..model.pages import PAGE
 from ..model.weights import AttentionWeights, DeltaWeights, DenseWeights, LayerWeights, MoeWeights
 from .device import DRAW, NOWHERE, Address, Array, RowsStruct, Step, columns_of
-from .matrices import BF16, NAMES, Q4_K, STRIP, CudaMatrix, Packing, Stacked
+from .matrices import BF16, NAMES, Q4_K, Q8_0, STRIP, CudaMatrix, Packing, Stacked
 
 #: Positions of one part of an attention (PART of forerun.cuh), and pairs of row and head of one block (PAIRS, CHUNK_PAIRS of attention.cu).
 PART, PAIRS, CHUNK_PAIRS = 256, 16, 64
@@ -27,8 +27,9 @@ MANY_BLOCKS, MAX_SPLITS = 264, 8
 #: Values of a row that one block makes ready, where rows are cut.
 SEGMENT = 1024
 WARPS = 8
-#: Strips of a block of wide.cu.
-WIDE_STRIPS = 8
+#: Strips of a block of wide.cu, stages of inputs that it has at once, and a strip's tiles of 512 bytes in a stage.
+WIDE_STRIPS, WIDE_STAGES = 8, 3
+WIDE_TILES = {BF16: 4, Q8_0: 2, Q4_K: 1}
 #: Rows from which an attention loops over its parts, instead of leaving them all for a merge.
 LOOP_ROWS = 33
 
@@ -133,7 +134,8 @@ class Program:
     ) -> None:
         block = 64 if rows <= 128 else 128 if m.format == Q4_K else 256
         grid = -(-m.strips // WIDE_STRIPS) * -(-rows // block), splits
-        self._product(f"{kernel}_{block}", grid, m, x, out, stride, gated, rows, shared=3 * 2 * (block * 64 + 64))
+        stage = WIDE_STRIPS * WIDE_TILES[m.format] * 512 + 2 * (block * 64 + 64)
+        self._product(f"{kernel}_{block}", grid, m, x, out, stride, gated, rows, shared=WIDE_STAGES * stage)
 
     def _product(
         self, kernel: str, grid: tuple[int, ...], m: CudaMatrix, x: Prepared, out: Address, stride: int, gated: RowsStruct, rows: int,

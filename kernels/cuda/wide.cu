@@ -1,5 +1,5 @@
 /* Products of many rows, for chunks of a prompt. A block has 8 strips of outputs, a warp two of them and half of the block's rows. Weights
- * go from memory to registers, where they become bfloat16 whatever they are stored as; rows come through shared memory.
+ * and rows come through shared memory, STAGES times 64 inputs on their way at once; weights become bfloat16, whatever they are stored as.
  *
  * What a row's result is made of is added in the order of the inputs (in as many parts as the grid has splits, which depends on the weights
  * alone), so a row's bits depend on nothing but the row. They are not those of products.cu. */
@@ -10,20 +10,15 @@
 #define STAGES 3
 #define STAGE_INPUTS 64 /* two units of 32 */
 
-/* The weights of one strip and unit as they are stored, and as the operands of two instructions. */
+/* What a strip has of a stage: TILES tiles of 16 bytes a lane, in shared memory; scales, in registers. */
 template <int FORMAT> struct Weights;
 
 template <> struct Weights<BF16> {
-    uint4 tiles[2];
-    const uint4 *from;
-    __device__ __forceinline__ void begin(const Matrix &m, i64 strip) { from = m.tiles + strip * m.units * 2 * WARP + threadIdx.x % WARP; }
-    __device__ __forceinline__ void load(const Matrix &m, int stage, int unit) {
-        const uint4 *at = from + stage * 4 * WARP;
-#pragma unroll
-        for (int half = 0; half < 2; half++)
-            tiles[half] = stage * 2 + unit < m.units ? load_shared(at + (unit * 2 + half) * WARP) : make_uint4(0, 0, 0, 0);
+    static const int TILES = 4;
+    __device__ __forceinline__ void load(const Matrix &, i64, int) {}
+    __device__ __forceinline__ void operands(const uint4 *tiles, int unit, uint4 (&a)[2]) const {
+        a[0] = tiles[unit * 2 * WARP], a[1] = tiles[(unit * 2 + 1) * WARP];
     }
-    __device__ __forceinline__ void operands(int unit, uint4 (&a)[2]) const { a[0] = tiles[0], a[1] = tiles[1]; }
 };
 
 /* Four quants of two bytes each in the words of a register, times a scale for outputs g and g + 8. */
@@ -34,44 +29,31 @@ __device__ __forceinline__ float quant(u32 word, int i) { return (float)(signed 
 __device__ __forceinline__ float nibble(u32 word, int i, int shift) { return (float)(word >> (8 * i + shift) & 15); }
 
 template <> struct Weights<Q8_0> {
-    uint4 tile;
-    u32 scale;
-    const uint4 *from, *scales_from; /* what is two stages here is one unit of the matrix */
-    __device__ __forceinline__ void begin(const Matrix &m, i64 strip) {
-        from = m.tiles + strip * m.units * 4 * WARP + threadIdx.x % WARP;
-        scales_from = m.scales + strip * m.units * 8 + threadIdx.x % WARP / 4;
+    static const int TILES = 2; /* a matrix has four in a unit */
+    uint2 scales;
+    __device__ __forceinline__ void load(const Matrix &m, i64 strip, int stage) {
+        scales = ((const uint2 *)(m.scales + (strip * m.units + stage / 2) * 8 + threadIdx.x % WARP / 4))[stage % 2];
     }
-    __device__ __forceinline__ void load(const Matrix &m, int stage, int unit) {
-        tile = load_shared(from + (stage * 2 + unit) * WARP);
-        scale = ((const u32 *)(scales_from + stage / 2 * 8))[stage % 2 * 2 + unit];
-    }
-    __device__ __forceinline__ void operands(int unit, uint4 (&a)[2]) const {
+    __device__ __forceinline__ void operands(const uint4 *tiles, int unit, uint4 (&a)[2]) const {
+        u32 scale = unit ? scales.y : scales.x;
         float low = from_half((u16)scale), high = from_half((u16)(scale >> 16));
-        const uint4 &t = tile;
+        uint4 t = tiles[unit * WARP];
         a[0] = scaled_halves(quant(t.x, 0), quant(t.x, 1), quant(t.x, 2), quant(t.x, 3), quant(t.y, 0), quant(t.y, 1), quant(t.y, 2), quant(t.y, 3), low, high);
         a[1] = scaled_halves(quant(t.z, 0), quant(t.z, 1), quant(t.z, 2), quant(t.z, 3), quant(t.w, 0), quant(t.w, 1), quant(t.w, 2), quant(t.w, 3), low, high);
     }
 };
 
 template <> struct Weights<Q4_K> {
-    uint4 tile;   /* of both units of a stage: low nibbles, then high ones */
-    uint2 scales; /* bytes of each: scale of g and g + 8, minimum of both */
+    static const int TILES = 1; /* of both units: low nibbles, then high ones */
+    uint2 scales;               /* bytes of each: scale of g and g + 8, minimum of both */
     uint2 ends;
-    const uint4 *from, *scales_from; /* what is four stages here is one unit of the matrix */
-    const uint2 *ends_from;
-    __device__ __forceinline__ void begin(const Matrix &m, i64 strip) {
-        int group = threadIdx.x % WARP / 4;
-        from = m.tiles + strip * m.units * 4 * WARP + threadIdx.x % WARP;
-        scales_from = m.scales + (strip * m.units * 8 + group) * 2;
-        ends_from = m.ends + strip * m.units * 8 + group;
+    __device__ __forceinline__ void load(const Matrix &m, i64 strip, int stage) {
+        i64 at = (strip * m.units + stage / 4) * 8 + threadIdx.x % WARP / 4;
+        scales = ((const uint2 *)(m.scales + at * 2))[stage % 4];
+        ends = m.ends[at];
     }
-    __device__ __forceinline__ void load(const Matrix &m, int stage, int unit) {
-        if (unit == 1) return; /* it is there */
-        tile = load_shared(from + stage * WARP);
-        scales = ((const uint2 *)(scales_from + stage / 4 * 16))[stage % 4];
-        ends = ends_from[stage / 4 * 8];
-    }
-    __device__ __forceinline__ void operands(int unit, uint4 (&a)[2]) const {
+    __device__ __forceinline__ void operands(const uint4 *tiles, int unit, uint4 (&a)[2]) const {
+        uint4 tile = tiles[0];
         u32 bytes = unit ? scales.y : scales.x, words[4] = {tile.x, tile.y, tile.z, tile.w}, found[2][4];
 #pragma unroll
         for (int high = 0; high < 2; high++) {
@@ -94,18 +76,18 @@ template <> struct Weights<Q4_K> {
  * strip times the next, as bfloat16 into `gated`. */
 template <int FORMAT, int ROWS, bool GATED>
 __device__ __forceinline__ void wide(const Matrix &m, const Rows &x, float *out, int out_stride, const Rows &gated, int rows) {
-    const int TILES = ROWS / 16, PLANE = ROWS * 64 + 64; /* bytes of one unit of all rows; stages begin at other banks */
+    const int TILES = ROWS / 16, TOGETHER = 4, STRIP_TILES = Weights<FORMAT>::TILES;
+    const int PLANE = ROWS * 64 + 64, WEIGHT_BYTES = BLOCK_STRIPS * STRIP_TILES * 512; /* of one unit of all rows; planes begin at other banks */
+    const int STAGE_BYTES = WEIGHT_BYTES + 2 * PLANE;
     SHARED(u8, staged);
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, groups = (rows + ROWS - 1) / ROWS, first_row = blockIdx.x % groups * ROWS;
-    const int strips = (m.outputs + 15) / 16, own_strip = (int)(blockIdx.x / groups) * BLOCK_STRIPS + warp % 4 * 2, half = warp / 4;
+    const int strips = (m.outputs + 15) / 16, first_strip = (int)(blockIdx.x / groups) * BLOCK_STRIPS;
+    const int own_strip = first_strip + warp % 4 * 2, half = warp / 4;
     const int inputs = x.halves_stride, stages = (inputs + STAGE_INPUTS - 1) / STAGE_INPUTS;
     const int from = (int)((i64)stages * blockIdx.y / gridDim.y), to = (int)((i64)stages * (blockIdx.y + 1) / gridDim.y);
     Weights<FORMAT> weights[2];
 #pragma unroll
-    for (int s = 0; s < 2; s++) weights[s].begin(m, min(own_strip + s, strips - 1));
-#pragma unroll
-    for (int s = 0; s < 2; s++) weights[s].load(m, from, 0);
-    wait_for_previous();
+    for (int s = 0; s < 2; s++) weights[s].load(m, min(own_strip + s, strips - 1), from);
     float sums[2][TILES][4];
 #pragma unroll
     for (int s = 0; s < 2; s++)
@@ -114,38 +96,60 @@ __device__ __forceinline__ void wide(const Matrix &m, const Rows &x, float *out,
 #pragma unroll
             for (int i = 0; i < 4; i++) sums[s][t][i] = 0;
 
-    const int piece = threadIdx.x % 8, unit_of = piece / 4; /* of 8 inputs, of a row's 64 */
-    auto fetch = [&](int stage) {
-        u8 *at = staged + stage % STAGES * 2 * PLANE + unit_of * PLANE + piece % 4 * 16;
+    const int piece = threadIdx.x % 8, tiles_of_strip = m.units * (FORMAT == BF16 ? 2 : 4); /* piece: of 8 inputs, of a row's 64 */
+    auto fetch_weights = [&](int stage) {
+        u8 *at = staged + stage % STAGES * STAGE_BYTES;
+#pragma unroll
+        for (int i = threadIdx.x; i < BLOCK_STRIPS * STRIP_TILES * WARP; i += WARPS * WARP) {
+            int strip = min(first_strip + i / (STRIP_TILES * WARP), strips - 1), tile = stage * STRIP_TILES + i / WARP % STRIP_TILES;
+            bool is_there = stage < to && tile < tiles_of_strip;
+            copy_async(at + i * 16, m.tiles + (is_there ? ((i64)strip * tiles_of_strip + tile) * WARP + i % WARP : 0), is_there);
+        }
+    };
+    auto fetch_rows = [&](int stage) {
+        u8 *at = staged + stage % STAGES * STAGE_BYTES + WEIGHT_BYTES + piece / 4 * PLANE + piece % 4 * 16;
         int input = stage * STAGE_INPUTS + piece * 8;
+#pragma unroll
         for (int row = threadIdx.x / 8; row < ROWS; row += WARPS * WARP / 8) {
             bool is_there = stage < to && first_row + row < rows && input < inputs;
             copy_async(at + row * 64, x.halves + (is_there ? (i64)(first_row + row) * x.halves_stride + input : 0), is_there);
         }
         end_of_copies();
     };
-    for (int stage = from; stage < from + STAGES - 1; stage++) fetch(stage);
+    for (int stage = from; stage < from + STAGES - 1; stage++) fetch_weights(stage);
+    wait_for_previous();
+    for (int stage = from; stage < from + STAGES - 1; stage++) fetch_rows(stage);
     for (int stage = from; stage < to; stage++) {
         wait_for_copies<STAGES - 2>();
         __syncthreads();
-        fetch(stage + STAGES - 1);
-        const u8 *base = staged + stage % STAGES * 2 * PLANE + (half * (ROWS / 2) + lane / 4) * 64 + lane % 4 * 16;
+        fetch_weights(stage + STAGES - 1);
+        fetch_rows(stage + STAGES - 1);
+        const u8 *here = staged + stage % STAGES * STAGE_BYTES;
+        const uint4 *tiles = (const uint4 *)here + warp % 4 * 2 * STRIP_TILES * WARP + lane;
+        const u8 *base = here + WEIGHT_BYTES + (half * (ROWS / 2) + lane / 4) * 64 + lane % 4 * 16;
 #pragma unroll
         for (int unit = 0; unit < 2; unit++) {
             uint4 a[2][2];
 #pragma unroll
             for (int s = 0; s < 2; s++) {
-                weights[s].operands(unit, a[s]);
-                weights[s].load(m, min(stage + unit, to - 1), 1 - unit);
+                weights[s].operands(tiles + s * STRIP_TILES * WARP, unit, a[s]);
+                if (unit == 1) weights[s].load(m, min(own_strip + s, strips - 1), min(stage + 1, to - 1));
             }
 #pragma unroll
-            for (int t = 0; t < TILES; t++) {
-                uint4 b = *(const uint4 *)(base + unit * PLANE + t * 8 * 64);
+            for (int first = 0; first < TILES; first += TOGETHER) { /* what adds to one sum is far apart */
+                uint4 b[TOGETHER];
 #pragma unroll
-                for (int s = 0; s < 2; s++) {
-                    multiply(sums[s][t], a[s][0].x, a[s][0].y, a[s][0].z, a[s][0].w, b.x, b.y);
-                    multiply(sums[s][t], a[s][1].x, a[s][1].y, a[s][1].z, a[s][1].w, b.z, b.w);
-                }
+                for (int t = 0; t < TOGETHER; t++) b[t] = *(const uint4 *)(base + unit * PLANE + (first + t) * 8 * 64);
+#pragma unroll
+                for (int t = 0; t < TOGETHER; t++)
+#pragma unroll
+                    for (int s = 0; s < 2; s++)
+                        multiply(sums[s][first + t], a[s][0].x, a[s][0].y, a[s][0].z, a[s][0].w, b[t].x, b[t].y);
+#pragma unroll
+                for (int t = 0; t < TOGETHER; t++)
+#pragma unroll
+                    for (int s = 0; s < 2; s++)
+                        multiply(sums[s][first + t], a[s][1].x, a[s][1].y, a[s][1].z, a[s][1].w, b[t].z, b[t].w);
             }
         }
     }

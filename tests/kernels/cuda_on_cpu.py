@@ -105,7 +105,9 @@ class HostKernels:
             if code:
                 raise OSError(f"{step.kernel}: {'no such kernel' if code == 1 else 'too large a launch'}")
 
-    def record(self, steps: Sequence[Step], inputs: Sequence[Copy] = (), outputs: Sequence[Copy] = ()) -> Callable[[], None]:
+    def record(
+        self, steps: Sequence[Step], inputs: Sequence[Copy] = (), outputs: Sequence[Copy] = (), *, overlap: bool = True
+    ) -> Callable[[], None]:
         def launch() -> None:
             for array, bytes_ in inputs:
                 array.reshape(-1).view(np.uint8)[:] = bytes_
