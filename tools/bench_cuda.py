@@ -1,7 +1,8 @@
 """`forerun bench --device cuda`: kernels and whole rounds of models that need no file, each beside what the memory of this device allows.
 
 Times are medians of a graph of launches, by the device's own clock. Every launch reads other memory than the one before it, so that the
-second-level cache does not help; the limit counts each weight, and each recurrent state, once; of a prompt, the operations of its products.
+second-level cache does not help; the limit counts each weight, and each recurrent state, once; for a prompt, the operations of its
+products.
 """
 
 from __future__ import annotations
@@ -259,9 +260,8 @@ def bench_cuda(write: Callable[[str], object], sizes: Sequence[str]) -> None:
     except OSError as error:
         raise InvalidRequest([("--device", str(error))]) from error
     bench = Bench(device)
-    write(
-        f"copy: {bench.bandwidth / 1e12:.2f} TB/s; product: {bench.rate / 1e12:.0f} TFLOP/s\n| | us | limit, us | of the limit | |\n|---|---|---|---|---|\n"
-    )
+    write(f"copy: {bench.bandwidth / 1e12:.2f} TB/s; product: {bench.rate / 1e12:.0f} TFLOP/s\n")
+    write("| | us | limit, us | of the limit | |\n|---|---|---|---|---|\n")
     parts: list[Callable[[], None]] = [
         lambda: bench.products(17408, 5120, (1, 4, 8, 16, 32)),
         lambda: bench.products(5120, 17408, (1, 4)),

@@ -37,6 +37,11 @@ def sizes_of(config: ModelConfig) -> dict[str, int]:
     }  # fmt: skip
 
 
+def definitions(text: str, sizes: dict[str, int]) -> list[str]:
+    """Options that define the sizes a source speaks of; what is compiled for one model serves others with the same ones."""
+    return [f"-D{name}={value}" for name, value in sizes.items() if re.search(rf"\b{name}\b", text)]
+
+
 def columns_of(config: ModelConfig) -> int:
     """Columns of a head's state that one block of delta.cu has."""
     return next(n for n in (32, 16, 8) if config.value_dim % n == 0)
@@ -273,9 +278,9 @@ class CudaKernels:
 
     def __init__(self, device: CudaDevice, sizes: dict[str, int]) -> None:
         self._device = device
-        options = (*OPTIONS, f"-I{FOLDER}", *(f"-D{name}={value}" for name, value in sizes.items()))
+        options = (*OPTIONS, f"-I{FOLDER}")
         self._texts = [(FOLDER / f"{name}.cu").read_text() for name in SOURCES]
-        self._modules = [device.cupy.RawModule(code=text, options=options) for text in self._texts]
+        self._modules = [device.cupy.RawModule(code=text, options=(*options, *definitions(text, sizes))) for text in self._texts]
         self._functions: dict[str, Any] = {}
 
     def function(self, name: str, shared: int = 0) -> int:

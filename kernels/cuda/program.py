@@ -134,8 +134,7 @@ class Program:
     ) -> None:
         block = 64 if rows <= 128 else 128 if m.format == Q4_K else 256
         grid = -(-m.strips // WIDE_STRIPS) * -(-rows // block), splits
-        stage = WIDE_STRIPS * WIDE_TILES[m.format] * 512 + 2 * (block * 64 + 64)
-        self._product(f"{kernel}_{block}", grid, m, x, out, stride, gated, rows, shared=WIDE_STAGES * stage)
+        self._product(f"{kernel}_{block}", grid, m, x, out, stride, gated, rows, shared=_wide_bytes(m, block))
 
     def _product(
         self, kernel: str, grid: tuple[int, ...], m: CudaMatrix, x: Prepared, out: Address, stride: int, gated: RowsStruct, rows: int,
@@ -170,7 +169,10 @@ class Program:
             self.add_norm(x, before, w.input_norm, u, rows)
             parts = self._attention(u, w.mixer, number)
         ffn = w.ffn
-        formats = self.formats(ffn.gate, ffn.up) if isinstance(ffn, DenseWeights) else self._moe_formats(ffn)
+        if isinstance(ffn, DenseWeights):
+            formats = self.formats(ffn.gate, ffn.up)
+        else:
+            formats = self.formats(ffn.router, ffn.shared_gate, ffn.shared.gate, ffn.experts.gate[0])
         u = self.prepared(f"u {sorted(formats)}", c.hidden, rows, formats)
         self.add_norm(x, parts, w.ffn_norm, u, rows)
         return self._dense(u, ffn) if isinstance(ffn, DenseWeights) else self._moe(u, ffn)
@@ -262,9 +264,6 @@ class Program:
     def _dense(self, u: Prepared, w: DenseWeights) -> Parts:
         return self.into_residual(w.down, self._hidden_of_ffn(w, u, "h"), self.rows)
 
-    def _moe_formats(self, w: MoeWeights) -> set[int]:
-        return self.formats(w.router, w.shared_gate, w.shared.gate) | {w.experts.gate[0].format}
-
     def _moe(self, u: Prepared, w: MoeWeights) -> Parts:
         c, rows, used, device = self.config, self.rows, w.experts.num_used, self.device
         experts, num_experts = w.experts, len(w.experts.gate)
@@ -274,33 +273,34 @@ class Program:
         is_gated = {m.format for m in (*experts.gate, *experts.up, *experts.down)} == {BF16}
         m, down = self.packing.gated(experts.gate, experts.up, is_gated), self.packing.all(experts.down)
         width = experts.gate[0].outputs
-        strips, h = experts.gate[0].strips, self.prepared(f"experts {down.format}", width, rows * used, {down.format})
-        if is_gated:
-            self.step(
-                "expert_gated_bf16",
-                (strips, rows * used),
-                32 * WARPS,
-                self.packing.struct(m),
-                u.struct,
-                routes,
-                used,
-                1,
-                NOWHERE,
-                0,
-                h.struct,
-            )
-        else:
-            both = device.address(self.buffer("experts gate up", (rows * used, 2 * STRIP * strips)))
-            name, stride = f"expert_{NAMES[m.format]}", 2 * STRIP * strips
-            self.step(
-                name, (2 * strips, rows * used), 32 * WARPS, self.packing.struct(m), u.struct, routes, used, 1, both, stride, RowsStruct()
-            )
-            self.swiglu(Column(both, stride), Column(both + 4 * STRIP * strips, stride), width, rows * used, h)
+        strips, h = experts.gate[0].strips, self.prepared(f"experts {down.format}", width, rows * used, self.formats(down))
         y = device.address(self.buffer("experts down", (rows * used, c.hidden)))
-        self.step(
-            f"expert_{NAMES[down.format]}", (experts.down[0].strips, rows * used), 32 * WARPS, self.packing.struct(down), h.struct,
-            routes, used, 0, y, c.hidden, RowsStruct(),
-        )  # fmt: skip
+        starts, order = NOWHERE, NOWHERE
+        if self.is_wide:
+            starts = device.address(self.buffer("starts", (num_experts + 1,), np.int32))
+            order = device.address(self.buffer("order", (rows * used,), np.int32))
+            self.step("group_rows", (1,), 1024, routes, rows, used, num_experts, starts, order, shared=4 * (num_experts + 1))
+
+        def run(kernel: str, of: CudaMatrix, x: Prepared, each: int, out: Address, stride: int, gated: RowsStruct) -> None:
+            """One of each expert's matrices, of so many strips; of rows u, or of one row for each expert used."""
+            is_shared = int(x is u)
+            if self.is_wide:
+                self.step(
+                    f"wide_{kernel}", (-(-each // WIDE_STRIPS), num_experts), 32 * WARPS, self.packing.struct(of), x.struct, starts, order,
+                    used if is_shared else 1, each, out, stride, gated, shared=_wide_bytes(of, 64),
+                )  # fmt: skip
+            else:
+                grid = each // 2 if "gated" in kernel else each, rows * used
+                struct = self.packing.struct(of)
+                self.step(kernel, grid, 32 * WARPS, struct, x.struct, routes, used, is_shared, out, stride, gated)
+
+        if is_gated:
+            run("expert_gated_bf16", m, u, 2 * strips, NOWHERE, 0, h.struct)
+        else:
+            both, stride = device.address(self.buffer("experts gate up", (rows * used, 2 * STRIP * strips))), 2 * STRIP * strips
+            run(f"expert_{NAMES[m.format]}", m, u, 2 * strips, both, stride, RowsStruct())
+            self.swiglu(Column(both, stride), Column(both + 4 * STRIP * strips, stride), width, rows * used, h)
+        run(f"expert_{NAMES[down.format]}", down, h, experts.down[0].strips, y, c.hidden, RowsStruct())
         shared = self.product(w.shared.down, self._hidden_of_ffn(w.shared, u, "shared h"), "shared", rows)
         out = device.address(self.buffer("parts of 1", (1, rows, c.hidden)))
         self.step("mix", (rows,), 256, y, routes, used, shared.address, gate.address, gate.stride, out, c.hidden)
@@ -335,6 +335,11 @@ def _argument(value: Any) -> Any:
 def _tiles(rows: int, number: int) -> int:
     """Rows, in eights, that a block of a product has; the scales of four eights of Q4_K do not fit into registers."""
     return 1 if rows <= 8 else 2 if rows <= 16 or number == Q4_K else 4
+
+
+def _wide_bytes(m: CudaMatrix, rows: int) -> int:
+    """Shared memory of a block of wide.cu."""
+    return WIDE_STAGES * (WIDE_STRIPS * WIDE_TILES[m.format] * 512 + 2 * (rows * 64 + 64))
 
 
 def threads_for(n: int) -> int:

@@ -144,7 +144,7 @@ extern "C" __global__ void route(const float *logits, int stride, int experts, i
         if (rank == 0) highest = best;
         float share = __expf(best - highest);
         total += share;
-        if (lane == 0) ids[rank] = (float)which, shares[rank] = share;
+        if (lane == 0) ids[rank] = (float)min(which, experts - 1), shares[rank] = share; /* there may be none of logits that are no numbers */
     }
     __syncwarp();
     if (lane == 0) {

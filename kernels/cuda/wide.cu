@@ -72,19 +72,25 @@ template <> struct Weights<Q4_K> {
     }
 };
 
-/* Grid: (groups of 8 strips * groups of ROWS rows, splits); shared: STAGES stages. out [splits, rows, out_stride]; or, GATED, silu of one
- * strip times the next, as bfloat16 into `gated`. */
-template <int FORMAT, int ROWS, bool GATED>
-__device__ __forceinline__ void wide(const Matrix &m, const Rows &x, float *out, int out_stride, const Rows &gated, int rows) {
+/* A block's part of a product: rows from `row` on of `rows`, a split of the inputs. In IS_GROUPED products row i is row order[i] of `out`, and
+ * order[i] / divisor of x. */
+struct Part {
+    int strip, row, rows, split, splits;
+    const int *order;
+    int divisor;
+};
+
+/* out [rows, out_stride], outputs of 8 strips; or, IS_GATED, silu of one strip times the next, as bfloat16 into `gated`. */
+template <int FORMAT, int ROWS, bool IS_GATED, bool IS_GROUPED>
+__device__ __forceinline__ void wide(const Matrix &m, const Rows &x, float *out, int out_stride, const Rows &gated, const Part &at) {
     const int TILES = ROWS / 16, TOGETHER = 4, STRIP_TILES = Weights<FORMAT>::TILES;
     const int PLANE = ROWS * 64 + 64, WEIGHT_BYTES = BLOCK_STRIPS * STRIP_TILES * 512; /* of one unit of all rows; planes begin at other banks */
     const int STAGE_BYTES = WEIGHT_BYTES + 2 * PLANE;
     SHARED(u8, staged);
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, groups = (rows + ROWS - 1) / ROWS, first_row = blockIdx.x % groups * ROWS;
-    const int strips = (m.outputs + 15) / 16, first_strip = (int)(blockIdx.x / groups) * BLOCK_STRIPS;
-    const int own_strip = first_strip + warp % 4 * 2, half = warp / 4;
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, strips = (m.outputs + 15) / 16;
+    const int own_strip = at.strip + warp % 4 * 2, half = warp / 4;
     const int inputs = x.halves_stride, stages = (inputs + STAGE_INPUTS - 1) / STAGE_INPUTS;
-    const int from = (int)((i64)stages * blockIdx.y / gridDim.y), to = (int)((i64)stages * (blockIdx.y + 1) / gridDim.y);
+    const int from = (int)((i64)stages * at.split / at.splits), to = (int)((i64)stages * (at.split + 1) / at.splits);
     Weights<FORMAT> weights[2];
 #pragma unroll
     for (int s = 0; s < 2; s++) weights[s].load(m, min(own_strip + s, strips - 1), from);
@@ -98,21 +104,22 @@ __device__ __forceinline__ void wide(const Matrix &m, const Rows &x, float *out,
 
     const int piece = threadIdx.x % 8, tiles_of_strip = m.units * (FORMAT == BF16 ? 2 : 4); /* piece: of 8 inputs, of a row's 64 */
     auto fetch_weights = [&](int stage) {
-        u8 *at = staged + stage % STAGES * STAGE_BYTES;
+        u8 *place = staged + stage % STAGES * STAGE_BYTES;
 #pragma unroll
         for (int i = threadIdx.x; i < BLOCK_STRIPS * STRIP_TILES * WARP; i += WARPS * WARP) {
-            int strip = min(first_strip + i / (STRIP_TILES * WARP), strips - 1), tile = stage * STRIP_TILES + i / WARP % STRIP_TILES;
+            int strip = min(at.strip + i / (STRIP_TILES * WARP), strips - 1), tile = stage * STRIP_TILES + i / WARP % STRIP_TILES;
             bool is_there = stage < to && tile < tiles_of_strip;
-            copy_async(at + i * 16, m.tiles + (is_there ? ((i64)strip * tiles_of_strip + tile) * WARP + i % WARP : 0), is_there);
+            copy_async(place + i * 16, m.tiles + (is_there ? ((i64)strip * tiles_of_strip + tile) * WARP + i % WARP : 0), is_there);
         }
     };
     auto fetch_rows = [&](int stage) {
-        u8 *at = staged + stage % STAGES * STAGE_BYTES + WEIGHT_BYTES + piece / 4 * PLANE + piece % 4 * 16;
+        u8 *place = staged + stage % STAGES * STAGE_BYTES + WEIGHT_BYTES + piece / 4 * PLANE + piece % 4 * 16;
         int input = stage * STAGE_INPUTS + piece * 8;
 #pragma unroll
         for (int row = threadIdx.x / 8; row < ROWS; row += WARPS * WARP / 8) {
-            bool is_there = stage < to && first_row + row < rows && input < inputs;
-            copy_async(at + row * 64, x.halves + (is_there ? (i64)(first_row + row) * x.halves_stride + input : 0), is_there);
+            bool is_there = stage < to && at.row + row < at.rows && input < inputs;
+            i64 of = !is_there ? 0 : IS_GROUPED ? at.order[at.row + row] / at.divisor : at.row + row;
+            copy_async(place + row * 64, x.halves + (is_there ? of * x.halves_stride + input : 0), is_there);
         }
         end_of_copies();
     };
@@ -155,27 +162,31 @@ __device__ __forceinline__ void wide(const Matrix &m, const Rows &x, float *out,
     }
     wait_for_copies<0>();
     let_next_begin();
-    out += (i64)blockIdx.y * rows * out_stride;
 #pragma unroll
     for (int t = 0; t < TILES; t++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            int row = first_row + half * (ROWS / 2) + t * 8 + lane % 4 * 2 + i % 2, place = lane / 4 + i / 2 * 8;
-            if (row >= rows) continue;
-            if (GATED) {
+            int row = at.row + half * (ROWS / 2) + t * 8 + lane % 4 * 2 + i % 2, place = lane / 4 + i / 2 * 8;
+            if (row >= at.rows) continue;
+            i64 of = IS_GROUPED ? at.order[row] : row;
+            if (IS_GATED) {
                 if (own_strip < strips)
-                    gated.halves[(i64)row * gated.halves_stride + own_strip / 2 * 16 + place] = (u16)to_halves(silu(sums[0][t][i]) * sums[1][t][i], 0);
+                    gated.halves[of * gated.halves_stride + own_strip / 2 * 16 + place] = (u16)to_halves(silu(sums[0][t][i]) * sums[1][t][i], 0);
             } else {
 #pragma unroll
                 for (int s = 0; s < 2; s++)
-                    if ((own_strip + s) * 16 + place < m.outputs) out[(i64)row * out_stride + (own_strip + s) * 16 + place] = sums[s][t][i];
+                    if ((own_strip + s) * 16 + place < m.outputs) out[of * out_stride + (own_strip + s) * 16 + place] = sums[s][t][i];
             }
         }
 }
 
-#define WIDE(NAME, FORMAT, ROWS, GATED)                                                                                                      \
+/* Grid: (groups of 8 strips * groups of ROWS rows, splits), each of which has a part of its own of `out`; shared: STAGES stages. */
+#define WIDE(NAME, FORMAT, ROWS, IS_GATED)                                                                                                   \
     extern "C" __global__ void __launch_bounds__(WARPS *WARP, 1) NAME(Matrix m, Rows x, float *out, int out_stride, Rows gated, int rows) { \
-        wide<FORMAT, ROWS, GATED>(m, x, out, out_stride, gated, rows);                                                                       \
+        int groups = (rows + ROWS - 1) / ROWS;                                                                                               \
+        Part at = {(int)(blockIdx.x / groups) * BLOCK_STRIPS, (int)(blockIdx.x % groups) * ROWS, rows, (int)blockIdx.y, (int)gridDim.y,      \
+                   nullptr, 1};                                                                                                              \
+        wide<FORMAT, ROWS, IS_GATED, false>(m, x, out + (i64)blockIdx.y * rows * out_stride, out_stride, gated, at);                         \
     }                                                                                                                                        \
     EXPORT(NAME)
 WIDE(wide_bf16_64, BF16, 64, false)
@@ -186,3 +197,45 @@ WIDE(wide_q8_0_64, Q8_0, 64, false)
 WIDE(wide_q8_0_256, Q8_0, 256, false)
 WIDE(wide_q4_k_64, Q4_K, 64, false)
 WIDE(wide_q4_k_128, Q4_K, 128, false)
+
+/* The experts, which lie one after another in m, each with `strips` strips: for the rows that use it. Those of expert e are order[starts[e]]
+ * to order[starts[e + 1]]. Grid: (groups of 8 strips of one, experts); shared as above. */
+#define WIDE_EXPERT(NAME, FORMAT, IS_GATED)                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(WARPS *WARP, 1) NAME(Matrix m, Rows x, const int *starts, const int *order, int divisor,   \
+                                                                      int strips, float *out, int out_stride, Rows gated) {                 \
+        wait_for_previous();                                                                                                                 \
+        const int expert = blockIdx.y, begin = starts[expert], rows = starts[expert + 1] - begin;                                            \
+        const i64 skipped = (i64)expert * strips * m.units;                                                                                  \
+        m.tiles += skipped * (FORMAT == BF16 ? 2 : 4) * WARP, m.outputs = strips * 16;                                                       \
+        if (FORMAT != BF16) m.scales += skipped * (FORMAT == Q8_0 ? 8 : 16);                                                                 \
+        if (FORMAT == Q4_K) m.ends += skipped * 8;                                                                                           \
+        for (int row = 0; row < rows; row += 64) {                                                                                           \
+            Part at = {(int)blockIdx.x * BLOCK_STRIPS, row, rows, 0, 1, order + begin, divisor};                                             \
+            wide<FORMAT, 64, IS_GATED, true>(m, x, out, out_stride, gated, at);                                                              \
+            __syncthreads();                                                                                                                 \
+        }                                                                                                                                    \
+    }                                                                                                                                        \
+    EXPORT(NAME)
+WIDE_EXPERT(wide_expert_bf16, BF16, false)
+WIDE_EXPERT(wide_expert_gated_bf16, BF16, true)
+WIDE_EXPERT(wide_expert_q8_0, Q8_0, false)
+WIDE_EXPERT(wide_expert_q4_k, Q4_K, false)
+
+/* Which rows use each expert: order [rows * used], places in `routes` as products.cu has them, and starts [experts + 1]. One block; shared:
+ * experts + 1 numbers. */
+extern "C" __global__ void group_rows(const float *routes, int rows, int used, int experts, int *starts, int *order) {
+    SHARED(int, next);
+    wait_for_previous();
+    let_next_begin();
+    for (int i = threadIdx.x; i <= experts; i += blockDim.x) next[i] = 0;
+    __syncthreads();
+    for (int i = threadIdx.x; i < rows * used; i += blockDim.x) atomicAdd(&next[(int)routes[i / used * 2 * used + i % used] + 1], 1);
+    __syncthreads();
+    if (threadIdx.x == 0)
+        for (int i = 0; i < experts; i++) next[i + 1] += next[i];
+    __syncthreads();
+    for (int i = threadIdx.x; i <= experts; i += blockDim.x) starts[i] = next[i];
+    __syncthreads();
+    for (int i = threadIdx.x; i < rows * used; i += blockDim.x) order[atomicAdd(&next[(int)routes[i / used * 2 * used + i % used]], 1)] = i;
+}
+EXPORT(group_rows)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from forerun.kernels.cuda.device import FOLDER, SOURCES, Address, Array, Copy, Step
+from forerun.kernels.cuda.device import FOLDER, SOURCES, Address, Array, Copy, Step, definitions
 
 HEADER = Path(__file__).with_name("cuda_on_cpu.h")
 OPTIONS = ("-O1", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-fvisibility=hidden", "-w")
@@ -78,16 +78,17 @@ class HostKernels:
 
     def __init__(self, device: HostDevice, sizes: dict[str, int]) -> None:
         self._device = device
-        definitions = [f"-D{name}={value}" for name, value in sizes.items()]
-        texts = [(FOLDER / name).read_text() for name in ("forerun.cuh", *(f"{each}.cu" for each in SOURCES))]
-        key = hashlib.blake2b("\n".join([*texts, HEADER.read_text(), *definitions, *OPTIONS]).encode(), digest_size=16).hexdigest()
+        shared = [(FOLDER / "forerun.cuh").read_text(), HEADER.read_text(), *OPTIONS]
         BUILT.mkdir(mode=0o700, exist_ok=True)
         self._libraries: list[ctypes.CDLL] = []
         for source in SOURCES:
+            text = (FOLDER / f"{source}.cu").read_text()
+            defined = definitions(text, sizes)
+            key = hashlib.blake2b("\n".join([*shared, text, *defined]).encode(), digest_size=16).hexdigest()
             library = BUILT / f"{source}-{key}.so"
             if not library.exists():
                 unfinished = library.with_suffix(f".{os.getpid()}")
-                command = ["g++", *OPTIONS, *definitions, "-include", str(HEADER), "-x", "c++", str(FOLDER / f"{source}.cu")]
+                command = ["g++", *OPTIONS, *defined, "-include", str(HEADER), "-x", "c++", str(FOLDER / f"{source}.cu")]
                 subprocess.run([*command, "-o", str(unfinished)], check=True)
                 unfinished.replace(library)
             self._libraries.append(ctypes.CDLL(str(library)))

@@ -12,6 +12,7 @@ import pytest
 from forerun.actors.model import Defaults, LoadedModel
 from forerun.core.embeddings import lay_out
 from forerun.core.vocabulary import Choosing, History, SamplingParams
+from forerun.kernels.backend import Experts
 from forerun.kernels.backends import make_head, make_memory, make_trunk
 from forerun.kernels.cuda.device import DRAW, NOWHERE, SPAN, SpanStruct
 from forerun.kernels.cuda.graph import CudaHead, CudaTrunk, DeviceRows, filters_of, put_draw
@@ -27,7 +28,7 @@ from forerun.kernels.model.memory import alone
 from forerun.kernels.model.recurrent import STORES, StoreName
 from forerun.kernels.model.sizes import PUBLISHED
 from forerun.kernels.model.trunk import Rows
-from forerun.kernels.model.weights import DeltaWeights
+from forerun.kernels.model.weights import DeltaWeights, DenseWeights, MoeWeights
 from forerun.kernels.reference import ReferenceBackend
 from forerun.kernels.sampling import choose, share
 
@@ -179,8 +180,7 @@ def test_any_held_position_can_be_gone_on_from(cuda: CudaBackend, checkpoints: d
             memory, at = begin(), 0
 
 
-@pytest.mark.parametrize("depth", [0, 1, 3])
-@pytest.mark.parametrize("rates", [None, (0.9, 0.8, 0.7)])
+@pytest.mark.parametrize(("depth", "rates"), [(0, None), (1, None), (3, None), (3, (0.9, 0.8, 0.7))])
 def test_rounds_on_the_device_say_what_single_rows_say(cuda: CudaBackend, checkpoints: dict[str, Path], depth: int, rates: Any) -> None:
     weights, num_tokens = load(checkpoints["dense_r3"], cuda), 8
     trunk, head = CudaTrunk(weights, cuda), CudaHead(weights, cuda)
@@ -358,6 +358,55 @@ def check_that_chunks_leave_no_trace(backend: CudaBackend, weights: Any, *partit
     for other in found[1:]:
         for one, its in zip(found[0], other, strict=True):
             np.testing.assert_array_equal(one, its)
+
+
+@pytest.mark.parametrize("kind", ["BF16", "Q8_0", "Q4_K"])
+def test_experts_of_every_type(cuda: CudaBackend, checkpoints: dict[str, Path], kind: str) -> None:
+    """Of a few rows and of many, beside the formulas in float64."""
+    config, rng, num_experts, used = load_config(checkpoints["moe"]), np.random.default_rng(1), 5, 2
+    hidden, width, rows = config.hidden, 32, 20
+    if kind == "Q4_K":
+        hidden, width = 256, 256
+        config = replace(config, hidden=hidden)
+
+    def weight(outputs: int, inputs: int) -> Stored:
+        seed = int(rng.integers(1 << 30))
+        return replace(w := stored(kind, outputs, inputs), raw=np.random.default_rng(seed).permutation(w.raw))
+
+    parts = [[weight(*shape) for _ in range(num_experts)] for shape in ((width, hidden), (width, hidden), (hidden, width))]
+    shared = [weight(*shape) for shape in ((width, hidden), (width, hidden), (hidden, width))]
+    router, gate = stored("F32", 16, hidden), stored("F32", 1, hidden)
+    x = rng.normal(size=(rows, hidden)).astype(np.float32) * np.float32(0.1)
+
+    def silu(v: Any) -> Any:
+        return v / (1 + np.exp(-v))
+
+    def ffn(row: Any, gate: Stored, up: Stored, down: Stored) -> Any:
+        one, other, last = (np.asarray(w.values(), np.float64) for w in (gate, up, down))
+        return last @ (silu(one @ row) * (other @ row))
+
+    wanted = np.zeros((rows, hidden))
+    for r, row in enumerate(x.astype(np.float64)):
+        logits = bf16(router.values())[:num_experts].astype(np.float64) @ bf16(row.astype(np.float32)[None])[0]
+        chosen = np.argsort(-logits, kind="stable")[:used]
+        shares = np.exp(logits[chosen] - logits.max())
+        for e, share_ in zip(chosen, shares / shares.sum(), strict=True):
+            wanted[r] += share_ * ffn(row, parts[0][int(e)], parts[1][int(e)], parts[2][int(e)])
+        wanted[r] += ffn(row, *shared) / (1 + np.exp(-(gate.values()[0].astype(np.float64) @ row)))
+
+    matrices = [[cuda.matrix(w) for w in part] for part in parts]
+    own = cuda.matrix(replace(router, raw=router.raw[:num_experts]))
+    experts = Experts(matrices[0], matrices[1], matrices[2], used)
+    w = MoeWeights(own, experts, DenseWeights(*map(cuda.matrix, shared)), cuda.matrix(gate))
+    for is_wide in (False, True):
+        p = Program(config, cuda.packing, rows, 1, 1, is_wide=is_wide)
+        cuda.device.put(p.buffer("given", x.shape), x)
+        u = p.prepared("u", hidden, rows, p.formats(w.router, w.shared_gate, w.shared.gate, w.experts.gate[0]))
+        p.step("prepare", (rows,), 64, p.address("given"), NOWHERE, hidden, u.struct, shared=4 * hidden)
+        p._moe(u, w)  # pyright: ignore[reportPrivateUsage]
+        cuda.kernels(config).run(p.steps)
+        found = cuda.device.to_host(p.buffers["parts of 1"])[0]
+        assert np.linalg.norm(found - wanted) < 0.03 * np.linalg.norm(wanted)
 
 
 def test_where_chunks_end_leaves_no_trace(cuda: CudaBackend, checkpoints: dict[str, Path]) -> None:

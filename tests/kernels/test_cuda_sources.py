@@ -11,7 +11,7 @@ from importlib.metadata import files
 from typing import Any
 
 import pytest
-from forerun.kernels.cuda.device import FOLDER, OPTIONS, SOURCES, sizes_of
+from forerun.kernels.cuda.device import FOLDER, OPTIONS, SOURCES, definitions, sizes_of
 from forerun.kernels.model.sizes import PUBLISHED
 
 ARCHITECTURES = (80, 89, 90, 100, 120)
@@ -29,7 +29,7 @@ def compile_for(architecture: int, source: str) -> tuple[int, str]:
     text, header = ((FOLDER / name).read_bytes() for name in (f"{source}.cu", "forerun.cuh"))
     strings = ctypes.c_char_p * 1
     library.nvrtcCreateProgram(ctypes.byref(program), text, source.encode(), 1, strings(header), strings(b"forerun.cuh"))
-    sizes = [f"-D{name}={value}" for name, value in sizes_of(PUBLISHED["27B"]).items()]
+    sizes = definitions(text.decode(), sizes_of(PUBLISHED["27B"]))
     options = [option.encode() for option in (f"-arch=sm_{architecture}", "--ptxas-options=-v", *OPTIONS, *sizes)]
     code = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
     library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
