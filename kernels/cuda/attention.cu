@@ -207,8 +207,8 @@ EXPORT(attend)
 
 /* The same for a chunk of one sequence, page by page from the first on, however many rows there are. A pair of warps has 16 pairs of row and
  * head: each scores half of a page's positions, then sums half of the dimensions. Grid: (groups of CHUNK_PAIRS, KV_HEADS); what is found is
- * one part, shared: 2 STAGE_BYTES. */
-extern "C" __global__ void __launch_bounds__(WARPS *WARP, 1) attend_chunk(const Span *spans, int layer, const u16 *queries, float *sums, float2 *ends) {
+ * one part; shared: `stages` STAGE_BYTES, of two of which one is on its way while the other is computed. */
+extern "C" __global__ void __launch_bounds__(WARPS *WARP, 1) attend_chunk(const Span *spans, int layer, const u16 *queries, float *sums, float2 *ends, int stages) {
     SHARED(u8, staged);
     __shared__ __align__(16) u16 weights[CHUNK_PAIRS * WEIGHT_STRIDE];
     __shared__ float highest[2][CHUNK_PAIRS], totals[2][CHUNK_PAIRS];
@@ -221,7 +221,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP, 1) attend_chunk(const 
     let_next_begin();
     auto fetch = [&](int which) {
         i64 begin = (i64)which * PAGE, page = begin <= last ? page_at(s, layer, begin, kv) : 0;
-        u8 *to = staged + which % 2 * STAGE_BYTES;
+        u8 *to = staged + which % stages * STAGE_BYTES;
         for (int i = threadIdx.x; i < PAGE * UNITS * 4; i += blockDim.x) {
             int position = i / (UNITS * 4), piece = i % (UNITS * 4), dimension = i / 8, at = i % 8 * 8;
             copy_async(to + piece / 4 * KEY_PLANE + position * 64 + piece % 4 * 16, s.keys + page + position * HEAD_DIM + piece * 8,
@@ -248,8 +248,8 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP, 1) attend_chunk(const 
     for (int page = 0; (i64)page * PAGE <= last; page++) {
         wait_for_copies<0>();
         __syncthreads();
-        fetch(page + 1);
-        const u8 *keys_at = staged + page % 2 * STAGE_BYTES, *values_at = keys_at + UNITS * KEY_PLANE;
+        if (stages > 1) fetch(page + 1);
+        const u8 *keys_at = staged + page % stages * STAGE_BYTES, *values_at = keys_at + UNITS * KEY_PLANE;
         float found[4][4], here[2] = {-INFINITE, -INFINITE};
 #pragma unroll
         for (int n = 0; n < 4; n++)
@@ -309,6 +309,10 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP, 1) attend_chunk(const 
                 multiply(out[t], a0.x, a1.x, a0.y, a1.y, b.x, b.y);
                 multiply(out[t], a0.z, a1.z, a0.w, a1.w, b.z, b.w);
             }
+        }
+        if (stages == 1) {
+            __syncthreads();
+            fetch(page + 1);
         }
     }
     wait_for_copies<0>();

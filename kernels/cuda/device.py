@@ -77,6 +77,9 @@ class Step:
 
 
 class Device(Protocol):
+    #: bytes of shared memory that a block may have
+    max_shared: int
+
     def zeros(self, shape: Sequence[int], dtype: Any) -> Array: ...
 
     def to_device(self, values: npt.NDArray[Any]) -> Array: ...
@@ -163,6 +166,7 @@ class CudaDevice:
             self.stream, self.copies = (self.cupy.cuda.Stream(non_blocking=True) for _ in range(2))
         except Exception as error:  # CuPy has an error of its own for each way in which there is no device
             raise OSError(f"no CUDA device: {error}") from error
+        self.max_shared = int(self.cupy.cuda.runtime.getDeviceProperties(number)["sharedMemPerBlockOptin"])
         self._driver = ctypes.CDLL("libcuda.so.1")
         self._lock = threading.RLock()
 

@@ -20,6 +20,8 @@ from .matrices import BF16, NAMES, Q4_K, Q8_0, STRIP, CudaMatrix, Packing, Stack
 
 #: Positions of one part of an attention (PART of forerun.cuh), and pairs of row and head of one block (PAIRS, CHUNK_PAIRS of attention.cu).
 PART, PAIRS, CHUNK_PAIRS = 256, 16, 64
+#: Shared memory of attend_chunk beside its pages.
+ATTEND_STATIC = 10_240
 #: Where the parts of a product are that the next norm adds to the residual, and how many there are.
 Parts = tuple[Address, int]
 #: Blocks that a product into the residual should have, so that all of a large device's multiprocessors read.
@@ -132,7 +134,7 @@ class Program:
     def _wide(
         self, kernel: str, m: CudaMatrix, x: Prepared, out: Address, stride: int, gated: RowsStruct, rows: int, splits: int = 1
     ) -> None:
-        block = 64 if rows <= 128 else 128 if m.format == Q4_K else 256
+        block = 64 if rows <= 64 else 128
         grid = -(-m.strips // WIDE_STRIPS) * -(-rows // block), splits
         self._product(f"{kernel}_{block}", grid, m, x, out, stride, gated, rows, shared=_wide_bytes(m, block))
 
@@ -228,8 +230,10 @@ class Program:
         ends = device.address(self.buffer("ends", (rows, c.heads, parts, 2)))
         pairs = self.rows * (c.heads // c.kv_heads)
         if self.is_wide:
-            shared = 2 * (c.head_dim // 32 * (PAGE * 64 + 64) + 2 * (c.head_dim * 64 + 64))
-            self.step("attend_chunk", (-(-pairs // CHUNK_PAIRS), c.kv_heads), 256, spans, number, queries, sums, ends, shared=shared)
+            stage = c.head_dim // 32 * (PAGE * 64 + 64) + 2 * (c.head_dim * 64 + 64)
+            stages = 2 if 2 * stage + ATTEND_STATIC <= device.max_shared else 1
+            grid = -(-pairs // CHUNK_PAIRS), c.kv_heads
+            self.step("attend_chunk", grid, 256, spans, number, queries, sums, ends, stages, shared=stages * stage)
         else:
             grid = parts, c.kv_heads * -(-pairs // PAIRS), self.num_spans
             self.step("attend", grid, 256, spans, number, queries, sums, ends, parts, int(self.is_looped))

@@ -105,7 +105,7 @@ __device__ __forceinline__ void wide(const Matrix &m, const Rows &x, float *out,
     const int piece = threadIdx.x % 8, tiles_of_strip = m.units * (FORMAT == BF16 ? 2 : 4); /* piece: of 8 inputs, of a row's 64 */
     auto fetch_weights = [&](int stage) {
         u8 *place = staged + stage % STAGES * STAGE_BYTES;
-#pragma unroll
+#pragma unroll 1
         for (int i = threadIdx.x; i < BLOCK_STRIPS * STRIP_TILES * WARP; i += WARPS * WARP) {
             int strip = min(at.strip + i / (STRIP_TILES * WARP), strips - 1), tile = stage * STRIP_TILES + i / WARP % STRIP_TILES;
             bool is_there = stage < to && tile < tiles_of_strip;
@@ -115,7 +115,7 @@ __device__ __forceinline__ void wide(const Matrix &m, const Rows &x, float *out,
     auto fetch_rows = [&](int stage) {
         u8 *place = staged + stage % STAGES * STAGE_BYTES + WEIGHT_BYTES + piece / 4 * PLANE + piece % 4 * 16;
         int input = stage * STAGE_INPUTS + piece * 8;
-#pragma unroll
+#pragma unroll 1
         for (int row = threadIdx.x / 8; row < ROWS; row += WARPS * WARP / 8) {
             bool is_there = stage < to && at.row + row < at.rows && input < inputs;
             i64 of = !is_there ? 0 : IS_GROUPED ? at.order[at.row + row] / at.divisor : at.row + row;
@@ -134,7 +134,7 @@ __device__ __forceinline__ void wide(const Matrix &m, const Rows &x, float *out,
         const u8 *here = staged + stage % STAGES * STAGE_BYTES;
         const uint4 *tiles = (const uint4 *)here + warp % 4 * 2 * STRIP_TILES * WARP + lane;
         const u8 *base = here + WEIGHT_BYTES + (half * (ROWS / 2) + lane / 4) * 64 + lane % 4 * 16;
-#pragma unroll
+#pragma unroll 1
         for (int unit = 0; unit < 2; unit++) {
             uint4 a[2][2];
 #pragma unroll
@@ -181,22 +181,23 @@ __device__ __forceinline__ void wide(const Matrix &m, const Rows &x, float *out,
 }
 
 /* Grid: (groups of 8 strips * groups of ROWS rows, splits), each of which has a part of its own of `out`; shared: STAGES stages. */
-#define WIDE(NAME, FORMAT, ROWS, IS_GATED)                                                                                                   \
-    extern "C" __global__ void __launch_bounds__(WARPS *WARP, 1) NAME(Matrix m, Rows x, float *out, int out_stride, Rows gated, int rows) { \
+#define WIDE(NAME, FORMAT, ROWS, BLOCKS, IS_GATED)                                                                                            \
+    extern "C" __global__ void __launch_bounds__(WARPS *WARP, BLOCKS)                                                                         \
+        NAME(Matrix m, Rows x, float *out, int out_stride, Rows gated, int rows) {                                                           \
         int groups = (rows + ROWS - 1) / ROWS;                                                                                               \
         Part at = {(int)(blockIdx.x / groups) * BLOCK_STRIPS, (int)(blockIdx.x % groups) * ROWS, rows, (int)blockIdx.y, (int)gridDim.y,      \
                    nullptr, 1};                                                                                                              \
         wide<FORMAT, ROWS, IS_GATED, false>(m, x, out + (i64)blockIdx.y * rows * out_stride, out_stride, gated, at);                         \
     }                                                                                                                                        \
     EXPORT(NAME)
-WIDE(wide_bf16_64, BF16, 64, false)
-WIDE(wide_bf16_256, BF16, 256, false)
-WIDE(wide_gated_bf16_64, BF16, 64, true)
-WIDE(wide_gated_bf16_256, BF16, 256, true)
-WIDE(wide_q8_0_64, Q8_0, 64, false)
-WIDE(wide_q8_0_256, Q8_0, 256, false)
-WIDE(wide_q4_k_64, Q4_K, 64, false)
-WIDE(wide_q4_k_128, Q4_K, 128, false)
+WIDE(wide_bf16_64, BF16, 64, 2, false)
+WIDE(wide_bf16_128, BF16, 128, 2, false)
+WIDE(wide_gated_bf16_64, BF16, 64, 2, true)
+WIDE(wide_gated_bf16_128, BF16, 128, 2, true)
+WIDE(wide_q8_0_64, Q8_0, 64, 1, false)
+WIDE(wide_q8_0_128, Q8_0, 128, 1, false)
+WIDE(wide_q4_k_64, Q4_K, 64, 1, false)
+WIDE(wide_q4_k_128, Q4_K, 128, 1, false)
 
 /* The experts, which lie one after another in m, each with `strips` strips: for the rows that use it. Those of expert e are order[starts[e]]
  * to order[starts[e + 1]]. Grid: (groups of 8 strips of one, experts); shared as above. */

@@ -27,6 +27,7 @@ class HostDevice:
     def __init__(self, is_backwards: bool = False) -> None:
         self.is_backwards = is_backwards
         self.num_launches = 0
+        self.max_shared = (24 if is_backwards else 227) * 1024  # less than any device has, and what a large one has
 
     def zeros(self, shape: Sequence[int], dtype: Any) -> Array:
         return np.zeros(tuple(shape), dtype)
