@@ -289,7 +289,7 @@ class CudaKernels:
 
     def function(self, name: str, shared: int = 0) -> int:
         if name not in self._functions:
-            exported = re.compile(rf"^\s*[A-Z]+\({name}[,)]", re.MULTILINE)
+            exported = re.compile(rf"^\s*[A-Z_]+\({name}[,)]", re.MULTILINE)
             source = next(i for i, text in enumerate(self._texts) if exported.search(text))
             self._functions[name] = self._modules[source].get_function(name)
         function = self._functions[name]

@@ -135,6 +135,8 @@ class Program:
         self, kernel: str, m: CudaMatrix, x: Prepared, out: Address, stride: int, gated: RowsStruct, rows: int, splits: int = 1
     ) -> None:
         block = 64 if rows <= 64 else 128
+        if m.format != BF16 and rows > 128 and _wide_bytes(m, 256) <= self.device.max_shared:
+            block = 256  # what makes bfloat16 of weights is shared by more rows
         grid = -(-m.strips // WIDE_STRIPS) * -(-rows // block), splits
         self._product(f"{kernel}_{block}", grid, m, x, out, stride, gated, rows, shared=_wide_bytes(m, block))
 

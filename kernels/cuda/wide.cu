@@ -196,8 +196,10 @@ WIDE(wide_gated_bf16_64, BF16, 64, 2, true)
 WIDE(wide_gated_bf16_128, BF16, 128, 2, true)
 WIDE(wide_q8_0_64, Q8_0, 64, 1, false)
 WIDE(wide_q8_0_128, Q8_0, 128, 1, false)
+WIDE(wide_q8_0_256, Q8_0, 256, 1, false)
 WIDE(wide_q4_k_64, Q4_K, 64, 1, false)
 WIDE(wide_q4_k_128, Q4_K, 128, 1, false)
+WIDE(wide_q4_k_256, Q4_K, 256, 1, false)
 
 /* The experts, which lie one after another in m, each with `strips` strips: for the rows that use it. Those of expert e are order[starts[e]]
  * to order[starts[e + 1]]. Grid: (groups of 8 strips of one, experts); shared as above. */
