@@ -95,8 +95,8 @@ class Release(Mail[None]):
 
 @dataclass(frozen=True, slots=True)
 class Prefill(Mail[Verdict]):
-    """Sequence to target decoder, once a chunk of the prompt: compute `tokens` from `position`, and if `is_kept` take a checkpoint
-    after them. The verdict holds the choice after the prompt's last row, and is empty for the chunks before."""
+    """Sequence to target decoder, once a chunk of the prompt, or as many as are computed at once: compute `tokens` from `position`, and if
+    `is_kept` take a checkpoint after them. The verdict holds the choice after the prompt's last row, and is empty for the chunks before."""
 
     lease: int
     position: int

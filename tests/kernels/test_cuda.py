@@ -15,10 +15,11 @@ from forerun.core.vocabulary import Choosing, History, SamplingParams
 from forerun.kernels.backend import Experts
 from forerun.kernels.backends import make_head, make_memory, make_trunk
 from forerun.kernels.cuda.device import DRAW, NOWHERE, SPAN, SpanStruct
-from forerun.kernels.cuda.graph import CudaHead, CudaTrunk, DeviceRows, filters_of, put_draw
+from forerun.kernels.cuda.graph import CudaHead, CudaTrunk
 from forerun.kernels.cuda.matrices import BF16, CudaBackend, CudaMatrix
 from forerun.kernels.cuda.memory import CudaSequence, spans_array
 from forerun.kernels.cuda.program import Column, Program
+from forerun.kernels.cuda.recorded import DeviceRows, filters_of, put_draw
 from forerun.kernels.cuda.rounds import DeviceRounds, Start
 from forerun.kernels.formats.stored import BY_NAME, Stored, quantise
 from forerun.kernels.model.config import load_config
