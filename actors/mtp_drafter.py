@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..core.actor import Actor, Executor
@@ -21,7 +21,7 @@ from ..core.errors import InternalBug, LeaseLost, PositionLost
 from ..core.messages import Commit, Forget, Mail, Observe, Propose, Resume
 from ..core.protocol import CHUNK
 from ..core.speculation import DRAFTER_PATIENCE_SECONDS, Draft, SpeculationParams
-from ..core.vocabulary import SamplingParams
+from ..core.vocabulary import Choosing, SamplingParams
 from ..kernels.backend import F32
 from ..kernels.model.drafts import Drafted, MtpRows, Wanted
 from ..kernels.model.memory import SequencePool
@@ -158,7 +158,7 @@ class MtpDrafter(Actor):
     def _draft(self, wanted: list[tuple[Propose, MtpRows]]) -> list[Draft]:
         p, asked = self._params, list[Wanted]()
         for message, _ in wanted:
-            how = replace(message.choosing, sampling=SamplingParams()) if p.draft_sampling == "greedy" else message.choosing
+            how = Choosing(SamplingParams()) if p.draft_sampling == "greedy" else message.choosing
             asked.append(Wanted(how, message.limit, message.floor, p.draft_p_min))
         drafted = self._head.draft([rows for _, rows in wanted], asked)
         return [

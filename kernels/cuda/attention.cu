@@ -335,8 +335,8 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP, 1) attend_chunk(const 
 }
 EXPORT(attend_chunk)
 
-/* Merges the parts and applies the gates, which stand in q beside the queries. `which`, if not null, says which rows. Grid: (rows, HEADS /
- * heads); shared: heads * HEAD_DIM floats. */
+/* Merges the parts and applies the gates, which stand in q beside the queries. Grid: (rows, HEADS / heads); shared: heads * HEAD_DIM
+ * floats. */
 extern "C" __global__ void merge_parts(const Span *spans, const int *span_of, const float *sums, const float2 *ends, int max_parts, int is_looped,
                                        const float *q, int q_stride, int heads, Rows to) {
     SHARED(float, values);

@@ -50,7 +50,7 @@ def columns_of(config: ModelConfig) -> int:
 def problem_with(config: ModelConfig) -> str | None:
     """Why the kernels cannot compute a model, if they cannot."""
     c = config
-    if c.key_dim % 16 or c.value_dim % 8 or c.head_dim % 32 or c.hidden % 16:
+    if c.key_dim % 16 or c.key_dim > 160 or c.value_dim % 8 or c.head_dim % 32 or c.hidden % 16:
         return f"key heads of {c.key_dim}, value heads of {c.value_dim}, heads of {c.head_dim}, hidden rows of {c.hidden}"
     return None
 
@@ -104,6 +104,10 @@ class Device(Protocol):
 
     def wait(self) -> None:
         """Until all that was launched has been computed."""
+        ...
+
+    def mark(self) -> Callable[[], None]:
+        """What waits until all that was launched before this call has been computed; it may do so while others launch and record."""
         ...
 
     def shared(self, num_bytes: int) -> npt.NDArray[np.uint8]:
@@ -208,7 +212,12 @@ class CudaDevice:
         return Address(values.data.ptr)
 
     def wait(self) -> None:
-        self.stream.synchronize()
+        with self.using():
+            self.stream.synchronize()
+
+    def mark(self) -> Callable[[], None]:
+        with self.using():
+            return self.stream.record().synchronize
 
     def shared(self, num_bytes: int) -> npt.NDArray[np.uint8]:
         with self.using() as cupy:
@@ -365,13 +374,14 @@ class RoundStruct(ctypes.Structure):
 
     _fields_ = (
         ("verify", c_void_p), ("catch_up", c_void_p), ("draft", c_void_p), ("tokens", c_void_p), ("choices", c_void_p),
-        ("drafted", c_void_p), ("picked", c_void_p), ("report", c_void_p), ("draws", c_void_p), ("shares", c_void_p), ("sure", c_void_p),
+        ("drafted", c_void_p), ("picked", c_void_p), ("report", c_void_p), ("limits", c_void_p),
+        ("draft_span_of", c_void_p), ("draws", c_void_p), ("shares", c_void_p), ("sure", c_void_p),
         ("rates", c_void_p), ("depth", c_int), ("sequences", c_int), ("seed", c_int), ("reserved", c_int),
     )  # fmt: skip
 
 
 class MatrixStruct(ctypes.Structure):
-    """Matrix of products.cu."""
+    """Matrix of forerun.cuh."""
 
     _fields_ = (
         ("tiles", c_void_p), ("scales", c_void_p), ("ends", c_void_p), ("outputs", c_int), ("units", c_int), ("format", c_int),

@@ -1,4 +1,4 @@
-/* What all CUDA kernels share. Sizes of the model are macros, given when the sources are compiled (sources.py).
+/* What all CUDA kernels share. Sizes of the model are macros, given when the sources are compiled (device.py).
  *
  * Row invariance: what a row's result is made of, and in which order, depends on the shapes of the weights alone, never on how many rows
  * there are or which. Matrix instructions keep rows apart: a row is a column of their right operand.

@@ -54,10 +54,10 @@ class _Graphs:
     ) -> Recorded:
         """A program for such a batch that sees up to `end` positions."""
         parts = 1
-        while parts * PART < end:
+        while parts * PART < end and not is_wide:
             parts *= 2
         rows, spans = rows_for(num_rows), spans_for(num_spans)
-        key = kind, rows, spans, parts
+        key = kind, rows, spans, parts, is_wide
         found = self._recorded.pop(key, None)
         if found is None:
             found = Recorded(Program(self.config, self.packing, rows, spans, parts, is_wide=is_wide), self.kernels)
@@ -191,7 +191,7 @@ class CudaTrunk(TrunkBase):
         self._seek(memory, rows.position)
         span = memory.span(rows.position, 0, len(rows.tokens))
         recorded = self._run("chunk", [rows], [span])
-        self._graphs.device.wait()
+        recorded.wait()
         return as_rows(recorded, "hidden", len(rows.tokens), self.config.hidden)
 
     def _run(self, kind: str, batch: Sequence[Rows], spans: Sequence[SpanStruct]) -> Recorded:
@@ -254,20 +254,30 @@ class CudaHead(HeadBase):
         return self._graphs.product(self.head, outputs)
 
     def draft(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> list[Drafted]:
-        """All steps without the host, unless it has hidden rows or penalties of its own."""
-        hows = [each.choosing.sampling for each in wanted]
-        if any(each.choosing.needs_host for each in wanted) or any(rows.hidden is not None for rows in batch):
-            return draft_by_guesses(self, batch, wanted)
-        num_steps = max(each.limit for each in wanted)
+        """All steps without the host, but for those that have hidden rows or penalties of their own."""
+        needs_host = [each.choosing.needs_host or rows.hidden is not None for rows, each in zip(batch, wanted, strict=True)]
+        found = dict[int, Drafted]()
+        for is_host, draft in ((False, self._draft), (True, partial(draft_by_guesses, self))):
+            some = [i for i, is_one in enumerate(needs_host) if is_one == is_host]
+            if some:
+                found |= zip(some, draft([batch[i] for i in some], [wanted[i] for i in some]), strict=True)
+        return [found[i] for i in range(len(batch))]
+
+    def _draft(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> list[Drafted]:
+        hows, num_steps = [each.choosing.sampling for each in wanted], max(each.limit for each in wanted)
         how = filters_of(hows) if any(each.temperature > 0 for each in hows) else None
-        recorded = self._get(batch, f"draft {num_steps} {how}", partial(self._build_drafts, num_steps, how))
+        build = partial(self._build_drafts, num_steps, how)
+        recorded = self._get(batch, f"draft {num_steps} {how}", build, num_further=num_steps - 1)
         told, at = recorded.begin(), list[SpanStruct]()
-        for i, (rows, each) in enumerate(zip(batch, hows, strict=True)):
+        for i, (rows, each) in enumerate(zip(batch, wanted, strict=True)):
             end = rows.position + len(rows.tokens)
-            at.append(_sequence(rows.memory).span(end - 1, i, 1))
-            put_draw(told["draws"], i, each, end)
+            span = _sequence(rows.memory).span(end - 1, i, each.limit)  # there are pages for so many
+            span.num_rows = 1
+            at.append(span)
+            put_draw(told["draws"], i, each.choosing.sampling, end)
         put_spans(told["draft spans"], told["draft span of"], at)
         told["picked"][: len(batch)] = _ends(batch)
+        told["limits"][: len(batch)] = [each.limit for each in wanted]
         recorded.run(self._spans(batch), self._graphs.tokens(batch))
         tokens, shares = recorded.read("drafts")[:, 1:].tolist(), recorded.read("shares").tolist()
         return [each.cut(*found) for each, found in zip(wanted, zip(tokens, shares, strict=True), strict=False)]
@@ -277,7 +287,7 @@ class CudaHead(HeadBase):
         draft = Program(p.config, p.packing, num, num, p.max_parts)
         fields: dict[str, tuple[int, Any]] = {
             "draft spans": (num * SPAN.itemsize, np.uint8), "draft span of": (num, np.int32), "picked": (num, np.int32),
-            "draws": (num * DRAW.itemsize, np.uint8),
+            "limits": (num, np.int32), "draws": (num * DRAW.itemsize, np.uint8),
         }  # fmt: skip
         recorded.take(**fields)
         draft.buffers = {name: p.buffers[f"draft {name}"] for name in ("spans", "span of")} | {"draws": p.buffers["draws"]}
@@ -288,19 +298,24 @@ class CudaHead(HeadBase):
             p.buffer(name, shape, dtype)
         r = RoundStruct(
             draft=p.address("draft spans"), tokens=p.address("drafts"), drafted=p.address("drafted"), draws=p.address("draws"),
-            shares=p.address("shares"), sure=p.address("sure"), depth=num_steps, sequences=num,
+            limits=p.address("limits"), draft_span_of=p.address("draft span of"), shares=p.address("shares"), sure=p.address("sure"),
+            depth=num_steps, sequences=num,
         )  # fmt: skip
         p.steps = build_drafts(p, draft, self, self._weights, r, tokens=p.address("tokens"), picked=p.address("picked"), how=how)
         p.buffers |= {f"drafting {name}": buffer for name, buffer in draft.buffers.items()}
         recorded.give("drafts", "shares")
 
-    def _get(self, batch: Sequence[MtpRows], kind: str, build: Callable[[Recorded], None], *, is_chunk: bool = False) -> Recorded:
+    def _get(
+        self, batch: Sequence[MtpRows], kind: str, build: Callable[[Recorded], None], *, is_chunk: bool = False, num_further: int = 0
+    ) -> Recorded:
+        """`num_further`: rows after those of a batch that its sequences may have."""
         end = max(rows.position + len(rows.tokens) for rows in batch)
         for rows in batch:
             if rows.hidden is None:
                 _sequence(rows.memory).rows.check(rows.position - 1, len(rows.tokens))
         count = sum(len(rows.tokens) for rows in batch)
-        return self._graphs.get(kind, count, len(batch), end, build, is_wide=is_chunk and count >= CHUNK_ROWS)
+        is_wide = is_chunk and len(batch) == 1 and count >= CHUNK_ROWS
+        return self._graphs.get(kind, count, len(batch), end + num_further, build, is_wide=is_wide)
 
     @staticmethod
     def _spans(batch: Sequence[MtpRows]) -> list[SpanStruct]:

@@ -81,10 +81,12 @@ class CudaHidden:
     def read(self, position: int, num_rows: int) -> F32:
         """Copies of the rows, [num_rows, hidden], on the host."""
         self.check(position, num_rows)
-        at = np.arange(position, position + num_rows) % len(self._positions)
-        rows = self._device.to_host(self.rows)[at]
+        start = position % len(self._positions)
+        pieces = [self._device.to_host(self.rows[start : start + num_rows])]
+        if len(pieces[0]) < num_rows:
+            pieces.append(self._device.to_host(self.rows[: num_rows - len(pieces[0])]))
         self.check(position, num_rows)
-        return rows
+        return np.concatenate(pieces)
 
     def before(self, position: int, num_rows: int) -> None:
         """The head reads the rows where they are."""

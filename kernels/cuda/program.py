@@ -319,14 +319,15 @@ class Program:
         its probability at temperature 1."""
         many = max(1, min(64, num_tokens // 1024))
         address, where = self.device.address, (logits.address, logits.stride, num_tokens)
-        parts = address(self.buffer("parts of logits", (self.rows, many, 4)))
+        parts = address(self.buffer("parts of logits", (rows, many, 4)))
         draws, histograms, edges, scored = NOWHERE, NOWHERE, NOWHERE, NOWHERE
         if how is not None:
             draws = address(self.buffer("draws", (rows * DRAW.itemsize,), np.uint8))
-            scored = address(self.buffer("scored", (self.rows, many, 2), np.float64))
-            histograms = address(self.buffer("histograms", (self.rows, 6, 2048), np.uint64))
-            edges = address(self.buffer("edges", (self.rows, 6, 2), np.uint64))
-        self.step("survey", (many, rows), 256, *where, parts, histograms if how is not None and any(how) else NOWHERE)
+            scored = address(self.buffer("scored", (rows, many, 2), np.float64))
+        if how is not None and any(how):
+            histograms = address(self.buffer("histograms", (rows, 6, 2048), np.uint64))
+            edges = address(self.buffer("edges", (rows, 6, 2), np.uint64))
+        self.step("survey", (many, rows), 256, *where, parts, histograms)
         if how is not None:
             for pass_ in (*(range(3) if how.has_top_k else ()), *(range(3, 6) if how.has_top_p else ())):
                 self.step("filter", (many, rows), 256, draws, *where, parts, many, pass_, histograms, edges)

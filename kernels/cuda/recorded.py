@@ -87,7 +87,7 @@ class Recorded:
         self._kernels, self._launch = kernels, cast("Callable[[], None] | None", None)
         self._told, self._wanted = dict[str, npt.NDArray[Any]](), dict[str, npt.NDArray[Any]]()
         self._inputs, self._outputs = list[Copy](), list[Copy]()
-        self._is_running = False
+        self._wait = cast("Callable[[], None] | None", None)
         self._choosers: dict[Filters, Recorded] = {}
 
     def take(self, **fields: tuple[int, Any]) -> None:
@@ -111,7 +111,7 @@ class Recorded:
 
     def begin(self) -> dict[str, npt.NDArray[Any]]:
         """What is to be filled before `launch`."""
-        self._wait()
+        self.wait()
         return self._told
 
     def launch(self) -> None:
@@ -119,17 +119,18 @@ class Recorded:
             overlap = not self.program.is_wide  # large blocks that wait keep the places of others
             self._launch = self._kernels.record(self.program.steps, self._inputs, self._outputs, overlap=overlap)
         self.num_runs += 1
-        self._is_running = True
         self._launch()
+        self._wait = self.device.mark()
 
     def read(self, name: str) -> npt.NDArray[Any]:
-        self._wait()
+        self.wait()
         return self._wanted[name]
 
-    def _wait(self) -> None:
-        if self._is_running:
-            self.device.wait()
-            self._is_running = False
+    def wait(self) -> None:
+        """Until its last run has been computed."""
+        if self._wait is not None:
+            self._wait()
+            self._wait = None
 
     def run(self, spans: Sequence[SpanStruct], tokens: Sequence[int]) -> None:
         """A program of rows; `take` was told of `spans`, `span of` and `tokens`. What is filled up belongs to no sequence."""

@@ -10,6 +10,8 @@ struct Round {
     int *drafted;          /* [sequences]: the head's newest choice; token of the drafting row */
     int *picked;           /* [sequences]: row of the catching up that drafting goes on from */
     int *report;           /* [sequences, depth + 2]: drafts accepted, then the tokens of the round */
+    const int *limits;     /* [sequences]: drafts that each wants at most; or null */
+    int *draft_span_of;    /* whose the drafting rows are */
     Draw *draws;           /* [sequences]: of the next draft; or null */
     float *shares, *sure;  /* [sequences, depth]: how sure the head was of its drafts; [sequences]: of the newest. Or null */
     const float *rates;    /* synthetic: how often the i-th draft is accepted once those before it are; or null */
@@ -33,6 +35,7 @@ extern "C" __global__ void drafted(Round r, int step) {
     if (r.draws) r.draws[i].position++;
     if (r.shares) r.shares[i * r.depth + step - 1] = r.sure[i];
     r.draft[i].position++;
+    if (r.limits && step >= r.limits[i]) r.draft[i].num_rows = 0, r.draft_span_of[i] = -1; /* there may be no page for more */
 }
 EXPORT(drafted)
 

@@ -2,7 +2,7 @@
 #include "forerun.cuh"
 
 /* x += the parts of a product; what follows reads rms(x) * weight. Grid: rows; shared: n floats.
- * x [rows, n], parts [num_parts, rows, n] or null. `hidden`: the normed rows in float32 as well. */
+ * x [rows, n], parts [num_parts, rows, n] or null. */
 extern "C" __global__ void add_norm(float *x, const float *parts, int num_parts, const float *weight, float eps, int n, Rows to) {
     SHARED(float, values);
     __shared__ float scratch[32];

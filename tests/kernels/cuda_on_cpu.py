@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import os
 import subprocess
 import tempfile
@@ -19,6 +20,8 @@ from forerun.kernels.cuda.device import FOLDER, SOURCES, Address, Array, Copy, S
 HEADER = Path(__file__).with_name("cuda_on_cpu.h")
 OPTIONS = ("-O1", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-fvisibility=hidden", "-w")
 BUILT = Path(tempfile.gettempdir()) / f"forerun-cuda-on-cpu-{os.getuid()}"
+#: Bytes behind each array.
+GUARD = 4096
 
 
 class HostDevice:
@@ -27,10 +30,19 @@ class HostDevice:
     def __init__(self, is_backwards: bool = False) -> None:
         self.is_backwards = is_backwards
         self.num_launches = 0
+        self._guards: list[Any] = []
         self.max_shared = (24 if is_backwards else 227) * 1024  # less than any device has, and what a large one has
 
     def zeros(self, shape: Sequence[int], dtype: Any) -> Array:
-        return np.zeros(tuple(shape), dtype)
+        """With some bytes behind that nobody may write: see `check`."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        whole = np.zeros(size + GUARD, np.uint8)
+        whole[size:] = 0xA5
+        self._guards.append(whole[size:])
+        return whole[:size].view(dtype).reshape(tuple(shape))
+
+    def check(self) -> None:
+        assert all((guard == 0xA5).all() for guard in self._guards), "a kernel wrote beyond its buffer"
 
     def to_device(self, values: npt.NDArray[Any]) -> Array:
         return np.array(values, order="C")
@@ -55,6 +67,9 @@ class HostDevice:
 
     def wait(self) -> None:
         pass
+
+    def mark(self) -> Callable[[], None]:
+        return self.wait
 
     def shared(self, num_bytes: int) -> npt.NDArray[np.uint8]:
         return np.zeros(num_bytes, np.uint8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,15 @@ from forerun.kernels.sampling import choose, share
 
 from tests.checkpoints import LAYOUTS, prompt, prompt_with_rows
 from tests.conftest import cuda_backend, load
+from tests.kernels.cuda_on_cpu import HostDevice
 
 
 @pytest.fixture(params=["forwards", "backwards"])
-def cuda(request: pytest.FixtureRequest) -> CudaBackend:
-    return cuda_backend(bool(request.config.getoption("--cuda")), request.param == "backwards")
+def cuda(request: pytest.FixtureRequest) -> Iterator[CudaBackend]:
+    backend = cuda_backend(bool(request.config.getoption("--cuda")), request.param == "backwards")
+    yield backend
+    if isinstance(backend.device, HostDevice):
+        backend.device.check()
 
 
 def stored(kind: str, outputs: int, inputs: int) -> Stored:
@@ -312,8 +317,38 @@ def test_drafts_made_on_the_device_are_those_made_guess_by_guess(
     cut = head.draft(batch, [replace(each, least=1.0) for each in wanted])
     assert [each.tokens for each in cut] == [()] * 3
     assert head.draft(batch, [replace(each, floor=1.0) for each in wanted]) == [Drafted(each.tokens[:1], each.shares[:1]) for each in found]
+    batch = [MtpRows(rows.memory, 20, rows.tokens[:1], None) for rows in batch]  # fewer rows than sequences, once filled up
+    assert head.draft(batch, wanted) == [each for i in range(3) for each in head.draft(batch[i : i + 1], wanted[i : i + 1])]
     penalised = Wanted(Choosing(SamplingParams(repetition_penalty=1.5), History(tuple(tokens[:21]), 21)), 2)
-    assert len(head.draft(batch[:1], [penalised])[0].tokens) == 2
+    both = head.draft(batch[:2], [penalised, wanted[1]])
+    assert [len(each.tokens) for each in both] == [2, 3]
+    assert both[1] == head.draft(batch[1:2], wanted[1:2])[0]
+
+
+def test_drafts_end_where_pages_do_and_go_on_into_the_next_part_of_an_attention(cuda: CudaBackend, checkpoints: dict[str, Path]) -> None:
+    """Of two sequences, one has no page for more than two rows; the drafts of the other reach position 256."""
+    weights, tokens = load(checkpoints["dense"], cuda), prompt(260)
+    trunk, head = CudaTrunk(weights, cuda), CudaHead(weights, cuda)
+    wanted, batch = [Wanted(Choosing(SamplingParams()), limit) for limit in (2, 5)], list[MtpRows]()
+    for length, capacity in ((62, 64), (254, 300)):
+        memory = alone(make_memory(weights.config, cuda), capacity, 1)
+        trunk.prefill(Rows(memory, 0, tuple(tokens[:length])), is_last=False)
+        head.last([MtpRows(memory, 0, tuple(tokens[:length]), None)])
+        batch.append(MtpRows(memory, length, (tokens[length],), None))
+    found, plain = head.draft(batch, wanted), draft_by_guesses(head, batch, wanted)
+    assert [each.tokens for each in found] == [each.tokens for each in plain]
+    assert [len(each.tokens) for each in found] == [2, 5]
+
+
+def test_many_rows_of_several_sequences_for_the_head(cuda: CudaBackend, checkpoints: dict[str, Path]) -> None:
+    weights, tokens = load(checkpoints["dense"], cuda), prompt(40)
+    head, trunk = CudaHead(weights, cuda), CudaTrunk(weights, cuda)
+    batch = [MtpRows(alone(make_memory(weights.config, cuda), 80, 9), 0, tuple(tokens[i : i + 12]), None) for i in range(3)]
+    for rows in batch:
+        trunk.prefill(Rows(rows.memory, 0, rows.tokens), is_last=False)
+    found = [np.asarray(head.last(batch)), *(np.asarray(head.last([rows])) for rows in batch)]
+    for one, other in zip(found[0], found[1:], strict=True):
+        np.testing.assert_array_equal(one, other[0])
 
 
 @pytest.mark.parametrize(("kind", "inputs"), [("BF16", 160), ("BF16", 32), ("Q8_0", 160), ("Q8_0", 1024), ("Q4_K", 768)])
