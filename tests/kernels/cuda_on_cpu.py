@@ -9,7 +9,9 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_int, c_size_t, c_void_p
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,25 +91,28 @@ class HostDevice:
         return HostKernels(self, sizes)
 
 
+def _build(source: str, sizes: dict[str, int]) -> Path:
+    text = (FOLDER / f"{source}.cu").read_text()
+    defined = definitions(text, sizes)
+    shared = [(FOLDER / "forerun.cuh").read_text(), HEADER.read_text(), *OPTIONS]
+    key = hashlib.blake2b("\n".join([*shared, text, *defined]).encode(), digest_size=16).hexdigest()
+    library = BUILT / f"{source}-{key}.so"
+    if not library.exists():
+        unfinished = library.with_suffix(f".{os.getpid()}")
+        command = ["g++", *OPTIONS, *defined, "-include", str(HEADER), "-x", "c++", str(FOLDER / f"{source}.cu")]
+        subprocess.run([*command, "-o", str(unfinished)], check=True)
+        unfinished.replace(library)
+    return library
+
+
 class HostKernels:
     """Built once for each set of sizes and version of the sources, and kept."""
 
     def __init__(self, device: HostDevice, sizes: dict[str, int]) -> None:
         self._device = device
-        shared = [(FOLDER / "forerun.cuh").read_text(), HEADER.read_text(), *OPTIONS]
         BUILT.mkdir(mode=0o700, exist_ok=True)
-        self._libraries: list[ctypes.CDLL] = []
-        for source in SOURCES:
-            text = (FOLDER / f"{source}.cu").read_text()
-            defined = definitions(text, sizes)
-            key = hashlib.blake2b("\n".join([*shared, text, *defined]).encode(), digest_size=16).hexdigest()
-            library = BUILT / f"{source}-{key}.so"
-            if not library.exists():
-                unfinished = library.with_suffix(f".{os.getpid()}")
-                command = ["g++", *OPTIONS, *defined, "-include", str(HEADER), "-x", "c++", str(FOLDER / f"{source}.cu")]
-                subprocess.run([*command, "-o", str(unfinished)], check=True)
-                unfinished.replace(library)
-            self._libraries.append(ctypes.CDLL(str(library)))
+        with ThreadPoolExecutor(2) as pool:
+            self._libraries = [ctypes.CDLL(str(path)) for path in pool.map(partial(_build, sizes=sizes), SOURCES)]
 
     def run(self, steps: Sequence[Step]) -> None:
         for step in steps:

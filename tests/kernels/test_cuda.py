@@ -171,7 +171,7 @@ def test_any_held_position_can_be_gone_on_from(cuda: CudaBackend, checkpoints: d
     memory = begin()
     plain = [np.asarray(trunk.verify([Rows(memory, len(prefix) + i, (token,))])[0])[0] for i, token in enumerate(text)]
     rng, memory, at = np.random.default_rng(3), begin(), 0
-    for turn in range(25):
+    for turn in range(17):
         right = int(rng.integers(0, max_rows + 1))
         rows = (text[at : at + right] + [3] * max_rows)[: max(1, int(rng.integers(right, max_rows + 1)))]
         logits = np.asarray(trunk.verify([Rows(memory, len(prefix) + at, tuple(rows))])[0])
