@@ -98,8 +98,6 @@ class Device(Protocol):
         """Rows of one and the other in turn."""
         ...
 
-    def copy(self, values: Array) -> Array: ...
-
     def address(self, values: Array) -> Address: ...
 
     def wait(self) -> None:
@@ -203,10 +201,6 @@ class CudaDevice:
     def interleave(self, one: Array, other: Array) -> Array:
         with self.using() as cupy:
             return cupy.stack([one, other], axis=1).reshape(2 * one.shape[0], *one.shape[1:])
-
-    def copy(self, values: Array) -> Array:
-        with self.using():
-            return values.copy()
 
     def address(self, values: Array) -> Address:
         return Address(values.data.ptr)

@@ -61,9 +61,6 @@ class HostDevice:
     def interleave(self, one: Array, other: Array) -> Array:
         return np.stack([one, other], axis=1).reshape(2 * one.shape[0], *one.shape[1:])
 
-    def copy(self, values: Array) -> Array:
-        return values.copy()
-
     def address(self, values: Array) -> Address:
         return Address(values.__array_interface__["data"][0])
 
