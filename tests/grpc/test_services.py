@@ -18,6 +18,7 @@ from forerun.actors.edge import ServerParams, serve
 from forerun.actors.edge.statuses import status_of
 from forerun.actors.edge.telemetry import Telemetry
 from forerun.client import Client, ServerError
+from forerun.client.client import heard
 from forerun.core.errors import PositionLost, WorkFailed
 from forerun.v1 import admin_service_pb2, admin_service_pb2_grpc
 from forerun.v1 import generation_service_pb2 as pb
@@ -236,9 +237,21 @@ async def test_who_leaves_gives_memory_back(server: Server) -> None:
                     await anext(stream)
         with pytest.raises(forerun.DeadlineExceeded):
             await client.complete(PROMPT, max_tokens=4000, ignore_eos=True, timeout_seconds=0.1)
-        with anyio.move_on_after(0.1):
+        with anyio.move_on_after(0.1) as scope:
             await client.complete(PROMPT, max_tokens=4000, ignore_eos=True)
+        assert scope.cancelled_caught
         await quiet(client)
+
+
+async def test_a_scopes_deadline_cancels_though_the_server_says_so_first() -> None:
+    async def passed() -> None:
+        raise grpc.aio.AioRpcError(grpc.StatusCode.DEADLINE_EXCEEDED, grpc.aio.Metadata(), grpc.aio.Metadata())
+
+    with anyio.move_on_after(0.05) as scope:
+        await heard(passed())
+    assert scope.cancelled_caught
+    with anyio.move_on_after(10), pytest.raises(forerun.DeadlineExceeded):  # another deadline than the scope's
+        await heard(passed())
 
 
 async def test_who_does_not_read_is_dropped_and_holds_nobody_up(server: Server) -> None:

@@ -29,6 +29,8 @@ T = TypeVar("T")
 NUM_RETRIES = 3
 #: Seconds before such a try, where the server does not say how many.
 RETRY_SECONDS = 0.5
+#: The server's clock and ours may see a deadline pass by this much apart.
+DEADLINE_SLACK_SECONDS = 0.1
 CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 20_000),  # while a long prompt is computed nothing comes
     ("grpc.keepalive_timeout_ms", 20_000),
@@ -49,7 +51,8 @@ class ServerError(ForerunError):
 class Client:
     """A server at `address` (`host:port` or `unix:PATH`), for use in asyncio, `async with` or until `aclose`. With `ca_file` the way is
     TLS, and with `certificate_file` and `key_file` the client says who it is. Every call takes `timeout_seconds`, and ends with
-    DeadlineExceeded by then, or by the deadline of an anyio scope around it. Errors are those of the in-process API, and ServerError."""
+    DeadlineExceeded by then; the deadline of an anyio scope around it is sent along, and cancels as ever. Errors are those of
+    the in-process API, and ServerError."""
 
     def __init__(
         self,
@@ -243,16 +246,20 @@ class AnswerStream:
 
 
 async def heard(answer: Awaitable[T]) -> T:
-    """What comes; raises our errors. A call that somebody else has ended, by closing the client, is one of them, and cancels nobody."""
+    """What comes; raises our errors. A call that somebody else has ended, by closing the client, is one of them, and cancels nobody.
+    A deadline that was a block's around this (see Client.start) ends that block as if nothing had been sent: by cancelling."""
     try:
         return await answer
     except grpc.aio.AioRpcError as error:
-        raise our_error(error) from None
+        ours = our_error(error)
     except asyncio.CancelledError:
         task = asyncio.current_task()
         if task is None or task.cancelling():
             raise
-        raise ServerError("the call was ended here", "CANCELLED", "") from None
+        ours = ServerError("the call was ended here", "CANCELLED", "")
+    if isinstance(ours, DeadlineExceeded) and anyio.current_effective_deadline() - anyio.current_time() < DEADLINE_SLACK_SECONDS:
+        await anyio.sleep_forever()
+    raise ours
 
 
 def our_error(error: grpc.aio.AioRpcError) -> ForerunError:
