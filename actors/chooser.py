@@ -5,8 +5,9 @@
 V is what verifies of so many rows have taken lately, a_i how often the drafter was right lately where it was as sure as
 now. All drafters are compared with what came, also those whose drafts were not verified: who was not listened to can
 still convince. Length 0 is a draft like any other, so speculation that does not pay turns itself off: rounds then go by
-without a thought of it. Those who look up are asked as seldom as their answers of late were worth; the head, whose drafts
-cost something, now and then for one token, more seldom the longer that is for nothing.
+without a thought of it. Those who look up are asked as seldom as their answers of late were worth after so long a repetition; the
+head, whose drafts cost something, now and then for one token, more seldom the longer that is for nothing, and when it says
+that it would have been right.
 """
 
 from __future__ import annotations
@@ -19,7 +20,19 @@ from itertools import chain, islice, takewhile
 
 from ..core.speculation import Draft, DrafterName
 from .costs import Costs
-from .experience import FIRST_PAUSE, MEMORY, SHORT_MEMORY, UNSURPRISED, UNTRIED, Belief, Experience, Surprise
+from .experience import (
+    FIRST_PAUSE,
+    MEMORY,
+    NUM_RUN_CLASSES,
+    SHORT_MEMORY,
+    UNSURPRISED,
+    UNTRIED,
+    Belief,
+    Experience,
+    Surprise,
+    beliefs_by_run,
+    run_class,
+)  # fmt: skip
 
 #: By how much the head must promise more than what is there already, before it is asked.
 HEAD_MARGIN = 1.05
@@ -28,11 +41,13 @@ CLASSES = (0.2, 0.4, 0.6, 0.75, 0.9, 0.97)
 #: Rounds between two questions to a head that is not worth it, at last, unless asking would then take more than a share of the time. After
 #: a right answer that is a surprise it is asked again at once, if being right would make it worth it; where nothing would, it is asked only
 #: to measure it again, so many times more seldom.
-LAST_PAUSE, ASKING_SHARE, HOPELESS = 16, 0.01, 4
+LAST_PAUSE, ASKING_SHARE, HOPELESS = 16, 0.005, 4
+#: Tokens that a head catches up on which is asked round after round, at most: what drafting takes then says whether to ask it so.
+STEADY = 8
 #: How much longer the pause of new sequences is for every question that was for nothing, and shorter for every other.
 LONGER = 2.0
 #: Rounds that go by without a question to those who look up, at most, and no more than keep what is lost by it below a share of the time.
-LOOK_PAUSE, LOOKING_SHARE = 14, 0.015
+LOOK_PAUSE, LOOKING_SHARE = 64, 0.015
 #: Rounds for which one with questions may make others slower.
 AFTER = 8
 #: Rounds for which it is remembered what a head that is always right would bring.
@@ -72,13 +87,14 @@ class Chooser:
         # The round this is, the one until which the head need not be thought of, and those from which look-ups are asked and it must be.
         self._round = 0
         self._wake_at: float = 0 if has_head else math.inf
-        self._look_at: float = 0 if has_look_ups else math.inf
+        self._look_at = [0 if has_look_ups else math.inf] * NUM_RUN_CLASSES
         self._head_at: float = max(FIRST_PAUSE, self._pause - experience.num_unasked) if has_head else math.inf
         self._is_looking = self._is_asking = self._is_probing = self._is_promising = False  # the last three of the head
         self._ceiling = 0, 0, 0.0  # the last round for which it holds, the limit, and tokens per second
         # Of what was verified: misses in a row, hits, and their share before those misses; whether they say that the text has changed.
         self._num_misses, self._hits, self._usual, self._has_changed = 0, Belief(), 0.5, False
-        self._found = Belief()  # of each question to those who look up: the rounds it saved
+        self._run = 0  # the class of the run of repeated tokens that looking up would go on
+        self._found = beliefs_by_run()  # of each question to those who look up: the rounds it saved
 
     # What is expected
 
@@ -116,8 +132,9 @@ class Chooser:
 
     @property
     def _last_pause(self) -> int:
-        asking = self.drafting(1) + self._aftermath
-        return max(LAST_PAUSE, round(asking / (ASKING_SHARE * max(self._experience.verify(1), 1e-9))))
+        e = self._experience
+        asking = (e.catching_up[self._has_company](1) or self.drafting(1)) + self._aftermath
+        return max(LAST_PAUSE, round(asking / (ASKING_SHARE * max(e.verify(1), 1e-9))))
 
     def _rate(self, expected: float, seconds: float) -> float:
         return (expected + OTHERS_GAIN * self._num_other_rows) / seconds if seconds > 0 else expected
@@ -176,9 +193,13 @@ class Chooser:
             reach *= probability
         return reach > 0.5
 
-    def rests(self, may_find: bool = True) -> bool:
-        """Whether there is nobody to ask this round; look-ups only if they may find something. `came` need not hear of it then."""
-        self._is_looking = may_find and self._round >= self._look_at
+    def rests(self, run: int | None = 0) -> bool:
+        """Whether there is nobody to ask this round; those who look up only if they may find something, after a run of so many repeated
+        tokens. `came` need not hear of it then."""
+        self._is_looking = False
+        if run is not None:
+            self._run = run_class(run)
+            self._is_looking = self._round >= self._look_at[self._run]
         if self._is_looking or self._round >= self._wake_at:
             return False
         self._round += 1
@@ -204,22 +225,32 @@ class Chooser:
         """They took so long to answer."""
         self._experience.looking.saw(1, seconds)
 
+    def drafted(self, num_tokens: int, num_behind: int, seconds: float) -> None:
+        """The head took so long for so many tokens, and for those that it had to catch up on."""
+        costs = self.drafting if num_behind <= STEADY else self._experience.catching_up[self._has_company]
+        costs.saw(num_tokens, seconds)
+
     def head_limit(self, plan: Plan, limit: int) -> tuple[int, float]:
         """How many tokens the head should be asked for, when without it `plan` is the best, and the likelihood below which another is not
         worth it. One token, now and then, to see whether it has become worth it."""
-        best, wanted, expected, reach, floor = HEAD_MARGIN * max(plan.rate, self._rate(1.0, self._resting)), 0, 1.0, 1.0, 0.0
+        best, wanted, floor = HEAD_MARGIN * max(plan.rate, self._rate(1.0, self._resting)), 0, 0.0
         ceiling = self._best_of_head(limit)
-        for i in range(limit if ceiling > best else 0):
-            reach *= self._first_guess(i)
-            expected += reach
-            rate = self._rate(expected, self._seconds(i + 1, i + 1))
+        for i, rate in enumerate(self._rates_of_head(limit if ceiling > best else 0), 1):
             if rate > best:
-                best, wanted = rate, i + 1
+                best, wanted = rate, i
         if wanted:
             floor = best * (self._seconds(wanted, wanted) - self._seconds(wanted - 1, wanted - 1))
         self._is_probing = not wanted and limit > 0 and self._must_probe(plan, ceiling)
         self._is_asking, self._is_promising = wanted > 0 or self._is_probing, False
         return wanted or int(self._is_probing), min(floor, 0.5)
+
+    def _rates_of_head(self, limit: int) -> Iterator[float]:
+        """Tokens per second with so many tokens of the head, as they are likely to be right."""
+        expected, reach = 1.0, 1.0
+        for i in range(limit):
+            reach *= self._first_guess(i)
+            expected += reach
+            yield self._rate(expected, self._seconds(i + 1, i + 1))
 
     def _first_guess(self, i: int) -> float:
         """How likely the head's token at a place in its draft is right, once those before it are."""
@@ -258,8 +289,8 @@ class Chooser:
             saved = float(_num_looked_up(plan, tokens))
             if saved and self._resting:
                 saved -= (self._seconds(len(plan.tokens), 0) - self._seconds(0, 0)) / self._resting
-            self._found.saw(saved, 2 * MEMORY)
-            self._look_at = self._round + self._look_pause
+            self._found[self._run].saw(saved, 2 * MEMORY)
+            self._look_at[self._run] = self._round + self._look_pause
         self._compare_all(tokens, drafts, plan)
         is_silent = self._is_asking and not any(draft.drafter == "draft-mtp" for draft in drafts)
         if self._is_asking:
@@ -279,16 +310,26 @@ class Chooser:
         """Rounds until the next question, when those of late have not been worth what they took."""
         e, resting = self._experience, self._resting
         cost = max(e.looking(1), e.verify(1) + self.overhead(1) - resting) + self._aftermath
-        lost = cost - self._found.share(e.found.share(1.0)) * resting
+        lost = cost - self._found[self._run].share(e.found[self._run].share(1.0)) * resting
         return round(min(LOOK_PAUSE, lost / (LOOKING_SHARE * resting))) if lost > 0 and resting else 0
+
+    def marked(self, marks: Sequence[bool], limit: int) -> None:
+        """Whether the head, which drafts `limit` tokens at most, would have been right about tokens that it had not been asked for. If that
+        makes it worth asking, it is."""
+        for is_right in marks:
+            self._first_guesses[0].saw(is_right, SHORT_MEMORY)
+            self._experience.first_guesses[0].saw(is_right, 8 * MEMORY)
+        if marks and max(self._rates_of_head(limit), default=0.0) > HEAD_MARGIN * self._rate(1.0, self._resting):
+            self._wake_at = self._round
 
     def ended(self) -> None:
         """The sequence has, or lost its memory."""
-        if self._found.num_trials:
-            self._experience.found.saw(self._found.num_right / self._found.num_trials)
+        for found, before in zip(self._found, self._experience.found, strict=True):
+            if found.num_trials:
+                before.saw(found.num_right / found.num_trials)
         for name, surprise in self._surprises.items():
             self._experience.trust.setdefault(name, Belief()).saw(surprise.factor(1.0))
-        self._found, self._surprises = Belief(), {}  # should it go on, in other memory, that is not counted twice
+        self._found, self._surprises = beliefs_by_run(), {}  # should it go on, in other memory, that is not counted twice
 
     def _compare_all(self, tokens: Sequence[int], drafts: Sequence[Draft], plan: Plan) -> None:
         if not drafts:

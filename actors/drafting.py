@@ -6,21 +6,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 from ..core.channel import Mailbox, Reply
 from ..core.errors import ForerunError, Superseded
-from ..core.messages import Commit, Forget, Observe, Propose, Resume
+from ..core.messages import Commit, Forget, Mail, Observe, Propose, Resume
 from ..core.protocol import CHUNK
 from ..core.speculation import Draft, DrafterName, DrafterStatistics, SpeculationParams
 from ..core.trace import Flow, Trace
-from ..core.vocabulary import Choosing, Verdict
+from ..core.vocabulary import Choosing, SamplingParams, Verdict
 from .chooser import AFTER, Chooser, Plan
 from .experience import Experience
 from .lookup.pairs import Pairs
 
+R = TypeVar("R")
+
 HEAD: DrafterName = "draft-mtp"
-#: Tokens after which a drafter is told what stands though it is not asked: while the head can still read their hidden rows.
-TOLD_AFTER = CHUNK
+#: Tokens after which a drafter is told what stands though it is not asked: while the head can still read their hidden rows, of which
+#: there are two chunks and a few.
+TOLD_AFTER = CHUNK * 3 // 2
 
 
 @dataclass(slots=True)
@@ -58,6 +62,7 @@ class Drafting:
         params: SpeculationParams,
         experience: Experience,
         salt: str,
+        sampling: SamplingParams,
         trace: Trace,
         overlap: bool,
         computed: Callable[[int], tuple[int, ...]],
@@ -65,6 +70,8 @@ class Drafting:
         self._drafters: dict[DrafterName, _Drafter] = {name: _Drafter(mailbox, mailbox.life) for name, mailbox in mailboxes.items()}
         self._params, self._experience, self._salt, self._trace, self._overlap = params, experience, salt, trace, overlap
         self._computed = computed
+        # How tokens that the head catches up on were chosen; acceptance that is made up says nothing of the head.
+        self._marked = None if params.synth_rates or params.choose == "first" else Choosing(sampling)
         self._is_first_best = params.choose == "first"
         self._chooser = Chooser(experience, has_look_ups=bool(mailboxes.keys() - {HEAD}), has_head=HEAD in mailboxes)
         self._is_resting = False
@@ -73,6 +80,7 @@ class Drafting:
         self._looking: list[DrafterName] = [name for name in mailboxes if name != HEAD and name not in self._matching]
         self._pairs = Pairs()
         self._observed: list[Reply[None]] = []  # of the last chunk, where drafters still read it
+        self._told: list[Reply[tuple[bool, ...]]] = []  # what drafters will say of tokens that they have been told of
         self._drafts: list[Draft] = []  # of this round
         self._plan = NOTHING
         # When this round with questions began, or the rounds of rest that are measured together; how many have rested in a row, and the
@@ -90,7 +98,7 @@ class Drafting:
         pairs = self._pairs
         if self._matching and (missing := position + 1 - pairs.num_tokens) > 0:
             pairs.extend((last_token,) if missing == 1 else (*self._computed(pairs.num_tokens), last_token))
-        self._is_resting = self._chooser.rests(may_find=bool(self._looking) or pairs.is_repeated)
+        self._is_resting = self._chooser.rests(pairs.run if self._looking or pairs.is_repeated else None)
         if not self._is_resting or self._num_rests in (0, AFTER):
             self._measure()
         self._num_rests = self._num_rests + 1 if self._is_resting else 0
@@ -137,9 +145,10 @@ class Drafting:
             floor = 0.0  # drawn with the target's noise, an unlikely token is as often right as a likely one
         if not limit:
             return plan
-        began = self._trace.clock()
+        began, num_told = self._trace.clock(), self._drafters[HEAD].num_told
         (head,) = await self._ask([HEAD], question, (question.last_token,), limit, floor) or (None,)
-        chooser.drafting.saw(len(head.tokens) if head is not None else 1, (self._trace.clock() - began) / 1e9)
+        num_behind = question.position - num_told if num_told is not None else 0
+        chooser.drafted(len(head.tokens) if head is not None else 1, num_behind, (self._trace.clock() - began) / 1e9)
         if head is not None:
             plan = await self._with_head(head, question)
         self._seconds = (self._trace.clock() - began) / 1e9
@@ -219,7 +228,7 @@ class Drafting:
         """A chunk of the prompt stands. Returns while drafters still read it, unless it is the last; `hear` waits for them."""
         for drafter in self._drafters.values():
             drafter.num_told = message.position + len(message.tokens)
-            reply = await self._inform(drafter, message)
+            reply = await self._inform(drafter, message, message.lease)
             if reply is not None:
                 self._observed.append(reply)
         if not self._overlap or is_last:
@@ -233,21 +242,26 @@ class Drafting:
 
     async def stands(self, flow: Flow, lease: int, position: int) -> None:
         """The tokens before `position` do."""
-        for drafter in self._drafters.values():
+        if self._told:
+            await self._hear_marks()
+        for name, drafter in self._drafters.items():
             if drafter.num_told is not None and position - drafter.num_told >= TOLD_AFTER:
-                await self._tell(drafter, flow, lease)
+                await self._tell(drafter, flow, lease, self._marked if name == HEAD else None)
 
-    async def _tell(self, drafter: _Drafter, flow: Flow, lease: int) -> None:
+    async def _hear_marks(self, is_late: bool = False) -> None:
+        """What has been said of the tokens that were told; with `is_late` waits for it."""
+        while self._told and (is_late or self._told[0].is_there):
+            with suppress(ForerunError):
+                self._chooser.marked(await self._told.pop(0).wait(), self._params.draft_n_max)
+
+    async def _tell(self, drafter: _Drafter, flow: Flow, lease: int, choosing: Choosing | None = None) -> None:
         position = drafter.num_told
         if position is not None and (tokens := self._computed(position)):
             drafter.num_told = position + len(tokens)
-            await self._settled(await self._inform(drafter, Commit(flow, lease, position, tokens)))
-
-    async def _settled(self, reply: Reply[None] | None) -> None:
-        """Waits for an answer where one thing is done at a time."""
-        if reply is not None and not self._overlap:
-            with suppress(ForerunError):
-                await reply.wait()
+            reply = await self._inform(drafter, Commit(flow, lease, position, tokens, choosing), lease)
+            if reply is not None:
+                self._told.append(reply)
+                await self._hear_marks(is_late=not self._overlap)
 
     async def resume(self, flow: Flow, lease: int) -> None:
         """The lease holds something already."""
@@ -260,9 +274,10 @@ class Drafting:
         """Returns when no drafter works on the lease any more."""
         self._chooser.ended()
         self._began = self._num_rests = 0
-        for reply in self._observed:
+        for reply in (*self._observed, *self._told):
             reply.abandon()
         self._observed.clear()
+        self._told.clear()
         for name, drafter in self._drafters.items():
             if name != HEAD:  # which learns nothing for others
                 await self._tell(drafter, flow, lease)
@@ -281,9 +296,9 @@ class Drafting:
         drafter.life, drafter.num_told = drafter.mailbox.life, len(tokens)
         await drafter.mailbox.tell(Resume(flow, lease, tokens, self._salt))
 
-    async def _inform(self, drafter: _Drafter, message: Observe | Commit) -> Reply[None] | None:
+    async def _inform(self, drafter: _Drafter, message: Mail[R], lease: int) -> Reply[R] | None:
         """Nothing to wait for when the drafter is gone, or had to be told everything."""
         with suppress(ForerunError):
-            if not drafter.mailbox.is_closed and not await self._resume(drafter, message.flow, message.lease):
+            if not drafter.mailbox.is_closed and not await self._resume(drafter, message.flow, lease):
                 return await drafter.mailbox.post(message)
         return None

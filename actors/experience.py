@@ -50,17 +50,29 @@ class Surprise:
 UNSURPRISED = Surprise()
 
 
+#: Runs of repeated tokens are held apart by length: 0, 1, 2, 4, 8, 16 and more.
+NUM_RUN_CLASSES = 6
+
+
+def run_class(run: int) -> int:
+    return min(run.bit_length(), NUM_RUN_CLASSES - 1)
+
+
+def beliefs_by_run() -> list[Belief]:
+    return [Belief() for _ in range(NUM_RUN_CLASSES)]
+
+
 class Experience:
     """What all sequences of an engine have seen: what verifying and looking up take; alone and in company, where one waits for others,
-    what drafting takes, all else in a round, and a whole round in which nobody is asked, soon after another one and later; how often
-    drafters were right, what looking up brought, and how seldom the head was asked at last."""
+    what drafting takes, round after round and after a long silence, all else in a round, and a whole round in which nobody is asked, soon
+    after another one and later; how often drafters were right, what looking up brought, and how seldom the head was asked at last."""
 
     def __init__(self) -> None:
         self.verify, self.looking = Costs(), Costs()
-        self.drafting, self.overhead, self.after, self.resting = ((Costs(), Costs()) for _ in range(4))
+        self.drafting, self.catching_up, self.overhead, self.after, self.resting = ((Costs(), Costs()) for _ in range(5))
         self.beliefs: dict[tuple[str, int, int], Belief] = {}
         self.first_guesses = [Belief() for _ in range(64)]
         # Of whole sequences, for long repetitions bring many tokens and say nothing of other texts: what a question to look-ups saved, and
         # how far drafters could be trusted.
-        self.found, self.trust = Belief(), dict[str, Belief]()
+        self.found, self.trust = beliefs_by_run(), dict[str, Belief]()
         self.pause, self.num_unasked = float(FIRST_PAUSE), 0  # between two questions to a head that is not worth it; rounds since the last

@@ -22,9 +22,12 @@ from ..core.messages import Commit, Forget, Mail, Observe, Propose, Resume
 from ..core.protocol import CHUNK
 from ..core.speculation import DRAFTER_PATIENCE_SECONDS, Draft, SpeculationParams
 from ..core.vocabulary import Choosing, SamplingParams
-from ..kernels.backend import F32
 from ..kernels.model.drafts import Drafted, MtpRows, Wanted
 from ..kernels.model.memory import SequencePool
+
+GREEDY = Choosing(SamplingParams())
+#: Of so many tokens that it catches up on without having drafted them, the head says whether it would have.
+NUM_MARKED = 8
 
 
 class DraftHead(Protocol):
@@ -32,7 +35,7 @@ class DraftHead(Protocol):
 
     hidden: int
 
-    def last(self, batch: Sequence[MtpRows]) -> F32: ...
+    def mark(self, rows: MtpRows, num_marked: int, choosing: Choosing) -> tuple[bool, ...]: ...
 
     def draft(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> list[Drafted]: ...
 
@@ -87,11 +90,13 @@ class MtpDrafter(Actor):
         proposals: list[tuple[Envelope, Propose]] = []
         for envelope in batch:
             match envelope.message:
-                case Observe(_, lease, position, tokens) | Commit(_, lease, position, tokens) as message:
-                    await self._learn(lease, position, tokens, is_chunk=isinstance(message, Observe))
+                case Observe(_, lease, position, tokens):
+                    await self._learn(lease, position, tokens, is_chunk=True)
                     envelope.answer(None)
+                case Commit(_, lease, position, tokens, choosing):
+                    envelope.answer(await self._learn(lease, position, tokens, choosing=choosing))
                 case Propose() as message:
-                    await self._learn(message.lease, message.position - len(message.since), message.since, is_chunk=False)
+                    await self._learn(message.lease, message.position - len(message.since), message.since)
                     proposals.append((envelope, message))
                 case Resume(_, lease, tokens, _):
                     self._sequences[lease] = _Sequence(len(tokens))
@@ -117,22 +122,30 @@ class MtpDrafter(Actor):
             for (envelope, _, _), draft in zip(wanted, drafts, strict=True):
                 envelope.answer(draft)
 
-    async def _learn(self, lease: int, position: int, tokens: tuple[int, ...], is_chunk: bool) -> None:
+    async def _learn(
+        self, lease: int, position: int, tokens: tuple[int, ...], *, is_chunk: bool = False, choosing: Choosing | None = None
+    ) -> tuple[bool, ...]:
+        """Says what Commit wants to hear, if these tokens are computed now."""
         if is_chunk and position == 0:
             self._sequences[lease] = _Sequence()
         sequence = self._sequences.get(lease)
         if sequence is None or not tokens:
-            return
+            return ()
         # The first of a round's tokens is known already when a draft was asked for that round.
         num_known = sequence.num_known - position
         if not 0 <= num_known <= len(tokens):
             raise InternalBug(f"tokens at {position}, but {sequence.num_known} are known")
         sequence.behind += tokens[num_known:]
         # A round's few tokens wait for the next draft, to share its pass; a chunk's hidden rows do not last.
-        if is_chunk or len(sequence.behind) >= CHUNK:
-            rows = self._catch_up(lease, sequence.num_known, ())
-            if rows is not None:
-                await self.compute(lambda: self._head.last([rows]), self._head.seconds(len(rows.tokens)))
+        if (is_chunk or len(sequence.behind) >= CHUNK) and (rows := self._catch_up(lease, sequence.num_known, ())) is not None:
+            num_marked = min(NUM_MARKED, len(rows.tokens) - 1) if choosing is not None else 0
+            how = self._how(choosing) if choosing is not None else GREEDY
+            return await self.compute(lambda: self._head.mark(rows, num_marked, how), self._head.seconds(len(rows.tokens)))
+        return ()
+
+    def _how(self, choosing: Choosing) -> Choosing:
+        """How drafts are chosen where the target chooses as said."""
+        return GREEDY if self._params.draft_sampling == "greedy" else choosing
 
     def _catch_up(self, lease: int, position: int, next_token: tuple[int, ...]) -> MtpRows | None:
         """The rows that make the cache exact up to `position`, all that the target has computed, then `next_token`, whose row has exact
@@ -156,10 +169,8 @@ class MtpDrafter(Actor):
         return MtpRows(memory, start, tokens, hidden)
 
     def _draft(self, wanted: list[tuple[Propose, MtpRows]]) -> list[Draft]:
-        p, asked = self._params, list[Wanted]()
-        for message, _ in wanted:
-            how = Choosing(SamplingParams()) if p.draft_sampling == "greedy" else message.choosing
-            asked.append(Wanted(how, message.limit, message.floor, p.draft_p_min))
+        p = self._params
+        asked = [Wanted(self._how(message.choosing), message.limit, message.floor, p.draft_p_min) for message, _ in wanted]
         drafted = self._head.draft([rows for _, rows in wanted], asked)
         return [
             Draft("draft-mtp", each.tokens, each.shares) if len(each.tokens) >= p.draft_n_min else Draft("draft-mtp", ())

@@ -73,7 +73,7 @@ class NgramDrafter(Actor):
                     envelope.answer(None)
                 case Commit(_, lease, position, tokens):
                     await self._learn(lease, position, tokens)
-                    envelope.answer(None)
+                    envelope.answer(())
                 case Resume(_, lease, tokens, salt):
                     self._sequences[lease] = _Sequence(self._family.make(salt), salt)
                     await self._learn(lease, 0, tokens)

@@ -128,6 +128,7 @@ class Sequence:
             self._params,
             surroundings.experience,
             request.cache_salt,
+            request.sampling,
             self._trace,
             self._overlap,
             self.protocol.computed,

@@ -156,13 +156,16 @@ class Propose(Mail[Draft]):
 
 
 @dataclass(frozen=True, slots=True)
-class Commit(Mail[None]):
+class Commit(Mail[tuple[bool, ...]]):
     """Sequence to a drafter that has not been asked for long: `tokens` stand for good at `position`, computed by the target, whoever
-    drafted them. A drafter that falls behind by more rows than memory keeps hidden rows for loses them, and drafts worse."""
+    drafted them. A drafter that falls behind by more rows than memory keeps hidden rows for loses them, and drafts worse. Answered with
+    what costs little to say by then: of some of the newest tokens, whether the drafter would have drafted each, chosen as `choosing` says,
+    after those before it. None wants to know nothing."""
 
     lease: int
     position: int
     tokens: tuple[int, ...]
+    choosing: Choosing | None
 
 
 @dataclass(frozen=True, slots=True)

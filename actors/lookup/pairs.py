@@ -1,33 +1,47 @@
 """Whether anything can be found, without asking: a look-up that matches two tokens or more finds nothing where the newest two
-have not stood before (what either costs: kernels/EXPERIMENTS.md).
+have not stood before, and the more tokens in a row were what had followed before, the more there is to find (figures in
+kernels/EXPERIMENTS.md).
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
 
+#: Newest tokens of a piece of text that are looked at one by one, so that `run` is known: up to so many.
+LOOKED_AT = 24
+
 
 class Pairs:
-    """The neighbouring tokens of one text, of which the first `num_tokens` are known. `is_repeated`: the newest two stood before."""
+    """The neighbouring tokens of one text, of which the first `num_tokens` are known. `is_repeated`: the newest two stood before.
+    `run`: so many newest tokens, in a row, were what had followed the two before them."""
 
     def __init__(self) -> None:
-        self._known: set[tuple[int, int]] = set()
-        self._last: int | None = None
-        self.num_tokens, self.is_repeated = 0, False
+        self._following: dict[tuple[int, int], int] = {}  # what followed a pair, the last time
+        self._before: int | None = None  # the newest two tokens, or fewer
+        self._newest: int | None = None
+        self._expected: int | None = None  # what followed the newest two, the last time
+        self.num_tokens, self.run = 0, 0
+
+    @property
+    def is_repeated(self) -> bool:
+        return self._expected is not None
 
     def extend(self, tokens: tuple[int, ...]) -> None:
-        """These follow, at least one."""
-        *before, newest = tokens
+        """These follow."""
+        before, looked_at = tokens[:-LOOKED_AT], tokens[-LOOKED_AT:]
         if before:
-            self._known.update(pairwise(before if self._last is None else (self._last, *before)))
-            self._last = before[-1]
-        if self._last is not None:
-            pair = self._last, newest
-            self.is_repeated = pair in self._known
-            self._known.add(pair)
-        self._last = newest
+            text = [token for token in (self._before, self._newest, *before) if token is not None]
+            self._following.update(zip(pairwise(text), text[2:], strict=False))
+            self._before, self._newest, self._expected = text[-2] if len(text) > 1 else None, text[-1], None
+        for token in looked_at:
+            self.run = self.run + 1 if token == self._expected else 0
+            if self._newest is not None:
+                if self._before is not None:
+                    self._following[self._before, self._newest] = token
+                self._expected = self._following.get((self._newest, token))
+            self._before, self._newest = self._newest, token
         self.num_tokens += len(tokens)
 
     def has(self, pair: tuple[int, ...]) -> bool:
-        """Whether two tokens have stood side by side."""
-        return pair in self._known
+        """Whether two tokens have stood side by side, and something came after them."""
+        return pair in self._following

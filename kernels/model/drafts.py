@@ -23,6 +23,12 @@ class MtpRows:
     tokens: tuple[int, ...]
     hidden: F32 | None
 
+    def split(self, at: int) -> tuple[MtpRows, MtpRows]:
+        """The first `at` rows, and the others."""
+        first, others = (self.hidden[:at], self.hidden[at:]) if self.hidden is not None else (None, None)
+        start, middle = self.position, self.position + at
+        return MtpRows(self.memory, start, self.tokens[:at], first), MtpRows(self.memory, middle, self.tokens[at:], others)
+
 
 class Guesses(Protocol):
     def guess(self, batch: Sequence[MtpRows]) -> tuple[F32, F32]:

@@ -13,7 +13,9 @@ from itertools import accumulate
 import numpy as np
 
 from ...core.errors import InternalBug
+from ...core.vocabulary import Choosing
 from ..backend import F32, Backend, MatrixMaker
+from ..sampling import Ask, choose_rows
 from .drafts import Drafted, MtpRows, Wanted, draft_by_guesses
 from .trunk import LayerGraph
 from .weights import AttentionWeights, ModelWeights, MtpWeights
@@ -64,6 +66,19 @@ class HeadBase(ABC):
     @abstractmethod
     def logits(self, outputs: F32) -> F32:
         """[R, V], or of the first DRAFT_VOCABULARY tokens."""
+
+    def mark(self, rows: MtpRows, num_marked: int, choosing: Choosing) -> tuple[bool, ...]:
+        """Writes the rows into the cache. Of the newest `num_marked` tokens, not of all, whether each would have been drafted after those
+        before it."""
+        before, newest = rows.split(len(rows.tokens) - num_marked - 1 if num_marked else len(rows.tokens))
+        if before.tokens:
+            self.last([before])  # of which nothing is wanted but what the cache keeps
+        if not num_marked:
+            return ()
+        marked = newest.tokens[1:]
+        logits = self.logits(self.forward([newest])[:num_marked])
+        (choices,) = choose_rows(logits, [Ask(choosing, newest.position + 1, marked[:-1])])
+        return tuple(choice == token for choice, token in zip(choices, marked, strict=True))
 
     def draft(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> list[Drafted]:
         """`last`, and what follows it."""

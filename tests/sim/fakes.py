@@ -17,7 +17,7 @@ from forerun.actors.model import Defaults
 from forerun.actors.tokenizer import Vocabulary
 from forerun.core.errors import PositionLost
 from forerun.core.protocol import CHUNK, chunk_ends
-from forerun.core.vocabulary import SamplingParams
+from forerun.core.vocabulary import Choosing, SamplingParams
 from forerun.kernels.backend import F32
 from forerun.kernels.model.drafts import Drafted, MtpRows, Wanted, draft_by_guesses
 from forerun.kernels.model.memory import HiddenRows, SequenceMemory
@@ -174,6 +174,14 @@ class FakeHead:
             if int(state) // 24 % HEAD_ERRS == 0:
                 row[:] = np.roll(row, 1)
         return outputs, logits
+
+    def mark(self, rows: MtpRows, num_marked: int, choosing: Choosing) -> tuple[bool, ...]:
+        found = list[bool]()
+        assert rows.hidden is not None
+        for end in range(len(rows.tokens) - num_marked, len(rows.tokens)):
+            (logits,) = self.guess([MtpRows(rows.memory, rows.position, rows.tokens[:end], rows.hidden[:end])])[1]
+            found.append(choose(logits, choosing.sampling, rows.position + end) == rows.tokens[end])
+        return tuple(found)
 
     def draft(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> list[Drafted]:
         return draft_by_guesses(self, batch, wanted)

@@ -53,6 +53,9 @@ class Instant:
     def guess(self, batch: Sequence[Any]) -> Any:
         return self.last(batch), ZEROS[: len(batch)]
 
+    def mark(self, rows: Any, num_marked: int, choosing: Any) -> tuple[bool, ...]:
+        return (True,) * num_marked
+
     def seconds(self, num_rows: int) -> float:
         return 0.0
 

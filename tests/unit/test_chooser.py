@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 
 import pytest
-from forerun.actors.chooser import LOOK_PAUSE, Chooser, Plan
+from forerun.actors.chooser import LOOK_PAUSE, STEADY, Chooser, Plan
 from forerun.actors.costs import Costs
 from forerun.actors.experience import Experience
 from forerun.core.speculation import Draft, DrafterName
@@ -154,7 +154,7 @@ def test_look_ups_that_find_nothing_are_asked_seldom_and_at_once_when_they_do() 
         pass
     draft = Draft("ngram-suffix", (1, 2, 3, 4), (0.9,) * 4)
     chooser.came((1, 2, 3, 4, 5), [draft], Plan((draft,), 0.0), 5, 1.2)
-    assert chooser.rests(may_find=False)  # where the newest two tokens have not stood before
+    assert chooser.rests(run=None)  # where the newest two tokens have not stood before
     assert not chooser.rests()
 
 
@@ -176,7 +176,7 @@ def test_a_new_sequence_begins_with_what_the_others_were_like() -> None:
 def test_a_head_that_says_nothing_is_not_asked_for_ever() -> None:
     chooser, num_asked = Chooser(Experience()), 0
     for _ in range(400):
-        if chooser.rests(may_find=False):
+        if chooser.rests(run=None):
             continue
         limit, _ = chooser.head_limit(chooser.best([], 0, 40), 3)
         if limit:
@@ -222,3 +222,44 @@ def test_a_tail_lengthens_what_is_likely() -> None:
     for _ in range(20):
         text.chooser.came((1, 2, 3, 9), [head], Plan((head, tail), 1.0), 7, flat(7))
     assert text.chooser.extended(plan, [tail], 3, 10).tokens == (1, 2, 3)
+
+
+def test_a_head_that_says_it_would_have_been_right_is_asked() -> None:
+    text = Text(3, flat)
+    for _ in range(200):
+        text.round(None, never)
+    chooser = text.chooser
+    while not chooser.rests(run=None):
+        text.round(None, never)
+    chooser.marked((False,) * 8, 3)
+    assert chooser.rests(run=None)
+    chooser.marked((True,) * 8, 3)
+    assert not chooser.rests(run=None)
+    assert chooser.head_limit(chooser.best([], 0, 40), 3)[0] > 0
+
+
+def test_what_catching_up_takes_is_not_what_drafting_does() -> None:
+    chooser = Chooser(Experience())
+    chooser.drafted(1, STEADY, 1.0)
+    chooser.drafted(1, STEADY + 1, 9.0)
+    chooser.drafted(1, STEADY, 1.0)
+    assert chooser.drafting(1) < 1.1
+
+
+def test_those_who_look_up_are_asked_after_long_runs_where_short_ones_are_not_worth_it() -> None:
+    experience = Experience()
+    experience.verify.saw(1, 1.0)
+    chooser, draft = Chooser(experience, has_head=False), Draft("ngram-suffix", (1, 2, 3, 4), (0.9,) * 4)
+    asked = {0: 0, 9: 0}
+    for i in range(400):
+        run = 9 if i % 4 == 0 else 0
+        if chooser.rests(run):
+            chooser.spent(i % 40, 1.0)
+            continue
+        asked[run] += 1
+        chooser.spent(0, 1.0)
+        tokens, plan = ((1, 2, 3, 4, 5), Plan((draft,), 0.0)) if run else ((9,), Plan((), 0.0))
+        chooser.looked(0.2)
+        chooser.came(tokens, [draft], plan, len(plan.tokens) + 1, 1.2 if run else 1.0)
+    assert asked[9] == 100
+    assert asked[0] < 30
