@@ -42,8 +42,6 @@ CLASSES = (0.2, 0.4, 0.6, 0.75, 0.9, 0.97)
 #: a right answer that is a surprise it is asked again at once, if being right would make it worth it; where nothing would, it is asked only
 #: to measure it again, so many times more seldom.
 LAST_PAUSE, ASKING_SHARE, HOPELESS = 16, 0.005, 4
-#: Tokens that a head catches up on which is asked round after round, at most: what drafting takes then says whether to ask it so.
-STEADY = 8
 #: How much longer the pause of new sequences is for every question that was for nothing, and shorter for every other.
 LONGER = 2.0
 #: Rounds that go by without a question to those who look up, at most, and no more than keep what is lost by it below a share of the time.
@@ -90,6 +88,7 @@ class Chooser:
         self._look_at = [0 if has_look_ups else math.inf] * NUM_RUN_CLASSES
         self._head_at: float = max(FIRST_PAUSE, self._pause - experience.num_unasked) if has_head else math.inf
         self._is_looking = self._is_asking = self._is_probing = self._is_promising = False  # the last three of the head
+        self._asked_at = -2  # the round in which it was, last
         self._ceiling = 0, 0, 0.0  # the last round for which it holds, the limit, and tokens per second
         # Of what was verified: misses in a row, hits, and their share before those misses; whether they say that the text has changed.
         self._num_misses, self._hits, self._usual, self._has_changed = 0, Belief(), 0.5, False
@@ -133,7 +132,7 @@ class Chooser:
     @property
     def _last_pause(self) -> int:
         e = self._experience
-        asking = (e.catching_up[self._has_company](1) or self.drafting(1)) + self._aftermath
+        asking = (e.waking[self._has_company](1) or self.drafting(1)) + self._aftermath
         return max(LAST_PAUSE, round(asking / (ASKING_SHARE * max(e.verify(1), 1e-9))))
 
     def _rate(self, expected: float, seconds: float) -> float:
@@ -225,10 +224,12 @@ class Chooser:
         """They took so long to answer."""
         self._experience.looking.saw(1, seconds)
 
-    def drafted(self, num_tokens: int, num_behind: int, seconds: float) -> None:
-        """The head took so long for so many tokens, and for those that it had to catch up on."""
-        costs = self.drafting if num_behind <= STEADY else self._experience.catching_up[self._has_company]
+    def drafted(self, num_tokens: int, seconds: float) -> None:
+        """The head took so long for so many tokens. Only what it takes round after round says whether to ask it so: after a rest it has much
+        to catch up on, and what it computes with is not in the caches."""
+        costs = self.drafting if self._round == self._asked_at + 1 else self._experience.waking[self._has_company]
         costs.saw(num_tokens, seconds)
+        self._asked_at = self._round
 
     def head_limit(self, plan: Plan, limit: int) -> tuple[int, float]:
         """How many tokens the head should be asked for, when without it `plan` is the best, and the likelihood below which another is not

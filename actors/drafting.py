@@ -145,10 +145,9 @@ class Drafting:
             floor = 0.0  # drawn with the target's noise, an unlikely token is as often right as a likely one
         if not limit:
             return plan
-        began, num_told = self._trace.clock(), self._drafters[HEAD].num_told
+        began = self._trace.clock()
         (head,) = await self._ask([HEAD], question, (question.last_token,), limit, floor) or (None,)
-        num_behind = question.position - num_told if num_told is not None else 0
-        chooser.drafted(len(head.tokens) if head is not None else 1, num_behind, (self._trace.clock() - began) / 1e9)
+        chooser.drafted(len(head.tokens) if head is not None else 1, (self._trace.clock() - began) / 1e9)
         if head is not None:
             plan = await self._with_head(head, question)
         self._seconds = (self._trace.clock() - began) / 1e9

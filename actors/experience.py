@@ -64,12 +64,12 @@ def beliefs_by_run() -> list[Belief]:
 
 class Experience:
     """What all sequences of an engine have seen: what verifying and looking up take; alone and in company, where one waits for others,
-    what drafting takes, round after round and after a long silence, all else in a round, and a whole round in which nobody is asked, soon
+    what drafting takes, round after round and after a rest, all else in a round, and a whole round in which nobody is asked, soon
     after another one and later; how often drafters were right, what looking up brought, and how seldom the head was asked at last."""
 
     def __init__(self) -> None:
         self.verify, self.looking = Costs(), Costs()
-        self.drafting, self.catching_up, self.overhead, self.after, self.resting = ((Costs(), Costs()) for _ in range(5))
+        self.drafting, self.waking, self.overhead, self.after, self.resting = ((Costs(), Costs()) for _ in range(5))
         self.beliefs: dict[tuple[str, int, int], Belief] = {}
         self.first_guesses = [Belief() for _ in range(64)]
         # Of whole sequences, for long repetitions bring many tokens and say nothing of other texts: what a question to look-ups saved, and
