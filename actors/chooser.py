@@ -225,8 +225,8 @@ class Chooser:
         self._experience.looking.saw(1, seconds)
 
     def drafted(self, num_tokens: int, seconds: float) -> None:
-        """The head took so long for so many tokens. Only what it takes round after round says whether to ask it so: after a rest it has much
-        to catch up on, and what it computes with is not in the caches."""
+        """The head took so long for so many tokens. Only what it takes round after round says whether to ask it so: after a rest it has
+        much to catch up on, and what it computes with is not in the caches."""
         costs = self.drafting if self._round == self._asked_at + 1 else self._experience.waking[self._has_company]
         costs.saw(num_tokens, seconds)
         self._asked_at = self._round

@@ -27,7 +27,7 @@ from ..kernels.model.memory import SequencePool
 
 GREEDY = Choosing(SamplingParams())
 #: Of so many tokens that it catches up on without having drafted them, the head says whether it would have.
-NUM_MARKED = 8
+NUM_MARKED = 6
 
 
 class DraftHead(Protocol):

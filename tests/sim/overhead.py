@@ -14,6 +14,7 @@ import anyio
 import numpy as np
 from forerun.actors.engine import EngineParams, run_engine
 from forerun.core.speculation import SpeculationParams, parse_spec_type
+from forerun.kernels.model.drafts import Drafted, MtpRows, Wanted
 from forerun.kernels.model.memory import MemoryParams, SequenceMemory
 from forerun.kernels.model.pages import Arena
 from forerun.kernels.model.recurrent import StoreName
@@ -47,11 +48,8 @@ class Instant:
     def prefill(self, rows: Any, is_last: bool) -> Any:
         return ZEROS[:1] if is_last else None
 
-    def last(self, batch: Sequence[Any]) -> Any:
-        return ZEROS[: len(batch), :1]
-
-    def guess(self, batch: Sequence[Any]) -> Any:
-        return self.last(batch), ZEROS[: len(batch)]
+    def draft(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> list[Drafted]:
+        return [Drafted((0,) * each.limit, (1.0,) * each.limit) for each in wanted]
 
     def mark(self, rows: Any, num_marked: int, choosing: Any) -> tuple[bool, ...]:
         return (True,) * num_marked
@@ -98,12 +96,17 @@ async def bare() -> float:
 
 async def layer(spec_type: str, at_once: int, overlap: bool, watched: bool) -> float:
     """Microseconds a round and sequence; with a draft, of one token."""
-    speculation = SpeculationParams(parse_spec_type(spec_type), draft_n_max=1, ngram_simple_size_n=64, ngram_simple_size_m=1)
-    params = EngineParams(speculation, MemoryParams(at_once, at_once * 40, 0, "log"), 100, overlap)
-    async with run_engine(InstantModel(), params) as engine:
+    # A chooser would not draft where a verify takes nothing.
+    params = SpeculationParams(parse_spec_type(spec_type), choose="first", draft_n_max=1, ngram_simple_size_n=64, ngram_simple_size_m=1)
+    engine_params = EngineParams(params, MemoryParams(at_once, at_once * 40, 0, "log"), 100, overlap)
+    async with run_engine(InstantModel(), engine_params) as engine:
 
         async def one() -> int:
-            return (await engine.complete([1], max_tokens=NUM_TOKENS // at_once, ignore_eos=True)).speculation.num_rounds
+            speculation = (await engine.complete([1], max_tokens=NUM_TOKENS // at_once, ignore_eos=True)).speculation
+            drafted = sum(each.num_draft_tokens for each in speculation.drafters.values())
+            if bool(drafted) != (spec_type != "none"):
+                raise SystemExit(f"{spec_type}: {drafted} tokens were drafted")
+            return speculation.num_rounds
 
         await one()
         num_rounds = 0
