@@ -61,10 +61,12 @@ OTHERS_GAIN = 0.7
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to verify: a draft, and perhaps another drafter's that goes on where it ends. `rate` is in tokens per second."""
+    """What to verify: a draft, and perhaps another drafter's that goes on where it ends. `rate` is in tokens per second, `expected` the
+    tokens it brings."""
 
     parts: tuple[Draft, ...]
     rate: float
+    expected: float = 1.0
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -80,7 +82,7 @@ class Chooser:
         self._beliefs: dict[tuple[str, int, int], Belief] = {}
         self._surprises: dict[str, Surprise] = {}  # of each drafter, of late
         self._first_guesses = [Belief() for _ in range(64)]  # of the head, by position, however sure it was
-        self._num_other_rows = 0.0
+        self._num_other_rows = self._num_others = experience.num_others  # of late, in a batch
         self._pause = round(experience.pause)
         # The round this is, the one until which the head need not be thought of, and those from which look-ups are asked and it must be.
         self._round = 0
@@ -120,7 +122,7 @@ class Chooser:
     def _resting(self) -> float:
         """Seconds of a round in which nobody is asked."""
         e, i = self._experience, self._has_company
-        return e.resting[i](1) or e.after[i](1) or e.verify(1) + e.overhead[i](1)
+        return e.resting[i](1) or e.after[i](1) or self._seconds_together(0, 0)
 
     @property
     def _aftermath(self) -> float:
@@ -133,10 +135,27 @@ class Chooser:
     def _last_pause(self) -> int:
         e = self._experience
         asking = (e.waking[self._has_company](1) or self.drafting(1)) + self._aftermath
-        return max(LAST_PAUSE, round(asking / (ASKING_SHARE * max(e.verify(1), 1e-9))))
+        return max(LAST_PAUSE, round(asking / (ASKING_SHARE * max(self._resting, 1e-9))))
 
     def _rate(self, expected: float, seconds: float) -> float:
         return (expected + OTHERS_GAIN * self._num_other_rows) / seconds if seconds > 0 else expected
+
+    def _seconds_together(self, num_drafts: int, num_head: int) -> float:
+        """As `_seconds`, of a round in which all sequences do the same. The head drafts for all of them at once, and what that takes they
+        share: whoever reckons with it alone is never the first."""
+        verify = self._experience.verify((1 + round(self._num_others)) * (1 + num_drafts))
+        return verify + (self.drafting(num_head) if num_head else 0.0) + self.overhead(1)
+
+    def _rate_together(self, expected: float, num_drafts: int, num_head: int) -> float:
+        """Tokens per second of all, then."""
+        num_sequences, seconds = 1 + round(self._num_others), self._seconds_together(num_drafts, num_head)
+        return num_sequences * expected / seconds if seconds > 0 else expected
+
+    @property
+    def _rate_at_rest(self) -> float:
+        """The same in rounds in which nobody is asked."""
+        resting = self._resting
+        return (1 + round(self._num_others)) / resting if resting else 1.0
 
     @staticmethod
     def _key(name: str, i: int, confidence: float) -> tuple[str, int, int]:
@@ -171,19 +190,19 @@ class Chooser:
     def _cut(self, parts: tuple[Draft, ...], probabilities: Iterator[float], num_head: int, room: int) -> Plan:
         e, others = self._experience, round(self._num_other_rows)
         fixed, gain = self._seconds(0, num_head) - e.verify(others + 1), OTHERS_GAIN * self._num_other_rows
-        expected, reach, best, length = 1.0, 1.0, 0.0, 0
+        expected, reach, best, length, most = 1.0, 1.0, 0.0, 0, 1.0
         for i, probability in enumerate(islice(probabilities, max(0, min(room, e.verify.reach - 1 - others))), 1):
             reach *= probability
             expected += reach
             seconds = fixed + e.verify(others + i + 1)
             rate = (expected + gain) / seconds if seconds > 0 else expected
             if rate > best:
-                best, length = rate, i
+                best, length, most = rate, i, expected
             elif rate < 0.7 * best or reach < 0.01:
                 break
         first = parts[0].cut(length)
         rest = parts[1].cut(length - len(parts[0].tokens)) if length > len(parts[0].tokens) else None
-        return Plan((first, rest) if rest is not None else (first,), best)
+        return Plan((first, rest) if rest is not None else (first,), best, most)
 
     def is_likely(self, plan: Plan) -> bool:
         """Whether all of a plan of one draft is more likely right than not."""
@@ -210,11 +229,14 @@ class Chooser:
         is much longer than a verify was a wait for a reader."""
         e = self._experience
         costs = e.overhead if num_rests == 0 else e.after if num_rests <= AFTER else e.resting
-        costs[self._has_company].saw(1, min(seconds, e.verify(1) * (2 if num_rests else 1)))
+        verify = e.verify(1 + round(self._num_other_rows))
+        costs[self._has_company].saw(1, min(seconds, verify * (2 if num_rests else 1)) if verify else seconds)
 
-    def rested(self, num_other_rows: int) -> None:
-        """Beside so many rows of others."""
+    def rested(self, num_other_rows: int, num_others: int) -> None:
+        """Beside so many rows of so many others."""
         self._num_other_rows += 0.3 * (num_other_rows - self._num_other_rows)
+        self._num_others += 0.3 * (num_others - self._num_others)
+        self._experience.num_others = self._num_others
 
     def looks(self) -> bool:
         """Whether to ask those who look up this round, as `rests` has found."""
@@ -234,14 +256,16 @@ class Chooser:
     def head_limit(self, plan: Plan, limit: int) -> tuple[int, float]:
         """How many tokens the head should be asked for, when without it `plan` is the best, and the likelihood below which another is not
         worth it. One token, now and then, to see whether it has become worth it."""
-        best, wanted, floor = HEAD_MARGIN * max(plan.rate, self._rate(1.0, self._resting)), 0, 0.0
+        without = max(self._rate_together(plan.expected, len(plan.tokens), 0), self._rate_at_rest)
+        best, wanted, floor = HEAD_MARGIN * without, 0, 0.0
         ceiling = self._best_of_head(limit)
         for i, rate in enumerate(self._rates_of_head(limit if ceiling > best else 0), 1):
             if rate > best:
                 best, wanted = rate, i
         if wanted:
-            floor = best * (self._seconds(wanted, wanted) - self._seconds(wanted - 1, wanted - 1))
-        self._is_probing = not wanted and limit > 0 and self._must_probe(plan, ceiling)
+            num_sequences = 1 + round(self._num_others)
+            floor = best * (self._seconds_together(wanted, wanted) - self._seconds_together(wanted - 1, wanted - 1)) / num_sequences
+        self._is_probing = not wanted and limit > 0 and self._must_probe(without, ceiling)
         self._is_asking, self._is_promising = wanted > 0 or self._is_probing, False
         return wanted or int(self._is_probing), min(floor, 0.5)
 
@@ -251,40 +275,43 @@ class Chooser:
         for i in range(limit):
             reach *= self._first_guess(i)
             expected += reach
-            yield self._rate(expected, self._seconds(i + 1, i + 1))
+            yield self._rate_together(expected, i + 1, i + 1)
 
     def _first_guess(self, i: int) -> float:
         """How likely the head's token at a place in its draft is right, once those before it are."""
         return self._first_guesses[i].share(self._experience.first_guesses[i].share(0.6))
 
-    def _must_probe(self, plan: Plan, ceiling: float) -> bool:
+    def _must_probe(self, without: float, ceiling: float) -> bool:
         is_due = self._round >= self._head_at
         if not is_due and not self._is_promising:
             return False
-        alone = self._rate(1.0, self._resting)
+        alone = self._rate_at_rest
         if is_due and ceiling <= HEAD_MARGIN * alone:
             if self._pause >= HOPELESS * self._last_pause:
                 return True
             self._pause = min(2 * self._pause, HOPELESS * self._last_pause)
             self._head_at = self._round + self._pause
-        return ceiling > HEAD_MARGIN * (alone if self._has_changed else plan.rate)
+        return ceiling > HEAD_MARGIN * (alone if self._has_changed else without)
 
     def _best_of_head(self, limit: int) -> float:
         """Tokens per second, were all right that the head can draft."""
         until, former, ceiling = self._ceiling
         if self._round >= until or limit != former:
-            ceiling = max((self._rate(i + 2.0, self._seconds(i + 1, i + 1)) for i in range(limit)), default=0.0)
-            self._ceiling = self._round + CEILING_ROUNDS, limit, ceiling
+            ceiling = max((self._rate_together(i + 2.0, i + 1, i + 1) for i in range(limit)), default=0.0)
+            self._ceiling = self._round + (CEILING_ROUNDS if self._experience.verify(1) else 0), limit, ceiling
         return ceiling
 
     # What came
 
-    def came(self, tokens: Sequence[int], drafts: Sequence[Draft], plan: Plan, num_rows: int, seconds: float) -> None:
-        """A round brought `tokens`; `drafts` had been made for it, and the best of them was verified in a batch of `num_rows`."""
+    def came(
+        self, tokens: Sequence[int], drafts: Sequence[Draft], plan: Plan, num_rows: int, seconds: float, num_sequences: int = 1
+    ) -> None:
+        """A round brought `tokens`; `drafts` had been made for it, and the best of them was verified in a batch of `num_rows` of so many
+        sequences."""
         self._round += 1
         self._experience.num_unasked += 1
         if num_rows:
-            self.rested(max(0, num_rows - len(plan.tokens) - 1))  # of a plan that is no sense not all was verified
+            self.rested(max(0, num_rows - len(plan.tokens) - 1), num_sequences - 1)  # of a plan that is no sense not all was verified
             self._experience.verify.saw(num_rows, seconds)
         if self._is_looking:
             saved = float(_num_looked_up(plan, tokens))
@@ -320,7 +347,7 @@ class Chooser:
         for is_right in marks:
             self._first_guesses[0].saw(is_right, SHORT_MEMORY)
             self._experience.first_guesses[0].saw(is_right, 8 * MEMORY)
-        if marks and max(self._rates_of_head(limit), default=0.0) > HEAD_MARGIN * self._rate(1.0, self._resting):
+        if marks and max(self._rates_of_head(limit), default=0.0) > HEAD_MARGIN * self._rate_at_rest:
             self._wake_at = self._round
 
     def ended(self) -> None:

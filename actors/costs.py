@@ -14,7 +14,7 @@ FORGOTTEN_AFTER = 300
 NOTABLE, REDRAWN_AFTER = 0.05, 4
 #: How much cheaper than its only measurement a size may be.
 HOPE = 0.3
-#: What one row more costs, in verifies of one row, before two sizes have been measured. Low, so that drafts are tried.
+#: What twice the only size that was measured costs more, as a share. Low, so that drafts are tried.
 HOPED_SLOPE = 0.25
 
 
@@ -82,7 +82,7 @@ class Costs:
         if at < len(sizes):
             share = (size - sizes[at - 1]) / (sizes[at] - sizes[at - 1])
             return seconds[at - 1] + share * (seconds[at] - seconds[at - 1])
-        slope = HOPED_SLOPE * seconds[-1] / (1 + HOPED_SLOPE * (sizes[-1] - 1))
+        slope = HOPED_SLOPE * seconds[-1] / sizes[-1]
         if len(sizes) > 1:
             slope = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
         return seconds[-1] + slope * (size - sizes[-1])

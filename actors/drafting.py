@@ -147,7 +147,8 @@ class Drafting:
             return plan
         began = self._trace.clock()
         (head,) = await self._ask([HEAD], question, (question.last_token,), limit, floor) or (None,)
-        chooser.drafted(len(head.tokens) if head is not None else 1, (self._trace.clock() - began) / 1e9)
+        if head is None or head.is_typical:
+            chooser.drafted(len(head.tokens) if head is not None else 1, (self._trace.clock() - began) / 1e9)
         if head is not None:
             plan = await self._with_head(head, question)
         self._seconds = (self._trace.clock() - began) / 1e9
@@ -209,7 +210,7 @@ class Drafting:
     def settle(self, num_drafted: int, num_accepted: int, tokens: tuple[int, ...], verdict: Verdict) -> None:
         """The round brought `tokens`; of `num_drafted` draft tokens that were verified, `num_accepted` were right."""
         if self._is_resting:
-            self._chooser.rested(verdict.num_rows - 1)
+            self._chooser.rested(verdict.num_rows - 1, verdict.num_sequences - 1)
             return
         left, right = num_drafted, num_accepted
         for part in self._plan.parts:
@@ -218,7 +219,8 @@ class Drafting:
                 self.statistics[part.drafter] = self.statistics[part.drafter].after(drafted, accepted)
             left, right = left - drafted, right - accepted
         if not self._is_first_best:
-            self._chooser.came(tokens, self._drafts, self._plan, verdict.num_rows, verdict.seconds)
+            seconds = verdict.seconds if verdict.is_typical else 0.0  # is not known
+            self._chooser.came(tokens, self._drafts, self._plan, verdict.num_rows, seconds, verdict.num_sequences)
             self._seconds += verdict.seconds
 
     # What stands

@@ -70,6 +70,7 @@ class Experience:
     def __init__(self) -> None:
         self.verify, self.looking = Costs(), Costs()
         self.drafting, self.waking, self.overhead, self.after, self.resting = ((Costs(), Costs()) for _ in range(5))
+        self.num_others = 0.0  # beside one sequence in a batch, as somebody has seen last
         self.beliefs: dict[tuple[str, int, int], Belief] = {}
         self.first_guesses = [Belief() for _ in range(64)]
         # Of whole sequences, for long repetitions bring many tokens and say nothing of other texts: what a question to look-ups saved, and

@@ -35,6 +35,9 @@ class DraftHead(Protocol):
 
     hidden: int
 
+    @property
+    def num_prepared(self) -> int: ...
+
     def mark(self, rows: MtpRows, num_marked: int, choosing: Choosing) -> tuple[bool, ...]: ...
 
     def draft(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> list[Drafted]: ...
@@ -171,8 +174,10 @@ class MtpDrafter(Actor):
     def _draft(self, wanted: list[tuple[Propose, MtpRows]]) -> list[Draft]:
         p = self._params
         asked = [Wanted(self._how(message.choosing), message.limit, message.floor, p.draft_p_min) for message, _ in wanted]
+        num_prepared = self._head.num_prepared
         drafted = self._head.draft([rows for _, rows in wanted], asked)
+        is_typical = self._head.num_prepared == num_prepared
         return [
-            Draft("draft-mtp", each.tokens, each.shares) if len(each.tokens) >= p.draft_n_min else Draft("draft-mtp", ())
+            Draft("draft-mtp", each.tokens, each.shares, is_typical) if len(each.tokens) >= p.draft_n_min else Draft("draft-mtp", ())
             for each in drafted
         ]

@@ -252,7 +252,7 @@ class Sequence:
         protocol = self.protocol
         verify = Verify(self._flow, self._held, protocol.position, protocol.rows, self._choosing(), self._is_suspect)
         verdict = await self._computed(verify)
-        if self._params.synth_rates:
+        if self._params.synth_rates and self._plan.parts:
             verdict = synthetic(verdict, protocol.rows[1:], self._params.synth_rates, self._request.sampling.seed, protocol.position)
         protocol.verified(verdict)
         self._num_rounds += 1

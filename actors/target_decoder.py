@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from ..core.actor import Actor, Executor
@@ -22,6 +21,9 @@ R = TypeVar("R")
 
 class Target(Protocol):
     """What decodes: a Trunk, or a simulated one."""
+
+    @property
+    def num_prepared(self) -> int: ...
 
     def verify(self, batch: Sequence[Rows]) -> tuple[F32, F32]: ...
 
@@ -105,11 +107,11 @@ class TargetDecoder(Actor):
             return _verdicts(logits, [Ask(message.choosing, message.position + 1, message.tokens[1:]) for _, message, _ in verifies])
 
         envelopes = [envelope for envelope, _, _ in verifies]
-        began = self._clock()
+        began, num_prepared = self._clock(), self._target.num_prepared
         verdicts = await self._do(work, num_rows, envelopes)
-        seconds = (self._clock() - began) / 1e9
+        seconds, is_typical = (self._clock() - began) / 1e9, self._target.num_prepared == num_prepared
         for envelope, verdict in zip(envelopes, verdicts, strict=True):
-            envelope.answer(replace(verdict, num_rows=num_rows, seconds=seconds))
+            envelope.answer(Verdict(verdict.choices, verdict.logprobs, num_rows, seconds, len(verifies), is_typical))
 
     async def _prefill(self, envelope: Envelope, message: Prefill, rows: Rows) -> None:
         def work() -> Verdict:

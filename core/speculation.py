@@ -128,11 +128,13 @@ def parse_spec_type(text: str) -> tuple[DrafterName, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """Tokens one drafter expects to follow, and for each how sure it is of it once all before it have come, from 0 to 1."""
+    """Tokens one drafter expects to follow, and for each how sure it is of it once all before it have come, from 0 to 1. One that is not
+    `is_typical` took long because something had to be made ready first."""
 
     drafter: DrafterName
     tokens: tuple[int, ...]
     confidences: tuple[float, ...] = ()
+    is_typical: bool = True
 
     def cut(self, length: int) -> Draft:
         return Draft(self.drafter, self.tokens[:length], self.confidences[:length])

@@ -228,12 +228,15 @@ class TokenLogprob:
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """The target's own choice for every row of a verify: `choices[i]` follows row i, and has `logprobs[i]` if they were wanted. The batch
-    it was computed in had `num_rows` rows and took `seconds`."""
+    it was computed in had `num_rows` rows of `num_sequences` sequences and took `seconds`; these
+    say nothing of the next such batch where it was not `is_typical`, for something had to be made ready first."""
 
     choices: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
     num_rows: int = 0
     seconds: float = 0.0
+    num_sequences: int = 1
+    is_typical: bool = True
 
 
 @dataclass(frozen=True, slots=True)

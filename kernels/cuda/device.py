@@ -124,6 +124,9 @@ class Device(Protocol):
 
 
 class Kernels(Protocol):
+    #: How often `record` was called.
+    num_recorded: int
+
     def run(self, steps: Sequence[Step]) -> None:
         """Launches steps, each of which sees what those before it wrote."""
         ...
@@ -289,6 +292,7 @@ class CudaKernels:
         self._texts = [(FOLDER / f"{name}.cu").read_text() for name in SOURCES]
         self._modules = [device.cupy.RawModule(code=text, options=(*options, *definitions(text, sizes))) for text in self._texts]
         self._functions: dict[str, Any] = {}
+        self.num_recorded = 0
 
     def function(self, name: str, shared: int = 0) -> int:
         if name not in self._functions:
@@ -308,6 +312,7 @@ class CudaKernels:
     def record(
         self, steps: Sequence[Step], inputs: Sequence[Copy] = (), outputs: Sequence[Copy] = (), *, overlap: bool = True
     ) -> Callable[[], None]:
+        self.num_recorded += 1
         with self._device.using():
             for step in steps:
                 self.function(step.kernel, step.shared)  # loads what is not loaded yet, which must not happen while recording

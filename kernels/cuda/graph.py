@@ -174,6 +174,10 @@ class CudaTrunk(TrunkBase):
         self.weights, self.config, self.operations_per_second = weights, weights.config, backend.operations_per_second
         self._graphs = _Graphs(weights, backend)
 
+    @property
+    def num_prepared(self) -> int:
+        return self._graphs.kernels.num_recorded
+
     def logits(self, hidden: F32) -> F32:
         return self._graphs.product(self.weights.head, hidden)
 
@@ -243,6 +247,10 @@ class CudaHead(HeadBase):
     def __init__(self, weights: ModelWeights, backend: CudaBackend) -> None:
         super().__init__(weights, backend)
         self._graphs, self._device, self._weights = _Graphs(weights, backend), backend.device, weights
+
+    @property
+    def num_prepared(self) -> int:
+        return self._graphs.kernels.num_recorded
 
     def forward(self, batch: Sequence[MtpRows]) -> F32:
         return self._run(batch, "all", list(range(sum(len(rows.tokens) for rows in batch))))

@@ -42,6 +42,11 @@ class HeadBase(ABC):
         operations = weights.num_parameters / (len(weights.layers) + 1) + self.hidden * num_drafted
         self._seconds_a_row = operations / backend.operations_per_second
 
+    @property
+    def num_prepared(self) -> int:
+        """As a trunk's."""
+        return 0
+
     @staticmethod
     def hidden_of(batch: Sequence[MtpRows]) -> F32:
         """The hidden rows of all [R, hidden], in batch order."""

@@ -89,6 +89,11 @@ class TrunkBase(ABC):
     weights: ModelWeights
     operations_per_second: float
 
+    @property
+    def num_prepared(self) -> int:
+        """Shapes of work that have been made ready so far, each of which took long once."""
+        return 0
+
     def verify(self, batch: Sequence[Rows]) -> tuple[F32, F32]:
         """Computes every sequence's rows from its position, rolling back to it first. Each row's results have the same
         bits whatever else is in the batch. Returns logits [R, V] and post-norm hidden rows [R, hidden], in batch order.

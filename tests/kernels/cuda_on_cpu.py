@@ -106,7 +106,7 @@ class HostKernels:
     """Built once for each set of sizes and version of the sources, and kept."""
 
     def __init__(self, device: HostDevice, sizes: dict[str, int]) -> None:
-        self._device = device
+        self._device, self.num_recorded = device, 0
         BUILT.mkdir(mode=0o700, exist_ok=True)
         with ThreadPoolExecutor(2) as pool:
             self._libraries = [ctypes.CDLL(str(path)) for path in pool.map(partial(_build, sizes=sizes), SOURCES)]
@@ -127,6 +127,8 @@ class HostKernels:
     def record(
         self, steps: Sequence[Step], inputs: Sequence[Copy] = (), outputs: Sequence[Copy] = (), *, overlap: bool = True
     ) -> Callable[[], None]:
+        self.num_recorded += 1
+
         def launch() -> None:
             for array, bytes_ in inputs:
                 array.reshape(-1).view(np.uint8)[:] = bytes_

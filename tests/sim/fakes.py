@@ -123,6 +123,8 @@ class FakeMemory(SequenceMemory):
 
 
 class FakeTarget:
+    num_prepared = 0
+
     def verify(self, batch: Sequence[Rows]) -> tuple[F32, F32]:
         new: list[F32] = []
         for rows in batch:
@@ -156,7 +158,7 @@ class FakeTarget:
 class FakeHead:
     """Guesses right from right hidden rows, but for one in HEAD_ERRS."""
 
-    hidden = 2
+    hidden, num_prepared = 2, 0
 
     def last(self, batch: Sequence[MtpRows]) -> F32:
         out: list[tuple[int, int]] = []

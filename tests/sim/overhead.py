@@ -40,7 +40,7 @@ class InstantMemory(SequenceMemory):
 class Instant:
     """Target and draft head in one: token 0 for ever, so that every draft is right."""
 
-    hidden = 1
+    hidden, num_prepared = 1, 0
 
     def verify(self, batch: Sequence[Any]) -> Any:
         return ZEROS[: sum(len(rows.tokens) for rows in batch)], None

@@ -265,3 +265,30 @@ def test_those_who_look_up_are_asked_after_long_runs_where_short_ones_are_not_wo
         chooser.came(tokens, [draft], plan, len(plan.tokens) + 1, 1.2 if run else 1.0)
     assert asked[9] == 100
     assert asked[0] < 30
+
+
+def test_what_the_head_takes_is_shared_by_those_in_a_batch() -> None:
+    """All wait for it once: it is worth it in company as it is alone, unless each row more costs what it does alone."""
+
+    def limit(num_sequences: int, slope: float) -> int:
+        experience = Experience()
+        chooser = Chooser(experience, has_look_ups=False)
+        for _ in range(40):
+            for rows in (num_sequences, 2 * num_sequences, 4 * num_sequences):
+                experience.verify.saw(rows, 1 + slope * rows)
+            chooser.rested(num_sequences - 1, num_sequences - 1)
+            chooser.drafting.saw(3, 0.6)
+            chooser.drafting.saw(1, 0.2)
+            chooser.spent(1, 1 + slope * num_sequences)
+        return chooser.head_limit(chooser.best([], 0, 40), 3)[0]
+
+    assert limit(1, 0.01) == limit(16, 0.001) == 2
+    assert limit(16, 2.0) == 0
+
+
+def test_a_new_sequence_knows_what_company_there_is() -> None:
+    experience = Experience()
+    for _ in range(20):
+        Chooser(experience).rested(15, 15)
+    costs = Chooser(experience).overhead
+    assert costs is experience.overhead[True]
