@@ -32,7 +32,7 @@ from .experience import (
     Surprise,
     beliefs_by_run,
     run_class,
-)  # fmt: skip
+)
 
 #: By how much the head must promise more than what is there already, before it is asked.
 HEAD_MARGIN = 1.05

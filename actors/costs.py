@@ -20,9 +20,11 @@ HOPED_SLOPE = 0.25
 
 class Costs:
     """Seconds by size, as measured; between sizes and beyond by straight lines, and never less for more. A size that was measured a few
-    times only is taken for somewhat cheaper than it seemed, so that an accident is not believed for long."""
+    times only is taken for somewhat cheaper than it seemed, by the share `hope` after the first, so that an accident is not believed for
+    long."""
 
-    def __init__(self) -> None:
+    def __init__(self, hope: float = HOPE) -> None:
+        self._hope = hope
         self._means: dict[int, tuple[float, int, int]] = {}  # size -> mean, measurements, the clock at the last
         self._clock = self._redrawn_at = 0  # the clock from which on the curve may be drawn anew
         self._curve: tuple[list[int], list[float]] = [], []
@@ -40,14 +42,14 @@ class Costs:
             self._means = {size: each for size, each in self._means.items() if self._clock - each[2] < FORGOTTEN_AFTER}
             self._table.clear()
         drawn = self._drawn.get(size, 0.0)
-        if not drawn or (self._clock >= self._redrawn_at and abs(mean * (1 - HOPE / (number + 1)) - drawn) > NOTABLE * drawn):
+        if not drawn or (self._clock >= self._redrawn_at and abs(mean * (1 - self._hope / (number + 1)) - drawn) > NOTABLE * drawn):
             self._table.clear()
 
     def _draw(self) -> None:
         """Makes the curve of what was measured."""
         self._redrawn_at = self._clock + min(self._clock, REDRAWN_AFTER)
         sizes = sorted(self._means)
-        self._drawn = {size: mean * (1 - HOPE / number) for size, (mean, number, _) in self._means.items()}
+        self._drawn = {size: mean * (1 - self._hope / number) for size, (mean, number, _) in self._means.items()}
         # Where more seemed to cost less, neighbours are averaged (pool adjacent violators).
         pools: list[tuple[float, int, int]] = []  # mean, measurements, sizes
         for each in sizes:

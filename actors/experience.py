@@ -69,7 +69,9 @@ class Experience:
 
     def __init__(self) -> None:
         self.verify, self.looking = Costs(), Costs()
-        self.drafting, self.waking, self.overhead, self.after, self.resting = ((Costs(), Costs()) for _ in range(5))
+        self.drafting, self.waking = ((Costs(), Costs()) for _ in range(2))
+        # What goes by without a choice is tried often enough: hope would make rest look better than what it is compared with.
+        self.overhead, self.after, self.resting = ((Costs(hope=0.0), Costs(hope=0.0)) for _ in range(3))
         self.num_others = 0.0  # beside one sequence in a batch, as somebody has seen last
         self.beliefs: dict[tuple[str, int, int], Belief] = {}
         self.first_guesses = [Belief() for _ in range(64)]
