@@ -83,6 +83,7 @@ class Chooser:
         self._surprises: dict[str, Surprise] = {}  # of each drafter, of late
         self._first_guesses = [Belief() for _ in range(64)]  # of the head, by position, however sure it was
         self._num_other_rows = self._num_others = experience.num_others  # of late, in a batch
+        self._is_company_known = False
         self._pause = round(experience.pause)
         # The round this is, the one until which the head need not be thought of, and those from which look-ups are asked and it must be.
         self._round = 0
@@ -234,9 +235,14 @@ class Chooser:
 
     def rested(self, num_other_rows: int, num_others: int) -> None:
         """Beside so many rows of so many others."""
-        self._num_other_rows += 0.3 * (num_other_rows - self._num_other_rows)
-        self._num_others += 0.3 * (num_others - self._num_others)
+        newest, self._is_company_known = 0.3 if self._is_company_known else 1.0, True
+        self._num_other_rows += newest * (num_other_rows - self._num_other_rows)
+        self._num_others += newest * (num_others - self._num_others)
         self._experience.num_others = self._num_others
+
+    def verified(self, num_rows: int, seconds: float) -> None:
+        """A batch in a round of rest took so long."""
+        self._experience.verify.saw(num_rows, seconds)
 
     def looks(self) -> bool:
         """Whether to ask those who look up this round, as `rests` has found."""
@@ -249,9 +255,11 @@ class Chooser:
     def drafted(self, num_tokens: int, seconds: float) -> None:
         """The head took so long for so many tokens. Only what it takes round after round says whether to ask it so: after a rest it has
         much to catch up on, and what it computes with is not in the caches."""
-        costs = self.drafting if self._round == self._asked_at + 1 else self._experience.waking[self._has_company]
-        costs.saw(num_tokens, seconds)
-        self._asked_at = self._round
+        is_steady, self._asked_at = self._round == self._asked_at + 1, self._round
+        if not is_steady:
+            self._experience.waking[self._has_company].saw(num_tokens, seconds)
+        if is_steady or seconds < self.drafting(num_tokens):  # an accident is not believed until the head is asked twice in a row
+            self.drafting.saw(num_tokens, seconds)
 
     def head_limit(self, plan: Plan, limit: int) -> tuple[int, float]:
         """How many tokens the head should be asked for, when without it `plan` is the best, and the likelihood below which another is not

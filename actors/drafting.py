@@ -22,8 +22,8 @@ from .lookup.pairs import Pairs
 R = TypeVar("R")
 
 HEAD: DrafterName = "draft-mtp"
-#: Tokens after which a drafter is told what stands though it is not asked: while the head can still read their hidden rows, of which
-#: there are two chunks and a few.
+#: Tokens after which a drafter is told what stands though it is not asked, at most: while the head can still read their hidden rows, of
+#: which there are two chunks and the longest round, and one more round may be computed before it does.
 TOLD_AFTER = CHUNK * 3 // 2
 
 
@@ -80,7 +80,9 @@ class Drafting:
         self._looking: list[DrafterName] = [name for name in mailboxes if name != HEAD and name not in self._matching]
         self._pairs = Pairs()
         self._observed: list[Reply[None]] = []  # of the last chunk, where drafters still read it
-        self._told: list[Reply[tuple[bool, ...]]] = []  # what drafters will say of tokens that they have been told of
+        longest = 1 + max((params.limit(name) for name in mailboxes), default=0)
+        self._told_after = max(CHUNK, min(TOLD_AFTER, 2 * CHUNK - longest))
+        self._told: list[Reply[tuple[bool, ...]]] = []  # what the head will say of tokens that it has been told of
         self._drafts: list[Draft] = []  # of this round
         self._plan = NOTHING
         # When this round with questions began, or the rounds of rest that are measured together; how many have rested in a row, and the
@@ -118,11 +120,11 @@ class Drafting:
         self._drafts, self._plan = [], NOTHING
         if look_ups:
             began = self._trace.clock()
-            self._drafts += await self._ask(look_ups, question, (question.last_token,), question.room, 0.0)
+            self._drafts += await self._found(look_ups, question, (question.last_token,), question.room)
             self._chooser.looked((self._trace.clock() - began) / 1e9)
         if self._is_first_best:
             if not self._drafts and HEAD in self._drafters:
-                self._drafts += await self._ask([HEAD], question, (question.last_token,), question.room, 0.0)
+                self._drafts += await self._found([HEAD], question, (question.last_token,), question.room)
             self._plan = Plan((self._drafts[0].cut(question.room),), 0.0) if self._drafts else self._plan
         else:
             self._plan = await self._choose(question)
@@ -147,9 +149,9 @@ class Drafting:
             return plan
         began = self._trace.clock()
         (head,) = await self._ask([HEAD], question, (question.last_token,), limit, floor) or (None,)
-        if head is None or head.is_typical:
-            chooser.drafted(len(head.tokens) if head is not None else 1, (self._trace.clock() - began) / 1e9)
-        if head is not None:
+        if head is not None and head.is_typical:
+            chooser.drafted(max(1, len(head.tokens)), (self._trace.clock() - began) / 1e9)
+        if head is not None and head.tokens:
             plan = await self._with_head(head, question)
         self._seconds = (self._trace.clock() - began) / 1e9
         return plan
@@ -163,11 +165,15 @@ class Drafting:
         if is_whole_head and num_head < room and chooser.is_likely(plan):
             ahead = (question.last_token, *head.tokens)
             if look_ups := self._look_ups(self._pairs.has(ahead[-2:])):
-                plan = chooser.extended(plan, await self._ask(look_ups, question, ahead, room - num_head, 0.0), num_head, room)
+                plan = chooser.extended(plan, await self._found(look_ups, question, ahead, room - num_head), num_head, room)
         return plan
 
+    async def _found(self, names: Sequence[DrafterName], question: Question, ahead: tuple[int, ...], room: int) -> list[Draft]:
+        """The drafts with anything in them."""
+        return [draft for draft in await self._ask(names, question, ahead, room, 0.0) if draft.tokens]
+
     async def _ask(self, names: Sequence[DrafterName], question: Question, ahead: tuple[int, ...], room: int, floor: float) -> list[Draft]:
-        """The drafts with anything in them, in order of asking."""
+        """What they have answered, in order of asking."""
         replies: list[tuple[Reply[Draft], _Drafter, int, int]] = []  # how much had been told before, and has been with the question
         drafts: list[Draft] = []
         try:
@@ -203,14 +209,15 @@ class Drafting:
                 pass
             else:
                 drafter.num_told = after
-                if draft.tokens:
-                    drafts.append(draft)  # which may be anything, and longer than asked for
+                drafts.append(draft)  # which may be anything, and longer than asked for
         return drafts
 
     def settle(self, num_drafted: int, num_accepted: int, tokens: tuple[int, ...], verdict: Verdict) -> None:
         """The round brought `tokens`; of `num_drafted` draft tokens that were verified, `num_accepted` were right."""
         if self._is_resting:
             self._chooser.rested(verdict.num_rows - 1, verdict.num_sequences - 1)
+            if self._num_rests == AFTER and verdict.is_typical:
+                self._chooser.verified(verdict.num_rows, verdict.seconds)
             return
         left, right = num_drafted, num_accepted
         for part in self._plan.parts:
@@ -246,11 +253,11 @@ class Drafting:
         if self._told:
             await self._hear_marks()
         for name, drafter in self._drafters.items():
-            if drafter.num_told is not None and position - drafter.num_told >= TOLD_AFTER:
+            if drafter.num_told is not None and position - drafter.num_told >= self._told_after:
                 await self._tell(drafter, flow, lease, self._marked if name == HEAD else None)
 
     async def _hear_marks(self, is_late: bool = False) -> None:
-        """What has been said of the tokens that were told; with `is_late` waits for it."""
+        """What has been said of the tokens that were told; with `is_late` waits for it, as where one thing is done at a time."""
         while self._told and (is_late or self._told[0].is_there):
             with suppress(ForerunError):
                 self._chooser.marked(await self._told.pop(0).wait(), self._params.draft_n_max)
@@ -260,7 +267,7 @@ class Drafting:
         if position is not None and (tokens := self._computed(position)):
             drafter.num_told = position + len(tokens)
             reply = await self._inform(drafter, Commit(flow, lease, position, tokens, choosing), lease)
-            if reply is not None:
+            if reply is not None and (choosing is not None or not self._overlap):
                 self._told.append(reply)
                 await self._hear_marks(is_late=not self._overlap)
 

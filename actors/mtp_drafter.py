@@ -178,6 +178,6 @@ class MtpDrafter(Actor):
         drafted = self._head.draft([rows for _, rows in wanted], asked)
         is_typical = self._head.num_prepared == num_prepared
         return [
-            Draft("draft-mtp", each.tokens, each.shares, is_typical) if len(each.tokens) >= p.draft_n_min else Draft("draft-mtp", ())
+            Draft("draft-mtp", *((each.tokens, each.shares) if len(each.tokens) >= p.draft_n_min else ((), ())), is_typical)
             for each in drafted
         ]

@@ -248,6 +248,21 @@ def test_what_waking_a_head_takes_is_not_what_drafting_does() -> None:
     assert chooser.drafting(1) == pytest.approx(1.0, rel=0.1)
 
 
+def test_an_accident_of_a_heads_is_not_believed_for_good() -> None:
+    chooser = Chooser(Experience())
+    for round_number in range(60):
+        if round_number in (0, 1) or round_number % 10 == 5:
+            chooser.drafted(1, 900.0 if round_number == 1 else 1.0)
+        chooser.came([1], [], Plan((), 0.0), 1, 1.0)
+    assert chooser.drafting(1) < 600  # 900 at first; every question since has been one after a rest
+    before = chooser.drafting(1)
+    for _ in range(60):
+        chooser.came([1], [], Plan((), 0.0), 1, 1.0)
+        chooser.came([1], [], Plan((), 0.0), 1, 1.0)
+        chooser.drafted(1, 1.0)
+    assert chooser.drafting(1) < before / 20
+
+
 def test_those_who_look_up_are_asked_after_long_runs_where_short_ones_are_not_worth_it() -> None:
     experience = Experience()
     experience.verify.saw(1, 1.0)

@@ -258,7 +258,7 @@ async def heard(answer: Awaitable[T]) -> T:
             raise
         ours = ServerError("the call was ended here", "CANCELLED", "")
     if isinstance(ours, DeadlineExceeded) and anyio.current_effective_deadline() - anyio.current_time() < DEADLINE_SLACK_SECONDS:
-        await anyio.sleep_forever()
+        await anyio.sleep(2 * DEADLINE_SLACK_SECONDS)
     raise ours
 
 
