@@ -110,6 +110,11 @@ class Chooser:
         return self._num_other_rows >= 0.5
 
     @property
+    def _num_sequences(self) -> int:
+        """In a batch, this one among them."""
+        return 1 + round(self._num_others)
+
+    @property
     def drafting(self) -> Costs:
         """Of so many tokens of the head, in such company as there is."""
         return self._experience.drafting[self._has_company]
@@ -144,19 +149,19 @@ class Chooser:
     def _seconds_together(self, num_drafts: int, num_head: int) -> float:
         """As `_seconds`, of a round in which all sequences do the same. The head drafts for all of them at once, and what that takes they
         share: whoever reckons with it alone is never the first."""
-        verify = self._experience.verify((1 + round(self._num_others)) * (1 + num_drafts))
+        verify = self._experience.verify(self._num_sequences * (1 + num_drafts))
         return verify + (self.drafting(num_head) if num_head else 0.0) + self.overhead(1)
 
     def _rate_together(self, expected: float, num_drafts: int, num_head: int) -> float:
         """Tokens per second of all, then."""
-        num_sequences, seconds = 1 + round(self._num_others), self._seconds_together(num_drafts, num_head)
-        return num_sequences * expected / seconds if seconds > 0 else expected
+        seconds = self._seconds_together(num_drafts, num_head)
+        return self._num_sequences * expected / seconds if seconds > 0 else expected
 
     @property
     def _rate_at_rest(self) -> float:
         """The same in rounds in which nobody is asked."""
         resting = self._resting
-        return (1 + round(self._num_others)) / resting if resting else 1.0
+        return self._num_sequences / resting if resting else 1.0
 
     @staticmethod
     def _key(name: str, i: int, confidence: float) -> tuple[str, int, int]:
@@ -240,10 +245,6 @@ class Chooser:
         self._num_others += newest * (num_others - self._num_others)
         self._experience.num_others = self._num_others
 
-    def verified(self, num_rows: int, seconds: float) -> None:
-        """A batch in a round of rest took so long."""
-        self._experience.verify.saw(num_rows, seconds)
-
     def looks(self) -> bool:
         """Whether to ask those who look up this round, as `rests` has found."""
         return self._is_looking
@@ -271,8 +272,8 @@ class Chooser:
             if rate > best:
                 best, wanted = rate, i
         if wanted:
-            num_sequences = 1 + round(self._num_others)
-            floor = best * (self._seconds_together(wanted, wanted) - self._seconds_together(wanted - 1, wanted - 1)) / num_sequences
+            more = self._seconds_together(wanted, wanted) - self._seconds_together(wanted - 1, wanted - 1)
+            floor = best * more / self._num_sequences
         self._is_probing = not wanted and limit > 0 and self._must_probe(without, ceiling)
         self._is_asking, self._is_promising = wanted > 0 or self._is_probing, False
         return wanted or int(self._is_probing), min(floor, 0.5)
@@ -288,6 +289,11 @@ class Chooser:
     def _first_guess(self, i: int) -> float:
         """How likely the head's token at a place in its draft is right, once those before it are."""
         return self._first_guesses[i].share(self._experience.first_guesses[i].share(0.6))
+
+    def _guessed(self, i: int, is_right: bool) -> None:
+        """Whether it was."""
+        self._first_guesses[i].saw(is_right, SHORT_MEMORY)
+        self._experience.first_guesses[i].saw(is_right, 8 * MEMORY)
 
     def _must_probe(self, without: float, ceiling: float) -> bool:
         is_due = self._round >= self._head_at
@@ -353,8 +359,7 @@ class Chooser:
         """Whether the head, which drafts `limit` tokens at most, would have been right about tokens that it had not been asked for. If that
         makes it worth asking, it is."""
         for is_right in marks:
-            self._first_guesses[0].saw(is_right, SHORT_MEMORY)
-            self._experience.first_guesses[0].saw(is_right, 8 * MEMORY)
+            self._guessed(0, is_right)
         if marks and max(self._rates_of_head(limit), default=0.0) > HEAD_MARGIN * self._rate_at_rest:
             self._wake_at = self._round
 
@@ -408,8 +413,7 @@ class Chooser:
             self._beliefs.setdefault(key, Belief()).saw(token == right)
             self._experience.beliefs.setdefault(key, Belief()).saw(token == right, 8 * MEMORY)
             if draft.drafter == "draft-mtp":
-                self._first_guesses[i].saw(token == right, SHORT_MEMORY)
-                self._experience.first_guesses[i].saw(token == right, 8 * MEMORY)
+                self._guessed(i, token == right)
             if token != right:
                 break
 

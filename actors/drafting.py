@@ -217,7 +217,7 @@ class Drafting:
         if self._is_resting:
             self._chooser.rested(verdict.num_rows - 1, verdict.num_sequences - 1)
             if self._num_rests == AFTER and verdict.is_typical:
-                self._chooser.verified(verdict.num_rows, verdict.seconds)
+                self._experience.verify.saw(verdict.num_rows, verdict.seconds)
             return
         left, right = num_drafted, num_accepted
         for part in self._plan.parts:
