@@ -77,8 +77,8 @@ class Library:
         self._use.restype, self._use.argtypes = c_char_p, [c_char_p]
         self.packed_bytes = library.forerun_packed_bytes
         self.packed_bytes.restype, self.packed_bytes.argtypes = c_int64, [c_int, c_int64, c_int64]
-        self.pack = library.forerun_pack
-        self.pack.restype, self.pack.argtypes = None, [c_int, c_int, c_int, c_void_p, c_void_p, c_int]
+        self._pack = library.forerun_pack
+        self._pack.restype, self._pack.argtypes = c_int, [c_int, c_int, c_int, c_void_p, c_void_p, c_int]
         self._run = library.forerun_run
         self._run.restype, self._run.argtypes = c_int, [POINTER(CallStruct), c_int]
         self._draw = library.forerun_draw
@@ -93,6 +93,11 @@ class Library:
             raise InternalBug(f"this processor has no {name}")
         self.instruction_set = found.decode()
         return self.instruction_set
+
+    def pack(self, number: int, outputs: int, inputs: int, raw: int, packed: int, num_threads: int) -> None:
+        """Puts the blocks at `raw` into tiles at `packed`; `number` is their format's."""
+        if self._pack(number, outputs, inputs, raw, packed, num_threads):
+            raise MemoryError("no memory to repack a matrix")
 
     def run(self, call: CallStruct, num_threads: int) -> None:
         if self._run(ctypes.byref(call), num_threads):

@@ -99,18 +99,21 @@ typedef struct {
     uint8_t *tiles;
 } Packing;
 
-static void pack_some(void *what, int thread, int num_threads) {
+static int num_tiles(const void *what, int step) {
+    (void)step;
+    return (((const Packing *)what)->outputs + TILE - 1) / TILE;
+}
+
+static void pack_tile(void *what, int step, int tile, int thread) {
+    (void)step, (void)thread;
     const Packing *p = what;
     int blocks = p->inputs / block_values(p->format), bytes = block_bytes(p->format), odd = p->format == BF16 && p->inputs % 2;
-    int64_t size = tile_bytes(p->format, p->inputs), step = size / (blocks + odd), row_bytes = (int64_t)blocks * bytes + 2 * odd;
-    for (int tile = thread; tile * TILE < p->outputs; tile += num_threads) {
-        memset(p->tiles + tile * size, 0, (size_t)size);
-        for (int o = 0; o < TILE && tile * TILE + o < p->outputs; o++)
-        {
-            const uint8_t *row = p->raw + (tile * TILE + o) * row_bytes;
-            for (int b = 0; b < blocks; b++) put(p->format, row + (int64_t)b * bytes, o, p->tiles + tile * size + b * step);
-            if (odd) memcpy(p->tiles + tile * size + blocks * step + 4 * o, row + (int64_t)blocks * bytes, 2);
-        }
+    int64_t size = tile_bytes(p->format, p->inputs), step_size = size / (blocks + odd), row_bytes = (int64_t)blocks * bytes + 2 * odd;
+    memset(p->tiles + tile * size, 0, (size_t)size);
+    for (int o = 0; o < TILE && tile * TILE + o < p->outputs; o++) {
+        const uint8_t *row = p->raw + (tile * TILE + o) * row_bytes;
+        for (int b = 0; b < blocks; b++) put(p->format, row + (int64_t)b * bytes, o, p->tiles + tile * size + b * step_size);
+        if (odd) memcpy(p->tiles + tile * size + blocks * step_size + 4 * o, row + (int64_t)blocks * bytes, 2);
     }
 }
 
@@ -118,11 +121,13 @@ API int64_t forerun_packed_bytes(int format, int64_t outputs, int64_t inputs) {
     return (outputs + TILE - 1) / TILE * tile_bytes(format, inputs);
 }
 
-API void forerun_pack(int format, int outputs, int inputs, const void *raw, void *tiles, int num_threads) {
+int forerun_pack(int format, int outputs, int inputs, const void *raw, void *tiles, int num_threads) {
     Packing packing = {format, outputs, inputs, raw, tiles};
+    Work work = {&packing, 1, num_tiles, pack_tile};
     pool_enter();
-    pool_run(num_threads, pack_some, &packing);
+    int status = pool_run(num_threads, &work);
     pool_leave();
+    return status;
 }
 
 static int quant_at(const uint8_t *weights, int i, int o, int has_six) {

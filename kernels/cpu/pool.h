@@ -1,15 +1,24 @@
-/* Threads that work on one thing at a time, and meet at barriers. */
+/* Threads that work off the steps of one thing at a time. A step begins once all units of the one before are done: not when all threads
+ * have come, so that a thread which the system has set aside between two units holds up nobody.
+ *
+ * Numbers too small for a normal float count as zero in units: states that decay would otherwise end in them, and take a hundred times
+ * longer. */
 #ifndef FORERUN_POOL_H
 #define FORERUN_POOL_H
 
 #define MAX_THREADS 256
 
-typedef void (*Work)(void *what, int thread, int num_threads);
-/* Runs `work` on so many threads at once, the caller's the first; fewer, if the system gives no more. One run at a time: others wait. */
-void pool_run(int num_threads, Work work, void *what);
-/* All threads of a run wait here for each other. */
-void pool_meet(int num_threads);
-/* Before and after a run's data are touched by its caller. */
+/* What is to be done: so many units in each step, and one of them, by one of the threads 0, 1, ... `count` is asked before all begins. */
+typedef struct {
+    void *what;
+    int num_steps;
+    int (*count)(const void *what, int step);
+    void (*unit)(void *what, int step, int unit, int thread);
+} Work;
+/* Does it with at most so many threads, the caller's the first; -1 when there is no memory, and then nothing is done. One at a time: see
+ * pool_enter. */
+int pool_run(int num_threads, const Work *work);
+/* Before and after the data of a run are touched by its caller; others wait. */
 void pool_enter(void);
 void pool_leave(void);
 

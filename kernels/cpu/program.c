@@ -1,8 +1,7 @@
-/* Runs a program: the steps of a model's forward pass, each spread over all threads, with a barrier after it.
+/* Runs a program: the steps of a model's forward pass, each spread over all threads in units.
  * What a unit of work computes does not depend on who computes it, nor on how many threads there are. */
 #include "api.h"
 
-#include <stdatomic.h>
 #include <stdlib.h>
 
 extern const Kernels kernels_portable;
@@ -65,7 +64,6 @@ typedef struct {
     float *scratch; /* one part a thread */
     int64_t scratch_size;
     int *span_of, *first_row; /* of a row; of a span */
-    atomic_int *units;        /* taken, for each step */
 } Run;
 
 static void *arena;
@@ -117,17 +115,15 @@ static size_t lay_out(Run *run, char *base, int num_threads) {
     TAKE(run->scratch, run->scratch_size * num_threads);
     TAKE(run->span_of, rows);
     TAKE(run->first_row, call->num_spans + 1);
-    TAKE(run->units, call->num_ops);
 #undef TAKE
     return at;
 }
 
 /* ---- products ---- */
 
-static int rows_of(const Run *run, const Op *op) { return op->is_last ? run->call->num_spans : run->call->num_rows; }
+static int units(int64_t size, int of) { return (int)((size + of - 1) / of); }
 
-/* The next unit of a step that nobody has taken. */
-static int take(Run *run, int op) { return atomic_fetch_add_explicit(&run->units[op], 1, memory_order_relaxed); }
+static int rows_of(const Run *run, const Op *op) { return op->is_last ? run->call->num_spans : run->call->num_rows; }
 
 enum { BLOCKS_OF_32 = 1, BLOCKS_OF_256 = 2 };
 static int needs(int format) {
@@ -159,26 +155,23 @@ static Activations activations(const Run *run, int format, const float *x, int64
     return a;
 }
 
-static void linear(Run *run, const Op *op, int number, int thread, int num_threads) {
+/* What the formats of a step's products ask for. */
+static int forms_of(const Op *op) {
+    int what = 0;
+    for (int i = 0; i < op->num_matrices; i++)
+        if (op->code == LINEAR || (op->code == EXPERTS_UP ? i % 3 < 2 : i % 3 == 2)) what |= needs(op->matrices[i].format);
+    return what;
+}
+
+/* Outputs [first, last) of one of a step's matrices, the units of which follow one another. */
+static void linear(Run *run, const Op *op, int unit) {
     const Call *call = run->call;
-    int what = 0, inputs = op->matrices->inputs, unit = take(run, number), before = 0;
-    const float *x = run->buffers[op->in[0]];
+    const Matrix *m = op->matrices;
     int64_t stride = call->widths[op->in[0]];
-    for (int i = 0; i < op->num_matrices; i++) what |= needs(op->matrices[i].format);
-    if (what) {
-        for (int row = thread; row < rows_of(run, op); row += num_threads) prepare_row(run, what, x + row * stride, inputs, row);
-        pool_meet(num_threads);
-    }
-    for (int i = 0; i < op->num_matrices; i++) {
-        const Matrix *m = op->matrices + i;
-        int count = (m->outputs + UNIT - 1) / UNIT;
-        Activations a = activations(run, m->format, x, stride, inputs, 0);
-        for (; unit < before + count; unit = take(run, number)) {
-            int first = (unit - before) * UNIT, last = first + UNIT < m->outputs ? first + UNIT : m->outputs;
-            kernels->product(m, first, last, &a, rows_of(run, op), run->buffers[op->out[i]] + op->offset, call->widths[op->out[i]], op->adds);
-        }
-        before += count;
-    }
+    for (int count; unit >= (count = units(m->outputs, UNIT)); m++) unit -= count;
+    int first = unit * UNIT, last = first + UNIT < m->outputs ? first + UNIT : m->outputs, to = op->out[m - op->matrices];
+    Activations a = activations(run, m->format, run->buffers[op->in[0]], stride, m->inputs, 0);
+    kernels->product(m, first, last, &a, rows_of(run, op), run->buffers[to] + op->offset, call->widths[to], op->adds);
 }
 
 /* ---- routed experts ---- */
@@ -209,34 +202,26 @@ static void route(Run *run, const Op *op, int row) {
 }
 
 /* Outputs [first, last) of an expert's gate and up, with the gate applied; or of its down, for all rows that use it. */
-static void experts(Run *run, const Op *op, int number, int thread, int num_threads) {
+static void expert(Run *run, const Op *op, int unit) {
     int is_up = op->code == EXPERTS_UP, used = op->num_used;
     const Matrix *of = op->matrices;
-    int inputs = is_up ? of[0].inputs : of[2].inputs, outputs = is_up ? of[0].outputs : of[2].outputs, parts = is_up ? 1 : used;
+    int inputs = is_up ? of[0].inputs : of[2].inputs, outputs = is_up ? of[0].outputs : of[2].outputs, chunks = units(outputs, UNIT);
     const float *x = run->buffers[op->in[0]], *routes = run->buffers[op->in[1]];
     float *out = run->buffers[op->out[0]];
-    int what = 0, num_experts = op->num_matrices / 3, chunks = (outputs + UNIT - 1) / UNIT;
-    for (int i = 0; i < op->num_matrices; i++)
-        if (is_up ? i % 3 < 2 : i % 3 == 2) what |= needs(of[i].format);
-    int tokens = rows_of(run, op), num_rows = tokens * parts;
-    for (int row = thread; what && row < num_rows; row += num_threads) prepare_row(run, what, x + (int64_t)row * inputs, inputs, row);
-    pool_meet(num_threads);
-    for (int unit; (unit = take(run, number)) < num_experts * chunks;) {
-        int expert = unit / chunks, first = unit % chunks * UNIT, last = first + UNIT < outputs ? first + UNIT : outputs;
-        for (int row = 0; row < tokens; row++)
-            for (int rank = 0; rank < used; rank++) {
-                if ((int)routes[(int64_t)row * 2 * used + rank] != expert) continue;
-                const Matrix *m = of + 3 * expert + (is_up ? 0 : 2);
-                float *to = out + ((int64_t)row * used + rank) * outputs;
-                Activations a = activations(run, m->format, x, inputs, inputs, is_up ? row : (int64_t)row * used + rank);
-                kernels->product(m, first, last, &a, 1, to, outputs, 0);
-                if (!is_up) continue;
-                float up[UNIT]; /* product() counts from the matrix' first output */
-                Activations b = activations(run, m[1].format, x, inputs, inputs, row);
-                kernels->product(m + 1, first, last, &b, 1, up - first, outputs, 0);
-                kernels->swiglu(to + first, up, last - first);
-            }
-    }
+    int expert = unit / chunks, first = unit % chunks * UNIT, last = first + UNIT < outputs ? first + UNIT : outputs;
+    for (int row = 0; row < rows_of(run, op); row++)
+        for (int rank = 0; rank < used; rank++) {
+            if ((int)routes[(int64_t)row * 2 * used + rank] != expert) continue;
+            const Matrix *m = of + 3 * expert + (is_up ? 0 : 2);
+            float *to = out + ((int64_t)row * used + rank) * outputs;
+            Activations a = activations(run, m->format, x, inputs, inputs, is_up ? row : (int64_t)row * used + rank);
+            kernels->product(m, first, last, &a, 1, to, outputs, 0);
+            if (!is_up) continue;
+            float up[UNIT]; /* product() counts from the matrix' first output */
+            Activations b = activations(run, m[1].format, x, inputs, inputs, row);
+            kernels->product(m + 1, first, last, &b, 1, up - first, outputs, 0);
+            kernels->swiglu(to + first, up, last - first);
+        }
 }
 
 /* out += shares of the experts' outputs, in ascending order, + the shared expert's with its gate. */
@@ -401,95 +386,86 @@ static void attend(Run *run, const Op *op, int row, int kv, float *scratch) {
 
 /* ---- steps ---- */
 
-static void step(Run *run, int number, int thread, int num_threads) {
+/* Elements of one unit of SWIGLU. */
+#define CHUNK_OF_SWIGLU 2048
+
+/* The rows that products of step `op` read, one after another. */
+static int num_inputs(const Run *run, const Op *op) { return rows_of(run, op) * (op->code == EXPERTS_DOWN ? op->num_used : 1); }
+
+/* Each op is two steps of the pool's: what products read is brought into their form, and what the op is. */
+static int count(const void *what, int step) {
+    const Run *run = what;
     const Call *call = run->call;
-    const Op *op = call->ops + number;
+    const Op *op = call->ops + step / 2;
+    int rows = rows_of(run, op), total = 0, has_products = op->code == LINEAR || op->code == EXPERTS_UP || op->code == EXPERTS_DOWN;
+    if (step % 2 == 0) return has_products && forms_of(op) ? num_inputs(run, op) : 0;
+    switch (op->code) {
+    case LINEAR:
+        for (int i = 0; i < op->num_matrices; i++) total += units(op->matrices[i].outputs, UNIT);
+        return total;
+    case EXPERTS_UP: return op->num_matrices / 3 * units(op->matrices[0].outputs, UNIT);
+    case EXPERTS_DOWN: return op->num_matrices / 3 * units(op->matrices[2].outputs, UNIT);
+    case SWIGLU: return units((int64_t)rows * call->widths[op->in[0]], CHUNK_OF_SWIGLU);
+    case DELTA: return call->num_spans * call->sizes->value_heads;
+    case COLUMNS:
+    case LAST: return call->num_spans;
+    case ATTEND: return rows * call->sizes->kv_heads;
+    default: return rows;
+    }
+}
+
+static void do_unit(void *what, int step, int unit, int thread) {
+    Run *run = what;
+    const Call *call = run->call;
+    const Op *op = call->ops + step / 2;
     const Sizes *z = call->sizes;
     float *scratch = run->scratch + thread * run->scratch_size;
-    int rows = rows_of(run, op), unit;
+    if (step % 2 == 0) {
+        int inputs = op->matrices[op->code == EXPERTS_DOWN ? 2 : 0].inputs;
+        int64_t stride = op->code == LINEAR ? call->widths[op->in[0]] : inputs;
+        prepare_row(run, forms_of(op), run->buffers[op->in[0]] + unit * stride, inputs, unit);
+        return;
+    }
     switch (op->code) {
-    case EMBED:
-        while ((unit = take(run, number)) < rows) {
-            int32_t token = call->tokens[unit], n = call->widths[op->out[0]];
-            float *to = run->buffers[op->out[0]] + (int64_t)unit * n;
-            if (token < 0) memcpy(to, call->rows + (int64_t)(-1 - token) * n, n * sizeof *to);
-            else row_of(op->matrices, token, to);
-        }
+    case EMBED: {
+        int32_t token = call->tokens[unit], n = call->widths[op->out[0]];
+        float *to = run->buffers[op->out[0]] + (int64_t)unit * n;
+        if (token < 0) memcpy(to, call->rows + (int64_t)(-1 - token) * n, n * sizeof *to);
+        else row_of(op->matrices, token, to);
         break;
-    case NORM:
-        while ((unit = take(run, number)) < rows) {
-            int n = call->widths[op->in[0]];
-            float *to = run->buffers[op->out[0]] + (int64_t)unit * call->widths[op->out[0]] + op->offset;
-            kernels->norm(run->buffers[op->in[0]] + (int64_t)unit * n, op->weights[0], to, n, z->eps);
-        }
+    }
+    case NORM: {
+        int n = call->widths[op->in[0]];
+        float *to = run->buffers[op->out[0]] + (int64_t)unit * call->widths[op->out[0]] + op->offset;
+        kernels->norm(run->buffers[op->in[0]] + (int64_t)unit * n, op->weights[0], to, n, z->eps);
         break;
-    case LINEAR: linear(run, op, number, thread, num_threads); break;
+    }
+    case LINEAR: linear(run, op, unit); break;
     case SWIGLU: {
-        int64_t n = (int64_t)rows * call->widths[op->in[0]], chunk = 2048;
-        for (int64_t at; (at = take(run, number) * chunk) < n;)
-            kernels->swiglu(run->buffers[op->in[0]] + at, run->buffers[op->in[1]] + at, (int)(n - at < chunk ? n - at : chunk));
+        int64_t at = (int64_t)unit * CHUNK_OF_SWIGLU, left = (int64_t)rows_of(run, op) * call->widths[op->in[0]] - at;
+        kernels->swiglu(run->buffers[op->in[0]] + at, run->buffers[op->in[1]] + at, (int)(left < CHUNK_OF_SWIGLU ? left : CHUNK_OF_SWIGLU));
         break;
     }
-    case DELTA:
-        while ((unit = take(run, number)) < call->num_spans * z->value_heads) delta(run, op, unit / z->value_heads, unit % z->value_heads, scratch);
-        break;
-    case COLUMNS:
-        while ((unit = take(run, number)) < call->num_spans) keep_columns(run, op, unit);
-        break;
-    case KEYS:
-        while ((unit = take(run, number)) < rows) keys(run, op, unit);
-        break;
-    case ATTEND:
-        while ((unit = take(run, number)) < rows * z->kv_heads) attend(run, op, unit / z->kv_heads, unit % z->kv_heads, scratch);
-        break;
-    case ROUTE:
-        while ((unit = take(run, number)) < rows) route(run, op, unit);
-        break;
+    case DELTA: delta(run, op, unit / z->value_heads, unit % z->value_heads, scratch); break;
+    case COLUMNS: keep_columns(run, op, unit); break;
+    case KEYS: keys(run, op, unit); break;
+    case ATTEND: attend(run, op, unit / z->kv_heads, unit % z->kv_heads, scratch); break;
+    case ROUTE: route(run, op, unit); break;
     case EXPERTS_UP:
-    case EXPERTS_DOWN: experts(run, op, number, thread, num_threads); break;
+    case EXPERTS_DOWN: expert(run, op, unit); break;
     case LAST:
-        while ((unit = take(run, number)) < call->num_spans)
-            for (int i = 0; i < op->num_used; i++) {
-                int64_t n = call->widths[op->in[i]], row = run->first_row[unit] + call->spans[unit].num_rows - 1;
-                memcpy(run->buffers[op->out[i]] + unit * n, run->buffers[op->in[i]] + row * n, (size_t)n * 4);
-            }
+        for (int i = 0; i < op->num_used; i++) {
+            int64_t n = call->widths[op->in[i]], row = run->first_row[unit] + call->spans[unit].num_rows - 1;
+            memcpy(run->buffers[op->out[i]] + unit * n, run->buffers[op->in[i]] + row * n, (size_t)n * 4);
+        }
         break;
-    case MIX:
-        while ((unit = take(run, number)) < rows) mix(run, op, unit);
-        break;
+    case MIX: mix(run, op, unit); break;
     }
-}
-
-/* Numbers too small for a normal float count as zero while a program runs: states that decay would otherwise end in them, and take a
- * hundred times longer. Returns how it was. */
-static uint64_t flush_tiny(int is_new, uint64_t was) {
-#if defined(__x86_64__)
-    unsigned before = __builtin_ia32_stmxcsr();
-    __builtin_ia32_ldmxcsr(is_new ? before | 0x8040 : (unsigned)was);
-    return before;
-#elif defined(__aarch64__)
-    uint64_t before;
-    __asm__ volatile("mrs %0, fpcr" : "=r"(before));
-    __asm__ volatile("msr fpcr, %0" : : "r"(is_new ? before | 1 << 24 : was));
-    return before;
-#else
-    (void)is_new;
-    return was;
-#endif
-}
-
-static void work(void *what, int thread, int num_threads) {
-    Run *run = what;
-    uint64_t was = flush_tiny(1, 0);
-    for (int i = 0; i < run->call->num_ops; i++) {
-        step(run, i, thread, num_threads);
-        pool_meet(num_threads);
-    }
-    flush_tiny(0, was);
 }
 
 int forerun_run(const Call *call, int num_threads) {
     Run run = {.call = call};
+    int status = -1;
     if (num_threads > MAX_THREADS) num_threads = MAX_THREADS;
     pool_enter();
     size_t size = lay_out(&run, NULL, num_threads);
@@ -504,9 +480,9 @@ int forerun_run(const Call *call, int num_threads) {
             run.first_row[span] = row;
             for (int i = 0; i < call->spans[span].num_rows; i++) run.span_of[row++] = span;
         }
-        for (int i = 0; i < call->num_ops; i++) atomic_init(&run.units[i], 0);
-        pool_run(num_threads, work, &run);
+        Work work = {&run, 2 * call->num_ops, count, do_unit};
+        status = pool_run(num_threads, &work);
     }
     pool_leave();
-    return arena ? 0 : -1;
+    return status;
 }

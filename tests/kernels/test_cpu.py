@@ -187,6 +187,13 @@ def test_calls_from_several_threads_wait_for_each_other(config: ModelConfig) -> 
             np.testing.assert_array_equal(y, expected)
 
 
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+def test_threads_that_are_late_change_nothing(tmp_path: Path) -> None:
+    source, flags = Path(__file__).with_name("late_threads.c"), ["-O2", "-std=gnu11", "-pthread"]
+    subprocess.run(["cc", *flags, str(source), "-o", str(tmp_path / "check")], check=True, timeout=60)
+    subprocess.run([str(tmp_path / "check")], check=True, timeout=60)
+
+
 def test_a_child_process_starts_threads_of_its_own() -> None:
     script = """
 import os, numpy as np
