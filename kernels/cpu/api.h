@@ -25,6 +25,25 @@ typedef struct {
 /* The tokens at `position`... from logits [rows, size]. 0, or -1 when memory ran out. */
 API int forerun_draw(const float *logits, int num_rows, int64_t size, const Sampling *sampling, uint64_t position, int64_t *tokens);
 
+/* What is drafted for a sequence: at most `limit` tokens, the likeliest ones if the temperature is 0; none after one that is less likely than
+ * `least`, nor after those that are less likely together than `floor`. */
+typedef struct {
+    Sampling sampling;
+    double floor, least;
+    int32_t limit, reserved;
+} Wanted;
+/* Runs a head's program over the rows of a call, then over one row for each token drafted: that token, with the output before it in place of
+ * a hidden row. Buffers: the hidden rows, which are given, the outputs and the logits of each sequence's last row, which are not. `counts`
+ * [sequences] tells how many of tokens and shares [sequences, most] there are: a share is how likely the head held a token. 0, or -1 when
+ * memory ran out. */
+typedef struct {
+    int32_t hidden, out, logits;
+} HeadBuffers;
+API int forerun_draft(const Call *call, int num_threads, HeadBuffers of, const Wanted *wanted, int most, int32_t *tokens, float *shares,
+                      int32_t *counts);
+
+/* Of the instruction set in use. */
+extern const Kernels *kernels;
 /* One output's weights, as float32. */
 void row_of(const Matrix *m, int output, float *out);
 

@@ -81,9 +81,9 @@ typedef struct {
     const int32_t *widths; /* of the buffers */
     const int32_t *tokens; /* [rows]; -1 - i stands for row i of: */
     const float *rows;     /* [., width of what embeddings go into] */
-    const float *cos, *sin; /* [rows, rotary_dim / 2] */
+    const float *cos, *sin; /* [rows, rotary_dim / 2], or `by_position` for positions from 0 on */
     const Span *spans;
-    int32_t num_spans, num_rows;
+    int32_t num_spans, num_rows, by_position, reserved;
     float **given; /* [num_buffers]: where a buffer is the caller's, else NULL */
 } Call;
 

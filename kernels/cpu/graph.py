@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from ..backend import F32
-from ..model.drafts import MtpRows
+from ..model.drafts import Drafted, MtpRows, Wanted
 from ..model.inputs import Rotary, inputs_of
 from ..model.memory import SequenceMemory
 from ..model.mtp import HeadBase
@@ -18,7 +18,7 @@ from ..model.pages import PAGE, KeyValues
 from ..model.recurrent import RecurrentLog, RecurrentStore, SnapshotRing
 from ..model.trunk import Rows, TrunkBase
 from ..model.weights import DeltaWeights, ModelWeights
-from .library import CHUNK, LOG, RING, SpanStruct, address
+from .library import CHUNK, LOG, RING, SpanStruct, WantedStruct, address, sampling_struct
 from .matrices import CpuBackend, CpuMatrix
 from .program import EMBED, NORM, Program
 
@@ -40,9 +40,10 @@ class _Spans:
             span.store, span.states = CHUNK, address(store.base)
         return span
 
-    def mtp(self, memory: SequenceMemory, position: int, num_rows: int) -> SpanStruct:
+    def mtp(self, memory: SequenceMemory, position: int, num_rows: int, *, num_further: int = 0) -> SpanStruct:
+        """Rows, after which so many more may come."""
         span = self._of(memory)[1]
-        _check_pages(memory, position, num_rows)
+        _check_pages(memory, position, num_rows + num_further)
         span.position, span.num_rows = position, num_rows
         return span
 
@@ -112,11 +113,11 @@ class CpuTrunk(TrunkBase):
         return hidden
 
     def _run(self, program: Program, batch: Sequence[Rows], spans: Sequence[SpanStruct], given: dict[int, F32]) -> None:
-        inputs, rotary = inputs_of(batch), self._rotary(batch)
+        inputs, angles = inputs_of(batch), self._rotary.angles(batch)
         for rows in batch:
             rows.memory.recurrent.begin()
         try:
-            program.run(len(inputs[0]), given, inputs, rotary, spans)
+            program.run(len(inputs[0]), given, inputs, angles, spans)
         except (IndexError, MemoryError):  # nothing has been touched
             for rows in batch:
                 rows.memory.recurrent.stayed()
@@ -170,8 +171,28 @@ class CpuHead(HeadBase):
         program, before, out = graph
         spans = [self._spans.mtp(rows.memory, rows.position, len(rows.tokens)) for rows in batch]
         hidden, outputs = self.hidden_of(batch), np.empty((num_outputs, self.hidden), np.float32)
-        program.run(len(hidden), {before: hidden, out: outputs, **given}, inputs_of(batch), self._rotary(batch), spans)
+        program.run(len(hidden), {before: hidden, out: outputs, **given}, inputs_of(batch), self._rotary.angles(batch), spans)
         return outputs
+
+    def draft(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> list[Drafted]:
+        """All tokens without Python between them, but where it changes logits, or angles are not those of positions."""
+        if any(
+            rows.memory.given is not None or each.choosing.needs_host or not each.limit for rows, each in zip(batch, wanted, strict=True)
+        ):
+            return super().draft(batch, wanted)
+        program, before, out = self._guess
+        num_further = max(each.limit for each in wanted) - 1
+        spans = [
+            self._spans.mtp(rows.memory, rows.position, len(rows.tokens), num_further=each.limit - 1)
+            for rows, each in zip(batch, wanted, strict=True)
+        ]
+        hidden, hows = (
+            self.hidden_of(batch),
+            [WantedStruct(sampling_struct(each.choosing.sampling), each.floor, each.least, each.limit) for each in wanted],
+        )
+        angles = self._rotary.angles(batch, num_further)
+        found = program.draft(len(hidden), (before, hidden), inputs_of(batch), angles, spans, out, self._logits, hows)
+        return [each.cut(*drafted) for each, drafted in zip(wanted, found, strict=True)]
 
     def logits(self, outputs: F32) -> F32:
         return self._product(outputs)

@@ -26,6 +26,7 @@ typedef struct {
     void (*normalise)(float *x, int n, float scale);
     void (*delta_read)(const float *panel, const float *k, int dk, float *read);
     void (*delta_row)(float *panel, const DeltaRows *x, int t, const float *next_k, float *read, float *out);
+    float (*share)(const float *logits, int64_t n, int64_t of);
 } Kernels;
 
 static inline int64_t tile_bytes(int format, int64_t inputs) {

@@ -6,7 +6,8 @@ from __future__ import annotations
 import ctypes
 import importlib.machinery
 import os
-from ctypes import POINTER, Structure, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, c_char, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ FORMATS = {name: number for number, name in enumerate(("F32", "F16", "BF16", "Q8
 INSTRUCTION_SETS = ("avx512", "avx2", "neon", "portable")
 LOG, RING, CHUNK = range(3)
 MAX_OUTPUTS = 4
+
+#: Tokens, and how likely each was held.
+Drafts = tuple[list[int], list[float]]
 
 
 class MatrixStruct(Structure):
@@ -56,12 +60,21 @@ class CallStruct(Structure):
     _fields_ = [
         ("sizes", POINTER(SizesStruct)), ("ops", POINTER(OpStruct)), ("num_ops", c_int32), ("num_buffers", c_int32),
         ("widths", POINTER(c_int32)), ("tokens", POINTER(c_int32)), ("rows", c_void_p), ("cos", c_void_p), ("sin", c_void_p),
-        ("spans", POINTER(SpanStruct)), ("num_spans", c_int32), ("num_rows", c_int32), ("given", POINTER(c_void_p)),
+        ("spans", POINTER(SpanStruct)), ("num_spans", c_int32), ("num_rows", c_int32), ("by_position", c_int32), ("reserved", c_int32),
+        ("given", POINTER(c_void_p)),
     ]  # fmt: skip
 
 
 class SamplingStruct(Structure):
     _fields_ = [("temperature", c_double), ("top_p", c_double), ("min_p", c_double), ("top_k", c_int64), ("seed", c_uint64)]
+
+
+class WantedStruct(Structure):
+    _fields_ = [("sampling", SamplingStruct), ("floor", c_double), ("least", c_double), ("limit", c_int32), ("reserved", c_int32)]
+
+
+class HeadBuffers(Structure):
+    _fields_ = [("hidden", c_int32), ("out", c_int32), ("logits", c_int32)]
 
 
 class Library:
@@ -83,6 +96,11 @@ class Library:
         self._run.restype, self._run.argtypes = c_int, [POINTER(CallStruct), c_int]
         self._draw = library.forerun_draw
         self._draw.restype, self._draw.argtypes = c_int, [c_void_p, c_int, c_int64, POINTER(SamplingStruct), c_uint64, c_void_p]
+        self._draft = library.forerun_draft
+        self._draft.restype = c_int
+        self._draft.argtypes = [
+            POINTER(CallStruct), c_int, HeadBuffers, POINTER(WantedStruct), c_int, POINTER(c_int32), POINTER(c_float), POINTER(c_int32),
+        ]  # fmt: skip
         self.instruction_set = self.use("")
 
     def use(self, name: str) -> str:
@@ -107,17 +125,33 @@ class Library:
         """The tokens at `position`... from logits [R, V], with noise (temperature > 0) and filters."""
         logits = np.ascontiguousarray(logits, np.float32)
         num_rows, size = logits.shape
-        how = SamplingStruct(params.temperature, params.top_p, params.min_p, params.top_k, params.seed)
+        how = sampling_struct(params)
         tokens = (c_int64 * num_rows)()
         if self._draw(address(logits), num_rows, size, ctypes.byref(how), position, tokens):
             raise MemoryError("no memory to choose a token")
         return list(tokens)
 
+    def draft(self, call: CallStruct, num_threads: int, buffers: HeadBuffers, wanted: Sequence[WantedStruct]) -> list[Drafts]:
+        """The tokens drafted for each sequence, and how likely each was held, with what is wanted of it."""
+        number, most = len(wanted), max(each.limit for each in wanted)
+        tokens, shares, counts = (c_int32 * (number * most))(), (c_float * (number * most))(), (c_int32 * number)()
+        if self._draft(ctypes.byref(call), num_threads, buffers, (WantedStruct * number)(*wanted), most, tokens, shares, counts):
+            raise MemoryError("no memory for the intermediate results of a draft")
+        parts = [slice(i * most, i * most + count) for i, count in enumerate(counts)]
+        return [(tokens[part], shares[part]) for part in parts]
+
+
+def sampling_struct(params: SamplingParams) -> SamplingStruct:
+    return SamplingStruct(params.temperature, params.top_p, params.min_p, params.top_k, params.seed)
+
 
 def address(array: np.ndarray[Any, Any]) -> int:
-    """Where its data is. (`ndarray.ctypes.data` says the same, five times slower.)"""
-    where: int = array.__array_interface__["data"][0]
-    return where
+    """Where its data is. (`ndarray.ctypes.data` says the same, ten times slower.)"""
+    try:
+        return ctypes.addressof(c_char.from_buffer(array))
+    except (TypeError, ValueError):  # read-only, in pieces, or empty
+        where: int = array.__array_interface__["data"][0]
+        return where
 
 
 @cache

@@ -14,7 +14,7 @@ extern const Kernels kernels_neon;
 #endif
 #endif
 
-static const Kernels *kernels = &kernels_portable;
+const Kernels *kernels = &kernels_portable;
 
 static int is_supported(const char *name) {
     if (!strcmp(name, "portable")) return 1;
@@ -353,7 +353,8 @@ static void keys(Run *run, const Op *op, int row) {
     const Span *s = run->call->spans + run->span_of[row];
     int dim = z->head_dim, rotary = z->rotary_dim / 2;
     int64_t position = s->position + row - run->first_row[run->span_of[row]];
-    const float *cos = run->call->cos + (int64_t)row * rotary, *sin = run->call->sin + (int64_t)row * rotary;
+    int64_t angle = run->call->by_position ? position : row;
+    const float *cos = run->call->cos + angle * rotary, *sin = run->call->sin + angle * rotary;
     for (int head = 0; head < z->heads; head++) {
         float *q = run->buffers[op->in[0]] + ((int64_t)row * z->heads + head) * 2 * dim;
         kernels->norm(q, op->weights[0], q, dim, z->eps);

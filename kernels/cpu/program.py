@@ -12,7 +12,8 @@ import numpy as np
 from ..backend import F32
 from ..model.config import ModelConfig
 from ..model.weights import AttentionWeights, DeltaWeights, DenseWeights, LayerWeights
-from .library import CallStruct, MatrixStruct, OpStruct, SizesStruct, SpanStruct, address
+from ..model.inputs import Angles
+from .library import CallStruct, Drafts, HeadBuffers, MatrixStruct, OpStruct, SizesStruct, SpanStruct, WantedStruct, address
 from .matrices import CpuBackend, CpuMatrix
 
 EMBED, NORM, LINEAR, SWIGLU, DELTA, COLUMNS, KEYS, ATTEND, ROUTE, EXPERTS_UP, EXPERTS_DOWN, MIX, LAST = range(13)
@@ -134,11 +135,26 @@ class Program:
 
     def run(
         self, num_rows: int, given: Mapping[int, F32], inputs: tuple[Sequence[int], F32 | None] = ((), None),
-        rotary: tuple[F32, F32] | None = None, spans: Sequence[SpanStruct] = (),
+        angles: Angles | None = None, spans: Sequence[SpanStruct] = (),
     ) -> None:  # fmt: skip
         """Runs all steps over `num_rows` rows, whose `inputs` are as in model/inputs.py. `given` are buffers of the caller's, [rows,
-        width], read or written; they, and the tables of `rotary`, are C-contiguous. IndexError when a token has no embedding,
+        width], read or written; they, and the tables of `angles`, are C-contiguous. IndexError when a token has no embedding,
         MemoryError: then nothing has been touched."""
+        self._backend.library.run(self._prepared(num_rows, given, inputs, angles, spans), self._backend.num_threads)
+
+    def draft(
+        self, num_rows: int, hidden: tuple[int, F32], inputs: tuple[Sequence[int], F32 | None], angles: Angles, spans: Sequence[SpanStruct],
+        out: int, logits: int, wanted: Sequence[WantedStruct],
+    ) -> list[Drafts]:  # fmt: skip
+        """Runs a head over rows as `run` does, with angles by position, and on from its own outputs: see forerun_draft in api.h."""
+        buffer, rows = hidden
+        call = self._prepared(num_rows, {buffer: rows}, inputs, angles, spans)
+        return self._backend.library.draft(call, self._backend.num_threads, HeadBuffers(buffer, out, logits), wanted)
+
+    def _prepared(
+        self, num_rows: int, given: Mapping[int, F32], inputs: tuple[Sequence[int], F32 | None], angles: Angles | None,
+        spans: Sequence[SpanStruct],
+    ) -> CallStruct:  # fmt: skip
         call = CallStruct.from_buffer_copy(self._call)  # other threads may be calling, too
         addresses = (c_void_p * call.num_buffers)()
         for buffer, array in given.items():
@@ -151,6 +167,6 @@ class Program:
         call.tokens, call.spans, call.num_spans, call.num_rows, call.given = ids, of, len(spans), num_rows, addresses
         if rows is not None:
             call.rows = address(rows)
-        if rotary is not None:
-            call.cos, call.sin = address(rotary[0]), address(rotary[1])
-        self._backend.library.run(call, self._backend.num_threads)
+        if angles is not None:
+            call.cos, call.sin, call.by_position = address(angles.cos), address(angles.sin), angles.by_position
+        return call

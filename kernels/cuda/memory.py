@@ -10,11 +10,10 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from ...core.errors import PositionLost
 from ..backend import F32
 from ..model.config import ModelConfig
 from ..model.inputs import GivenRows
-from ..model.memory import SequenceMemory
+from ..model.memory import Ring, SequenceMemory
 from ..model.pages import PAGE, Arena, PageRows
 from ..model.recurrent import RecurrentPositions, StoreName
 from .device import LOG, NOWHERE, RING, Array, Device, SpanStruct
@@ -54,34 +53,24 @@ class CudaStates(RecurrentPositions):
             self._device.put(self.columns[:, (position - self.window + i) % self.column_slots], np.ascontiguousarray(columns[:, i]))
 
 
-class CudaHidden:
-    """The newest post-norm hidden rows, [slots, hidden], in slot position % slots. They leave the device for who asks."""
+class CudaHidden(Ring):
+    """The newest post-norm hidden rows, [slots, hidden]. They leave the device for who asks."""
 
-    def __init__(self, size: int, num_rows: int, device: Device) -> None:
+    def __init__(self, width: int, num_rows: int, device: Device) -> None:
+        super().__init__(num_rows)
         self._device = device
-        self.rows = device.zeros((num_rows, size), np.float32)
-        self._positions = np.full(num_rows, -1)
-
-    def written(self, position: int, num_rows: int) -> None:
-        """A kernel has put rows there."""
-        at = np.arange(position, position + num_rows)
-        self._positions[at % len(self._positions)] = at
+        self.rows = device.zeros((num_rows, width), np.float32)
 
     def write(self, position: int, rows: F32) -> None:
+        self.begin(position, len(rows))
         for i, row in enumerate(rows):
-            self._device.put(self.rows[(position + i) % len(self._positions)], row)
+            self._device.put(self.rows[(position + i) % self.size], row)
         self.written(position, len(rows))
-
-    def check(self, position: int, num_rows: int) -> None:
-        """PositionLost when a row of `position` to `position + num_rows` is gone; position -1 is always there."""
-        wanted = np.arange(max(position, 0), position + num_rows)
-        if not np.array_equal(self._positions[wanted % len(self._positions)], wanted):
-            raise PositionLost(f"hidden rows {position} to {position + num_rows} are gone")
 
     def read(self, position: int, num_rows: int) -> F32:
         """Copies of the rows, [num_rows, hidden], on the host."""
         self.check(position, num_rows)
-        start = position % len(self._positions)
+        start = position % self.size
         pieces = [self._device.to_host(self.rows[start : start + num_rows])]
         if len(pieces[0]) < num_rows:
             pieces.append(self._device.to_host(self.rows[: num_rows - len(pieces[0])]))

@@ -4,6 +4,7 @@ rotary embedding."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
@@ -84,6 +85,15 @@ def inputs_of(batch: Sequence[HasRows]) -> tuple[list[int], F32 | None]:
     return tokens, np.array(found) if found else None
 
 
+@dataclass(frozen=True, slots=True)
+class Angles:
+    """Cosines and sines [R, dim / 2] of rows, or `by_position` of all positions from 0 on."""
+
+    cos: F32
+    sin: F32
+    by_position: bool = False
+
+
 class Rotary:
     """Cosines and sines of positions (M-RoPE: `apply_interleaved_mrope` of transformers' modeling_qwen3_vl.py). Frequency i takes h where
     i % 3 == 1 and i < 3 * sections[1], w where i % 3 == 2 and i < 3 * sections[2], else t; text has equal ones. The table grows by whole
@@ -106,6 +116,13 @@ class Rotary:
         self._grow(int(coordinates.max()))
         cos, sin = (np.take_along_axis(table, coordinates, 0) for table in (self._cos, self._sin))
         return np.ascontiguousarray(cos), np.ascontiguousarray(sin)  # as C wants them
+
+    def angles(self, batch: Sequence[HasRows], num_further: int = 0) -> Angles:
+        """The same, by position if every row's angle is that of its position, and then also of so many positions more."""
+        if any(rows.memory.given is not None for rows in batch):
+            return Angles(*self(batch))
+        self._grow(max(rows.position + len(rows.tokens) for rows in batch) - 1 + num_further)
+        return Angles(self._cos, self._sin, by_position=True)
 
     def _grow(self, last: int) -> None:
         while len(self._cos) <= last:

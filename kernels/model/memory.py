@@ -20,26 +20,53 @@ from .prefix import Checkpoint, Entry, PrefixIndex, Snapshot
 from .recurrent import STORES, StoreName
 
 
-class HiddenRows:
-    """The newest post-norm hidden rows, keyed by position. A row that has been overwritten is refused, never another's."""
+class Ring:
+    """Which rows a ring of `size` holds, position p in place p % size: those from `first` to before `end`, where somebody wrote last.
+    A row that has been overwritten is refused, never another's; another thread may be reading."""
 
-    def __init__(self, size: int, num_rows: int) -> None:
-        self._rows = np.zeros((num_rows, size), np.float32)
-        self._positions = np.full(num_rows, -1)
+    def __init__(self, size: int) -> None:
+        self.size, self.first, self.end = size, 0, 0
+
+    def begin(self, position: int, num_rows: int) -> None:
+        """So many rows will be written, and those behind them are no longer right."""
+        if not self.first <= position <= self.end:
+            self.first = position
+        self.end = position
+        self.first = max(self.first, position + num_rows - self.size)
+
+    def written(self, position: int, num_rows: int) -> None:
+        self.begin(position, num_rows)
+        self.end = position + num_rows
+
+    def check(self, position: int, num_rows: int) -> None:
+        """PositionLost when a row of `position` to `position + num_rows` is gone; position -1 is always there."""
+        if max(position, 0) < self.first or position + num_rows > self.end:
+            raise PositionLost(f"hidden rows {position} to {position + num_rows} are gone")
+
+
+class HiddenRows(Ring):
+    """The newest post-norm hidden rows, keyed by position."""
+
+    def __init__(self, width: int, num_rows: int) -> None:
+        super().__init__(num_rows)
+        self._rows = np.zeros((num_rows, width), np.float32)
 
     def write(self, position: int, rows: F32) -> None:
-        at = np.arange(position, position + len(rows)) % len(self._rows)
-        self._positions[at] = -1  # another thread may be reading
-        self._rows[at] = rows
-        self._positions[at] = range(position, position + len(rows))
+        self.begin(position, len(rows))
+        at = position % self.size
+        num_first = min(len(rows), self.size - at)
+        self._rows[at : at + num_first] = rows[:num_first]
+        if num_first < len(rows):
+            self._rows[: len(rows) - num_first] = rows[num_first:]
+        self.written(position, len(rows))
 
     def read(self, position: int, num_rows: int) -> F32:
         """Rows `position` to `position + num_rows`, [num_rows, hidden]; PositionLost when one of them is gone."""
-        wanted = np.arange(position, position + num_rows)
-        at = wanted % len(self._rows)
-        was_held, rows = np.array_equal(self._positions[at], wanted), self._rows[at]
-        if not was_held or not np.array_equal(self._positions[at], wanted):
-            raise PositionLost(f"hidden rows {position} to {position + num_rows} are gone")
+        self.check(position, num_rows)
+        at = position % self.size
+        rows = self._rows[at : at + num_rows]
+        rows = rows.copy() if len(rows) == num_rows else np.concatenate([rows, self._rows[: num_rows - len(rows)]])
+        self.check(position, num_rows)
         return rows
 
     def before(self, position: int, num_rows: int) -> F32 | None:
