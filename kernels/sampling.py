@@ -28,8 +28,8 @@ Places = npt.NDArray[np.intp]
 
 
 @cache
-def _draw() -> Callable[[F32, SamplingParams, int], list[int]]:
-    """The tokens at a position... from logits [R, V], with noise and filters."""
+def _draw() -> Callable[[F32, Sequence[SamplingParams], Sequence[int]], list[int]]:
+    """The token of each row of logits [R, V] at its position, with noise and filters."""
     try:
         return library().draw
     except OSError:
@@ -52,15 +52,17 @@ def choose(logits: F32, params: SamplingParams, position: int, history: History 
     min-p. `history` is what stands before `position`, and needed by penalties alone."""
     if params.logit_bias or params.needs_history:
         logits = _penalised(logits, params, history)
-    return int(logits.argmax()) if params.temperature == 0 else _draw()(logits[None], params, position)[0]
+    return int(logits.argmax()) if params.temperature == 0 else _draw()(logits[None], [params], [position])[0]
 
 
-def draw(logits: F32, params: SamplingParams, position: int) -> list[int]:
+def draw(logits: F32, how: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
     """What cpu/draw.c does, in NumPy."""
-    return [_drawn(row, params, position + i) for i, row in enumerate(logits)]
+    return [_drawn(*each) for each in zip(logits, how, positions, strict=True)]
 
 
 def _drawn(logits: F32, params: SamplingParams, position: int) -> int:
+    if params.temperature == 0:
+        return int(logits.argmax())
     x = logits.astype(np.float64)
     x = (x - x.max()) / max(params.temperature, 1e-6)  # which is greedy but for ties, and does not overflow
     kept = _highest(logits, params.top_k) if 0 < params.top_k < len(x) else np.arange(len(x))
@@ -107,23 +109,20 @@ def choose_rows(logits: F32 | DeviceLogits, asks: Sequence[Ask]) -> list[list[in
     """The tokens of each sequence, from the rows of all [R, V] in their order."""
     ends = list(accumulate(ask.num_rows for ask in asks))
     parts = [slice(end - ask.num_rows, end) for ask, end in zip(asks, ends, strict=True)]
-    if isinstance(logits, np.ndarray):
-        return [_choose(logits[part], ask) for ask, part in zip(asks, parts, strict=True)]
     if all(ask.how.needs_host for ask in asks):
         tokens = list[int]()
     elif all(ask.how.sampling.temperature == 0 for ask in asks if not ask.how.needs_host):
-        tokens = logits.choices
+        tokens = logits.argmax(-1).tolist() if isinstance(logits, np.ndarray) else logits.choices
     else:
-        each = [(ask.how.sampling, ask.position + i) for ask in asks for i in range(ask.num_rows)]
-        tokens = logits.draw([how for how, _ in each], [position for _, position in each])
+        hows = [ask.how.sampling for ask in asks for _ in range(ask.num_rows)]
+        positions = [ask.position + i for ask in asks for i in range(ask.num_rows)]
+        tokens = _draw()(logits, hows, positions) if isinstance(logits, np.ndarray) else logits.draw(hows, positions)
     return [_choose(np.asarray(logits[part]), ask) if ask.how.needs_host else tokens[part] for ask, part in zip(asks, parts, strict=True)]
 
 
 def _choose(logits: F32, ask: Ask) -> list[int]:
-    sampling, history = ask.how.sampling, ask.how.history
-    if not ask.how.needs_host:
-        return logits.argmax(-1).tolist() if sampling.temperature == 0 else _draw()(logits, sampling, ask.position)
-    rows = enumerate(logits)
+    """Row by row, with biases and penalties."""
+    sampling, history, rows = ask.how.sampling, ask.how.history, enumerate(logits)
     return [choose(row, sampling, ask.position + i, history.then(ask.ahead[:i]) if history is not None else None) for i, row in rows]
 
 

@@ -16,14 +16,14 @@ API int forerun_pack(int format, int outputs, int inputs, const void *raw, void 
 /* Runs a program over all rows of a call. 0, or -1 when memory ran out, and then nothing has been touched. */
 API int forerun_run(const Call *call, int num_threads);
 
-/* How tokens are chosen: SamplingParams, but for what changes the logits. Temperature is above 0. */
+/* How a token is chosen: SamplingParams, but for what changes the logits. */
 typedef struct {
     double temperature, top_p, min_p;
     int64_t top_k;
     uint64_t seed;
 } Sampling;
-/* The tokens at `position`... from logits [rows, size]. 0, or -1 when memory ran out. */
-API int forerun_draw(const float *logits, int num_rows, int64_t size, const Sampling *sampling, uint64_t position, int64_t *tokens);
+/* The tokens at so many positions, from logits [rows, size], on as many threads as the last program. 0, or -1 when memory ran out. */
+API int forerun_draw(const float *logits, int num_rows, int64_t size, const Sampling *sampling, const uint64_t *positions, int64_t *tokens);
 
 /* What is drafted for a sequence: at most `limit` tokens, the likeliest ones if the temperature is 0; none after one that is less likely than
  * `least`, nor after those that are less likely together than `floor`. */

@@ -118,57 +118,119 @@ static int nucleus(const float *logits, int64_t n, float most, double temperatur
     return 0;
 }
 
-/* Tokens that are looked at together. */
+/* Tokens that are looked at together, and those of one unit of work. */
 #define SOME 64
+#define PART 1024
 
-static int64_t choose(const float *logits, int64_t n, const Sampling *s, uint64_t position) {
+/* What is known of a row before its parts are looked at: the token with the highest logit and what it has with its noise. */
+typedef struct {
+    Floor floor;
+    double temperature;
+    float most, limit; /* no token with a lower logit than `limit` stays */
+    Token best;
+    int has_failed;
+} Row;
+
+typedef struct {
+    const float *logits;
+    int64_t size;
+    const Sampling *sampling;
+    const uint64_t *positions;
+    int num_rows, num_parts;
+    Row *rows;
+    Token *found; /* [rows, parts]: the best of each, with its noise */
+} Draw;
+
+static void begin(Draw *draw, int number) {
     enum { WIDE = 16 };
+    const float *logits = draw->logits + number * draw->size;
+    const Sampling *s = draw->sampling + number;
+    Row *row = draw->rows + number;
     float lanes[WIDE], most;
+    int64_t n = draw->size, i = 0, best_at = 0;
     for (int j = 0; j < WIDE; j++) lanes[j] = logits[0];
-    int64_t i = 0, best_at = 0;
     for (; i + WIDE <= n; i += WIDE)
         for (int j = 0; j < WIDE; j++) lanes[j] = logits[i + j] > lanes[j] ? logits[i + j] : lanes[j];
     for (; i < n; i++) lanes[0] = logits[i] > lanes[0] ? logits[i] : lanes[0];
     most = lanes[0];
     for (int j = 1; j < WIDE; j++) most = lanes[j] > most ? lanes[j] : most;
     while (best_at < n - 1 && logits[best_at] != most) best_at++;
+    *row = (Row){.floor = {-INFINITY, -INFINITY, n}, .most = most, .best = {0, best_at}};
+    if (s->temperature == 0) return;
 
-    double temperature = s->temperature > 1e-6 ? s->temperature : 1e-6;
-    Floor floor = {-INFINITY, -INFINITY, n};
-    if (s->top_k > 0 && s->top_k < n && kth(logits, n, s->top_k, &floor.logit)) return -1;
-    if (s->top_p < 1 && nucleus(logits, n, most, temperature, s->top_p, &floor)) return -1;
-    if (s->min_p > 0 && log(s->min_p) > floor.x) floor.x = log(s->min_p), floor.place = n;
+    row->temperature = s->temperature > 1e-6 ? s->temperature : 1e-6;
+    Floor *floor = &row->floor;
+    if (s->top_k > 0 && s->top_k < n) row->has_failed = kth(logits, n, s->top_k, &floor->logit);
+    if (s->top_p < 1 && !row->has_failed) row->has_failed = nucleus(logits, n, most, row->temperature, s->top_p, floor);
+    if (s->min_p > 0 && log(s->min_p) > floor->x) floor->x = log(s->min_p), floor->place = n;
+    uint64_t bits[4];
+    philox(s->seed, (uint64_t)best_at / 4 + 1, draw->positions[number], bits);
+    row->best.x = gumbel(uniform(bits[best_at % 4]));
+    double lowest = most + floor->x * row->temperature;
+    row->limit = (float)(lowest - 1e-6 * (fabs(lowest) + fabs((double)most))); /* no more than a quick look: it rounds */
+    row->limit = row->limit > floor->logit ? row->limit : floor->logit;
+}
 
-    /* Who is to have more than the best so far, with its noise, needs noise of which -log(1 - u) < exp(x - best), and u is less than
-     * -log(1 - u): few have, and for these alone there are logarithms. */
-    uint64_t first[4];
-    philox(s->seed, (uint64_t)best_at / 4 + 1, position, first);
-    double best = gumbel(uniform(first[best_at % 4])), per = 1 / temperature, lowest = most + floor.x * temperature;
-    float limit = (float)(lowest - 1e-6 * (fabs(lowest) + fabs((double)most))); /* no more than a quick look: it rounds */
-    limit = limit > floor.logit ? limit : floor.logit;
-    for (int64_t start = 0; start < n; start += SOME) {
-        int count = n - start < SOME ? (int)(n - start) : SOME, num_left = 0;
+/* The best of a part and of `begin`. Who is to have more than the best so far, with its noise, needs noise of which
+ * -log(1 - u) < exp(x - best), and u is less than -log(1 - u): few have, and for these alone there are logarithms. */
+static Token best_of(const Draw *draw, int number, int part) {
+    const float *logits = draw->logits + number * draw->size;
+    const Row *row = draw->rows + number;
+    const Floor *floor = &row->floor;
+    uint64_t seed = draw->sampling[number].seed, position = draw->positions[number];
+    float per = (float)(1 / row->temperature);
+    int64_t n = draw->size, end = (part + 1) * (int64_t)PART < n ? (part + 1) * (int64_t)PART : n;
+    Token best = row->best;
+    if (draw->sampling[number].temperature == 0) return best;
+    for (int64_t start = part * (int64_t)PART; start < end; start += SOME) {
+        int count = end - start < SOME ? (int)(end - start) : SOME, num_left = 0;
         const float *l = logits + start;
         uint64_t bits[SOME];
         int32_t is_left[SOME] = {0};
-        for (int j = 0; j < count; j++) num_left += l[j] >= limit;
+        for (int j = 0; j < count; j++) num_left += l[j] >= row->limit;
         if (!num_left) continue;
-        for (int j = 0; j < SOME; j += 4) philox(s->seed, (uint64_t)(start + j) / 4 + 1, position, bits + j);
+        for (int j = 0; j < SOME; j += 4) philox(seed, (uint64_t)(start + j) / 4 + 1, position, bits + j);
         for (int j = 0; j < count; j++)
-            is_left[j] = (below_uniform(bits[j]) <= above_exp((l[j] - most) * (float)per - (float)best)) & (l[j] >= limit);
+            is_left[j] = (below_uniform(bits[j]) <= above_exp((l[j] - row->most) * per - (float)best.x)) & (l[j] >= row->limit);
         for (int j = 0; j < count; j++) {
             if (!is_left[j]) continue;
-            int64_t place = start + j;
-            double x = ((double)l[j] - most) / temperature, score = x + gumbel(uniform(bits[j]));
-            if (x < floor.x || (x == floor.x && place > floor.place)) continue;
-            if (score > best || (score == best && place < best_at)) best = score, best_at = place;
+            Token one = {((double)l[j] - row->most) / row->temperature, start + j};
+            if (one.x < floor->x || (one.x == floor->x && one.place > floor->place)) continue;
+            one.x += gumbel(uniform(bits[j]));
+            if (likelier(&one, &best) < 0) best = one;
         }
     }
-    return best_at;
+    return best;
 }
 
-int forerun_draw(const float *logits, int num_rows, int64_t size, const Sampling *sampling, uint64_t position, int64_t *tokens) {
-    for (int row = 0; row < num_rows; row++)
-        if ((tokens[row] = choose(logits + row * size, size, sampling, position + (uint64_t)row)) < 0) return -1;
-    return 0;
+/* Rows first, then their parts. */
+static int count(const void *what, int step) {
+    const Draw *draw = what;
+    return draw->num_rows * (step ? draw->num_parts : 1);
+}
+
+static void do_unit(void *what, int step, int unit, int thread) {
+    Draw *draw = what;
+    (void)thread;
+    if (!step) begin(draw, unit);
+    else draw->found[unit] = best_of(draw, unit / draw->num_parts, unit % draw->num_parts);
+}
+
+int forerun_draw(const float *logits, int num_rows, int64_t size, const Sampling *sampling, const uint64_t *positions, int64_t *tokens) {
+    Draw draw = {logits, size, sampling, positions, num_rows, (int)((size + PART - 1) / PART), NULL, NULL};
+    Work work = {&draw, 2, 0, count, do_unit};
+    draw.rows = malloc((size_t)num_rows * (sizeof *draw.rows + (size_t)draw.num_parts * sizeof *draw.found));
+    if (!draw.rows) return -1;
+    draw.found = (Token *)(draw.rows + num_rows);
+    pool_enter();
+    int status = pool_run(0, &work);
+    pool_leave();
+    for (int row = 0; row < num_rows && !status; row++) {
+        Token best = draw.rows[row].best;
+        for (int part = 0; part < draw.num_parts; part++)
+            if (likelier(draw.found + row * draw.num_parts + part, &best) < 0) best = draw.found[row * draw.num_parts + part];
+        status = draw.rows[row].has_failed, tokens[row] = best.place;
+    }
+    free(draw.rows);
+    return status;
 }

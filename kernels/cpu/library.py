@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_char, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -95,7 +95,8 @@ class Library:
         self._run = library.forerun_run
         self._run.restype, self._run.argtypes = c_int, [POINTER(CallStruct), c_int]
         self._draw = library.forerun_draw
-        self._draw.restype, self._draw.argtypes = c_int, [c_void_p, c_int, c_int64, POINTER(SamplingStruct), c_uint64, c_void_p]
+        self._draw.restype = c_int
+        self._draw.argtypes = [c_void_p, c_int, c_int64, POINTER(SamplingStruct), POINTER(c_uint64), POINTER(c_int64)]
         self._draft = library.forerun_draft
         self._draft.restype = c_int
         self._draft.argtypes = [
@@ -121,13 +122,12 @@ class Library:
         if self._run(ctypes.byref(call), num_threads):
             raise MemoryError("no memory for the intermediate results of a forward pass")
 
-    def draw(self, logits: F32, params: SamplingParams, position: int) -> list[int]:
-        """The tokens at `position`... from logits [R, V], with noise (temperature > 0) and filters."""
+    def draw(self, logits: F32, how: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
+        """The token of each row of logits [R, V] at its position, with noise and filters."""
         logits = np.ascontiguousarray(logits, np.float32)
         num_rows, size = logits.shape
-        how = sampling_struct(params)
-        tokens = (c_int64 * num_rows)()
-        if self._draw(address(logits), num_rows, size, ctypes.byref(how), position, tokens):
+        hows, tokens = (SamplingStruct * num_rows)(*map(sampling_struct, how)), (c_int64 * num_rows)()
+        if self._draw(address(logits), num_rows, size, hows, (c_uint64 * num_rows)(*positions), tokens):
             raise MemoryError("no memory to choose a token")
         return list(tokens)
 
@@ -148,7 +148,7 @@ def sampling_struct(params: SamplingParams) -> SamplingStruct:
 def address(array: np.ndarray[Any, Any]) -> int:
     """Where its data is. (`ndarray.ctypes.data` says the same, ten times slower.)"""
     try:
-        return ctypes.addressof(c_char.from_buffer(array))
+        return ctypes.addressof(c_char.from_buffer(cast("Any", array)))
     except (TypeError, ValueError):  # read-only, in pieces, or empty
         where: int = array.__array_interface__["data"][0]
         return where

@@ -123,7 +123,7 @@ API int64_t forerun_packed_bytes(int format, int64_t outputs, int64_t inputs) {
 
 int forerun_pack(int format, int outputs, int inputs, const void *raw, void *tiles, int num_threads) {
     Packing packing = {format, outputs, inputs, raw, tiles};
-    Work work = {&packing, 1, num_tiles, pack_tile};
+    Work work = {&packing, 1, 0, num_tiles, pack_tile};
     pool_enter();
     int status = pool_run(num_threads, &work);
     pool_leave();

@@ -69,6 +69,7 @@ static uint64_t flush_tiny(int is_new, uint64_t was) {
 }
 
 static void go_through(Run *run, int thread) {
+    uint64_t was = run->work.flushes ? flush_tiny(1, 0) : 0;
     for (int i = 0; i < run->work.num_steps; i++) {
         Step *step = run->steps + i;
         int num_mine = 0, num_done;
@@ -84,6 +85,7 @@ static void go_through(Run *run, int thread) {
             if (spins++ < PATIENT) PAUSE();
             else sched_yield();
     }
+    if (run->work.flushes) flush_tiny(0, was);
 }
 
 /* The next run after `last`. */
@@ -105,7 +107,6 @@ static uint64_t wait_for(uint64_t last) {
 }
 
 static void *worker(void *thread) {
-    flush_tiny(1, 0);
     for (uint64_t mine = 0;;) {
         mine = wait_for(mine);
         Run *run = runs + mine % NUM_PLACES;
@@ -141,7 +142,9 @@ void pool_enter(void) { pthread_mutex_lock(&entrance); }
 void pool_leave(void) { pthread_mutex_unlock(&entrance); }
 
 int pool_run(int num_threads, const Work *work) {
+    static int num_last = 1;
     Run *run = runs;
+    num_threads = num_last = num_threads ? num_threads : num_last;
     while (atomic_load(&run->num_inside)) run++;
     if (run->capacity < work->num_steps) {
         free(run->steps);
@@ -164,9 +167,7 @@ int pool_run(int num_threads, const Work *work) {
             pthread_mutex_unlock(&lock);
         }
     }
-    uint64_t was = flush_tiny(1, 0);
     go_through(run, 0);
-    flush_tiny(0, was);
     atomic_store(&now, 0);
     return 0;
 }

@@ -481,7 +481,7 @@ int forerun_run(const Call *call, int num_threads) {
             run.first_row[span] = row;
             for (int i = 0; i < call->spans[span].num_rows; i++) run.span_of[row++] = span;
         }
-        Work work = {&run, 2 * call->num_ops, count, do_unit};
+        Work work = {&run, 2 * call->num_ops, 1, count, do_unit};
         status = pool_run(num_threads, &work);
     }
     pool_leave();

@@ -11,8 +11,8 @@ import numpy as np
 
 from ..backend import F32
 from ..model.config import ModelConfig
-from ..model.weights import AttentionWeights, DeltaWeights, DenseWeights, LayerWeights
 from ..model.inputs import Angles
+from ..model.weights import AttentionWeights, DeltaWeights, DenseWeights, LayerWeights
 from .library import CallStruct, Drafts, HeadBuffers, MatrixStruct, OpStruct, SizesStruct, SpanStruct, WantedStruct, address
 from .matrices import CpuBackend, CpuMatrix
 

@@ -29,7 +29,7 @@ static void unit(void *what, int step, int unit, int thread) {
 int main(void) {
     for (int run = 0; run < 20000; run++) {
         Relay relay = {.run = run, .is_right = 1};
-        Work work = {&relay, 1 + run % STEPS, count, unit};
+        Work work = {&relay, 1 + run % STEPS, 1, count, unit};
         pool_enter();
         if (pool_run(1 + run % 9, &work)) return 2;
         for (int step = 0; step < work.num_steps; step++) relay.is_right &= is_done(&relay, step);

@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 from forerun.core.errors import InternalBug
+from forerun.core.vocabulary import Choosing, SamplingParams
 from forerun.kernels.backends import make_head, make_memory, make_trunk
 from forerun.kernels.cpu.library import FORMATS, INSTRUCTION_SETS, library, physical_cores
 from forerun.kernels.cpu.matrices import CpuBackend, CpuMatrix
 from forerun.kernels.cpu.program import EMBED, Program
 from forerun.kernels.formats.stored import BY_NAME, Stored
 from forerun.kernels.model.config import ModelConfig, load_config
-from forerun.kernels.model.drafts import MtpRows
+from forerun.kernels.model.drafts import MtpRows, Wanted, draft_by_guesses
 from forerun.kernels.model.memory import alone
 from forerun.kernels.model.trunk import Rows
 from forerun.kernels.model.weights import FolderCheckpoint, load_weights
@@ -176,6 +177,32 @@ def test_the_last_rows_alone_have_the_same_bits(checkpoints: dict[str, Path], la
     outputs, logits = head.guess([MtpRows(alone(make_memory(c, backend), 80, 4), 0, tuple(prompt(5)), hidden[0])])
     np.testing.assert_array_equal(outputs, results[2][:1])
     np.testing.assert_array_equal(logits, head.logits(outputs))
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "next"])
+def test_drafts_are_those_of_the_loop_in_python(checkpoints: dict[str, Path], layout: str) -> None:
+    backend, c = CpuBackend(2), load_config(checkpoints[layout])
+    head = make_head(load_weights(FolderCheckpoint(checkpoints[layout]), c, backend), backend)
+    rng, sizes = np.random.default_rng(9), (5, 1, 30, 2, 8)
+    hidden = [rng.normal(0, 1, (size, c.hidden)).astype(np.float32) for size in sizes]
+    wanted = [
+        Wanted(Choosing(SamplingParams()), 4),
+        Wanted(Choosing(SamplingParams(1.0, seed=3, top_k=30)), 6),
+        Wanted(Choosing(SamplingParams(0.7, seed=4, top_p=0.8)), 3),
+        Wanted(Choosing(SamplingParams()), 5, floor=0.4),
+        Wanted(Choosing(SamplingParams(1.5, seed=5)), 5, least=0.5),
+    ]
+    results: list[Any] = []
+    for draft in (head.draft, partial(draft_by_guesses, head)):
+        memories = [alone(make_memory(c, backend), 80, 8) for _ in sizes]
+        batch = [MtpRows(m, 0, tuple(prompt(size)), h) for m, size, h in zip(memories, sizes, hidden, strict=True)]
+        results.append((draft(batch, wanted), np.concatenate([memory.mtp.read(40) for memory in memories])))
+    (found, cache), (expected, expected_cache) = results
+    assert [each.tokens for each in found] == [each.tokens for each in expected]
+    np.testing.assert_allclose([p for each in found for p in each.shares], [p for each in expected for p in each.shares], rtol=1e-4)
+    np.testing.assert_array_equal(cache, expected_cache)
+    assert len(found[0].tokens) == 4
+    assert sum(len(each.tokens) for each in found) < sum(each.limit for each in wanted)  # some were not sure enough
 
 
 def test_calls_from_several_threads_wait_for_each_other(config: ModelConfig) -> None:

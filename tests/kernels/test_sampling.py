@@ -7,6 +7,8 @@ import pytest
 from forerun.core.errors import InvalidRequest
 from forerun.core.vocabulary import Choosing, History, SamplingParams
 from forerun.kernels.cpu.library import library
+from forerun.kernels.cpu.matrices import CpuBackend
+from forerun.kernels.formats.stored import Stored
 from forerun.kernels.sampling import Ask, _penalised, choose, choose_rows, draw, logprobs, share  # pyright: ignore[reportPrivateUsage]
 
 LOGITS = np.array([2.0, 1.0, 0.5, 0.5, -1.0, -3.0], np.float32)
@@ -54,11 +56,12 @@ def test_draws_follow_the_filtered_distribution(params: SamplingParams) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_c_draws_what_numpy_draws(seed: int) -> None:
-    """With every filter, ties, tokens ruled out, and any temperature."""
+    """With every filter, ties, tokens ruled out, any temperature, and on as many threads as the program before."""
     try:
-        draw_in_c = library().draw
+        draw_in_c, backend = library().draw, CpuBackend(1 + seed)
     except OSError:
         pytest.skip("there are no C kernels")
+    backend.matrix(Stored("Q8_0", 32, np.zeros((64, 34), np.uint8)))
     rng = np.random.default_rng(seed)
     for _ in range(100):
         size = int(rng.choice([1, 2, 3, 5, 17, 64, 100, 1000, 4099]))
@@ -69,12 +72,15 @@ def test_c_draws_what_numpy_draws(seed: int) -> None:
         if kind == 1:
             logits[1:][rng.random(size - 1) < 0.3] = -np.inf
         rows = np.stack([logits, np.roll(logits, 1), logits]).astype(np.float32)
-        params = SamplingParams(
-            float(rng.choice([1e-310, 0.05, 0.3, 0.8, 1, 1.5, 3])), int(rng.choice([0, 1, 2, 20, size, max(1, size - 1)])),
-            float(rng.choice([1, 1, 0.99, 0.9, 0.5, 0.01])), float(rng.choice([0, 0, 0.05, 0.3, 1])), seed * (2**62 - 1),
-        )  # fmt: skip
-        position = int(rng.integers(10**6))
-        assert draw_in_c(rows, params, position) == draw(rows, params, position), params
+        how = [
+            SamplingParams(
+                float(rng.choice([0, 1e-310, 0.05, 0.3, 0.8, 1, 1.5, 3])), int(rng.choice([0, 1, 2, 20, size, max(1, size - 1)])),
+                float(rng.choice([1, 1, 0.99, 0.9, 0.5, 0.01])), float(rng.choice([0, 0, 0.05, 0.3, 1])), seed * (2**62 - 1),
+            )
+            for _ in rows
+        ]  # fmt: skip
+        positions = rng.integers(10**6, size=len(rows)).tolist()
+        assert draw_in_c(rows, how, positions) == draw(rows, how, positions), how
 
 
 def test_c_keeps_the_last_of_a_nucleus_whose_logit_is_zero() -> None:
@@ -88,7 +94,7 @@ def test_c_keeps_the_last_of_a_nucleus_whose_logit_is_zero() -> None:
     for seed in range(1500):  # 44 of them round so, and 8 of these draw that token
         logits[0, 5] = 0.01 + seed % 100 / 50
         params = SamplingParams(0.3 + seed // 100 / 40, top_p=0.99999, seed=seed)
-        assert draw_in_c(logits, params, seed) == draw(logits, params, seed), seed
+        assert draw_in_c(logits, [params], [seed]) == draw(logits, [params], [seed]), seed
 
 
 def test_greedy_takes_the_lowest_of_ties() -> None:
