@@ -62,11 +62,12 @@ OTHERS_GAIN = 0.7
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What to verify: a draft, and perhaps another drafter's that goes on where it ends. `rate` is in tokens per second, `expected` the
-    tokens it brings."""
+    tokens it brings; all of it is right as often as `reach` says."""
 
     parts: tuple[Draft, ...]
     rate: float
     expected: float = 1.0
+    reach: float = 1.0
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -182,7 +183,8 @@ class Chooser:
         """The best beginning of the best draft, of `room` tokens at most, or none. The head has drafted `num_head` tokens already."""
         plan = Plan((), self._rate(1.0, self._seconds(0, num_head)))
         for draft in drafts:
-            plan = max(plan, self._cut((draft,), self._probabilities(draft), num_head, room), key=lambda each: each.rate)
+            other = self._cut((draft,), self._probabilities(draft), num_head, room)
+            plan = other if other.rate > plan.rate else plan
         return plan
 
     def extended(self, plan: Plan, tails: Sequence[Draft], num_head: int, room: int) -> Plan:
@@ -196,26 +198,19 @@ class Chooser:
     def _cut(self, parts: tuple[Draft, ...], probabilities: Iterator[float], num_head: int, room: int) -> Plan:
         e, others = self._experience, round(self._num_other_rows)
         fixed, gain = self._seconds(0, num_head) - e.verify(others + 1), OTHERS_GAIN * self._num_other_rows
-        expected, reach, best, length, most = 1.0, 1.0, 0.0, 0, 1.0
+        expected, reach, best, length, most, whole = 1.0, 1.0, 0.0, 0, 1.0, 1.0
         for i, probability in enumerate(islice(probabilities, max(0, min(room, e.verify.reach - 1 - others))), 1):
             reach *= probability
             expected += reach
             seconds = fixed + e.verify(others + i + 1)
             rate = (expected + gain) / seconds if seconds > 0 else expected
             if rate > best:
-                best, length, most = rate, i, expected
+                best, length, most, whole = rate, i, expected, reach
             elif rate < 0.7 * best or reach < 0.01:
                 break
         first = parts[0].cut(length)
         rest = parts[1].cut(length - len(parts[0].tokens)) if length > len(parts[0].tokens) else None
-        return Plan((first, rest) if rest is not None else (first,), best, most)
-
-    def is_likely(self, plan: Plan) -> bool:
-        """Whether all of a plan of one draft is more likely right than not."""
-        reach = 1.0
-        for probability in self._probabilities(plan.parts[0]):
-            reach *= probability
-        return reach > 0.5
+        return Plan((first, rest) if rest is not None else (first,), best, most, whole)
 
     def rests(self, run: int | None = 0) -> bool:
         """Whether there is nobody to ask this round; those who look up only if they may find something, after a run of so many repeated
@@ -266,25 +261,26 @@ class Chooser:
         """How many tokens the head should be asked for, when without it `plan` is the best, and the likelihood below which another is not
         worth it. One token, now and then, to see whether it has become worth it."""
         without = max(self._rate_together(plan.expected, len(plan.tokens), 0), self._rate_at_rest)
-        best, wanted, floor = HEAD_MARGIN * without, 0, 0.0
+        best, wanted, more = HEAD_MARGIN * without, 0, 0.0
         ceiling = self._best_of_head(limit)
-        for i, rate in enumerate(self._rates_of_head(limit if ceiling > best else 0), 1):
+        for i, (rate, seconds) in enumerate(self._rates_of_head(limit if ceiling > best else 0), 1):
             if rate > best:
-                best, wanted = rate, i
-        if wanted:
-            more = self._seconds_together(wanted, wanted) - self._seconds_together(wanted - 1, wanted - 1)
-            floor = best * more / self._num_sequences
+                best, wanted, more = rate, i, seconds
+        floor = best * more / self._num_sequences if wanted else 0.0
         self._is_probing = not wanted and limit > 0 and self._must_probe(without, ceiling)
         self._is_asking, self._is_promising = wanted > 0 or self._is_probing, False
         return wanted or int(self._is_probing), min(floor, 0.5)
 
-    def _rates_of_head(self, limit: int) -> Iterator[float]:
-        """Tokens per second with so many tokens of the head, as they are likely to be right."""
-        expected, reach = 1.0, 1.0
-        for i in range(limit):
-            reach *= self._first_guess(i)
+    def _rates_of_head(self, limit: int) -> Iterator[tuple[float, float]]:
+        """Tokens per second with so many tokens of the head, as they are likely to be right, and the seconds that the last of them takes."""
+        verify, drafting, overhead, num_sequences = self._experience.verify, self.drafting, self.overhead(1), self._num_sequences
+        expected, reach, before = 1.0, 1.0, verify(num_sequences) + overhead
+        for i in range(1, limit + 1):
+            reach *= self._first_guess(i - 1)
             expected += reach
-            yield self._rate_together(expected, i + 1, i + 1)
+            seconds = verify(num_sequences * (1 + i)) + drafting(i) + overhead
+            yield num_sequences * expected / seconds if seconds > 0 else expected, seconds - before
+            before = seconds
 
     def _first_guess(self, i: int) -> float:
         """How likely the head's token at a place in its draft is right, once those before it are."""
@@ -360,7 +356,7 @@ class Chooser:
         makes it worth asking, it is."""
         for is_right in marks:
             self._guessed(0, is_right)
-        if marks and max(self._rates_of_head(limit), default=0.0) > HEAD_MARGIN * self._rate_at_rest:
+        if marks and max((rate for rate, _ in self._rates_of_head(limit)), default=0.0) > HEAD_MARGIN * self._rate_at_rest:
             self._wake_at = self._round
 
     def ended(self) -> None:
@@ -406,15 +402,20 @@ class Chooser:
 
     def _compare(self, draft: Draft, tokens: Sequence[int], suffix: str = "") -> None:
         name = draft.drafter + suffix
-        surprise = self._surprises.setdefault(name, Surprise())
+        mine, all_beliefs = self._beliefs, self._experience.beliefs
+        if (surprise := self._surprises.get(name)) is None:
+            surprise = self._surprises[name] = Surprise()
         for i, (confidence, token, right) in enumerate(zip(_confidences(draft), draft.tokens, tokens, strict=False)):
-            key = self._key(name, i, confidence)
-            surprise.saw(token == right, self._probability(key, confidence))
-            self._beliefs.setdefault(key, Belief()).saw(token == right)
-            self._experience.beliefs.setdefault(key, Belief()).saw(token == right, 8 * MEMORY)
+            key, is_right = self._key(name, i, confidence), token == right
+            surprise.saw(is_right, self._probability(key, confidence))
+            if key not in mine:
+                mine[key] = Belief()
+                all_beliefs.setdefault(key, Belief())
+            mine[key].saw(is_right)
+            all_beliefs[key].saw(is_right, 8 * MEMORY)
             if draft.drafter == "draft-mtp":
-                self._guessed(i, token == right)
-            if token != right:
+                self._guessed(i, is_right)
+            if not is_right:
                 break
 
 

@@ -162,7 +162,7 @@ class Drafting:
         self._drafts.append(head)
         plan = chooser.best(self._drafts, num_head, room)
         is_whole_head = len(plan.parts) == 1 and plan.parts[0].tokens == head.tokens and plan.parts[0].drafter == HEAD
-        if is_whole_head and num_head < room and chooser.is_likely(plan):
+        if is_whole_head and num_head < room and plan.reach > 0.5:
             ahead = (question.last_token, *head.tokens)
             if look_ups := self._look_ups(self._pairs.has(ahead[-2:])):
                 plan = chooser.extended(plan, await self._found(look_ups, question, ahead, room - num_head), num_head, room)

@@ -126,7 +126,9 @@ class Library:
         """The token of each row of logits [R, V] at its position, with noise and filters."""
         logits = np.ascontiguousarray(logits, np.float32)
         num_rows, size = logits.shape
-        hows, tokens = (SamplingStruct * num_rows)(*map(sampling_struct, how)), (c_int64 * num_rows)()
+        hows, tokens = (SamplingStruct * num_rows)(), (c_int64 * num_rows)()
+        for row, params in enumerate(how):  # of a sequence all are one
+            hows[row] = hows[row - 1] if row and params is how[row - 1] else sampling_struct(params)
         if self._draw(address(logits), num_rows, size, hows, (c_uint64 * num_rows)(*positions), tokens):
             raise MemoryError("no memory to choose a token")
         return list(tokens)
