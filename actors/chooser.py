@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, takewhile
 
@@ -46,6 +46,9 @@ LAST_PAUSE, ASKING_SHARE, HOPELESS = 16, 0.005, 4
 LONGER = 2.0
 #: Rounds that go by without a question to those who look up, at most, and no more than keep what is lost by it below a share of the time.
 LOOK_PAUSE, LOOKING_SHARE = 64, 0.015
+#: Rounds in a row for which a head that is not worth it is asked all the same, if it would be were its rounds as short as they have been
+#: (that share of what they are held to take, if that was never measured): only rounds in a row say how long they are.
+TRIAL_ROUNDS, TRIAL_SHARE = 5, 0.75
 #: Rounds for which one with questions may make others slower.
 AFTER = 8
 #: Rounds for which it is remembered what a head that is always right would bring.
@@ -92,7 +95,8 @@ class Chooser:
         self._look_at = [0 if has_look_ups else math.inf] * NUM_RUN_CLASSES
         self._head_at: float = max(FIRST_PAUSE, self._pause - experience.num_unasked) if has_head else math.inf
         self._is_looking = self._is_asking = self._is_probing = self._is_promising = False  # the last three of the head
-        self._asked_at = -2  # the round in which it was, last
+        # The round in which it was, last, and its tokens then, if it had been in the one before, too; the round at which a trial is over.
+        self._asked_at, self._num_steady, self._tried_until = -2, 0, 0
         self._ceiling = 0, 0, 0.0  # the last round for which it holds, the limit, and tokens per second
         # Of what was verified: misses in a row, hits, and their share before those misses; whether they say that the text has changed.
         self._num_misses, self._hits, self._usual, self._has_changed = 0, Belief(), 0.5, False
@@ -146,6 +150,16 @@ class Chooser:
 
     def _rate(self, expected: float, seconds: float) -> float:
         return (expected + OTHERS_GAIN * self._num_other_rows) / seconds if seconds > 0 else expected
+
+    def _steady(self, num_tokens: int) -> float:
+        """Seconds of a round in which the head drafts so many tokens, one of many such rounds."""
+        steady = self._experience.steady[self._has_company](num_tokens)
+        return steady * self._resting if steady else self._seconds_together(num_tokens, num_tokens)
+
+    def _least(self, num_tokens: int) -> float:
+        """As few as they may be."""
+        e, i = self._experience, self._has_company
+        return e.least[i][num_tokens] * self._resting if num_tokens in e.least[i] else TRIAL_SHARE * self._steady(num_tokens)
 
     def _seconds_together(self, num_drafts: int, num_head: int) -> float:
         """As `_seconds`, of a round in which all sequences do the same. The head drafts for all of them at once, and what that takes they
@@ -225,20 +239,24 @@ class Chooser:
         self._experience.num_unasked += 1
         return True
 
-    def spent(self, num_rests: int, seconds: float) -> None:
-        """A round of rest took so long, the `num_rests`th in a row, or with 0 one with questions, but for drafting and verifying. What
-        is much longer than a verify was a wait for a reader."""
-        e = self._experience
+    def spent(self, num_rests: int, seconds: float, work: float = 0.0) -> None:
+        """A round of rest took so long, the `num_rests`th in a row, or with 0 one with questions, besides `work`, its drafting and
+        verifying. What is much longer than a verify was a wait for a reader."""
+        e, i = self._experience, self._has_company
         costs = e.overhead if num_rests == 0 else e.after if num_rests <= AFTER else e.resting
         verify = e.verify(1 + round(self._num_other_rows))
-        costs[self._has_company].saw(1, min(seconds, verify * (2 if num_rests else 1)) if verify else seconds)
+        seconds = min(seconds, verify * (2 if num_rests else 1)) if verify else seconds
+        costs[i].saw(1, seconds)
+        if num_rests == 0 and (size := self._num_steady) and self._resting:
+            e.steady[i].saw(size, (work + seconds) / self._resting)
+            e.least[i][size] = min(e.least[i].get(size, math.inf), e.steady[i](size))
 
     def rested(self, num_other_rows: int, num_others: int) -> None:
         """Beside so many rows of so many others."""
         newest, self._is_company_known = 0.3 if self._is_company_known else 1.0, True
         self._num_other_rows += newest * (num_other_rows - self._num_other_rows)
         self._num_others += newest * (num_others - self._num_others)
-        self._experience.num_others = self._num_others
+        self._experience.num_others = self._num_others if self._num_others > 0.01 else 0.0
 
     def looks(self) -> bool:
         """Whether to ask those who look up this round, as `rests` has found."""
@@ -252,6 +270,7 @@ class Chooser:
         """The head took so long for so many tokens. Only what it takes round after round says whether to ask it so: after a rest it has
         much to catch up on, and what it computes with is not in the caches."""
         is_steady, self._asked_at = self._round == self._asked_at + 1, self._round
+        self._num_steady = num_tokens if is_steady and not self._is_looking else 0
         if not is_steady:
             self._experience.waking[self._has_company].saw(num_tokens, seconds)
         if is_steady or seconds < self.drafting(num_tokens):  # an accident is not believed until the head is asked twice in a row
@@ -261,26 +280,47 @@ class Chooser:
         """How many tokens the head should be asked for, when without it `plan` is the best, and the likelihood below which another is not
         worth it. One token, now and then, to see whether it has become worth it."""
         without = max(self._rate_together(plan.expected, len(plan.tokens), 0), self._rate_at_rest)
-        best, wanted, more = HEAD_MARGIN * without, 0, 0.0
-        ceiling = self._best_of_head(limit)
-        for i, (rate, seconds) in enumerate(self._rates_of_head(limit if ceiling > best else 0), 1):
-            if rate > best:
-                best, wanted, more = rate, i, seconds
-        floor = best * more / self._num_sequences if wanted else 0.0
+        ceiling, self._num_steady = self._best_of_head(limit), 0
+        wanted, floor = self._best_limit(HEAD_MARGIN * without, limit, self._steady) if ceiling > HEAD_MARGIN * without else (0, 0.0)
+        if not wanted and (self._is_trial or self._round >= self._head_at):
+            wanted, floor = self._best_limit(without, limit, self._least)
+            if wanted and not self._is_trial:
+                self._begin_trial(wanted)
         self._is_probing = not wanted and limit > 0 and self._must_probe(without, ceiling)
         self._is_asking, self._is_promising = wanted > 0 or self._is_probing, False
         return wanted or int(self._is_probing), min(floor, 0.5)
 
-    def _rates_of_head(self, limit: int) -> Iterator[tuple[float, float]]:
-        """Tokens per second with so many tokens of the head, as they are likely to be right, and the seconds that the last of them takes."""
-        verify, drafting, overhead, num_sequences = self._experience.verify, self.drafting, self.overhead(1), self._num_sequences
-        expected, reach, before = 1.0, 1.0, verify(num_sequences) + overhead
+    @property
+    def _is_trial(self) -> bool:
+        return self._round < self._tried_until
+
+    def _begin_trial(self, num_tokens: int) -> None:
+        """The more it will have lost, should its rounds take what they are held to take, the later is the next one."""
+        *_, (rate, taken) = self._rates_of_head(num_tokens, self._steady)
+        lost = TRIAL_ROUNDS * taken * max(0.0, 1 - rate / self._rate_at_rest) + self._aftermath
+        self._tried_until = self._round + TRIAL_ROUNDS
+        last = self._last_pause
+        self._pause = max(last, min(HOPELESS * last, round(lost / (ASKING_SHARE * max(self._resting, 1e-9)))))
+        self._experience.pause = float(self._pause)
+
+    def _best_limit(self, least: float, limit: int, seconds: Callable[[int], float]) -> tuple[int, float]:
+        """The number of tokens that promises most, if more than `least` tokens per second, and how likely another must be; rounds take so
+        many seconds."""
+        best, wanted, more, before = least, 0, 0.0, 0.0
+        for i, (rate, taken) in enumerate(self._rates_of_head(limit, seconds), 1):
+            if rate > best:
+                best, wanted, more = rate, i, taken - before
+            before = taken
+        return wanted, best * more / self._num_sequences if wanted > 1 else 0.0
+
+    def _rates_of_head(self, limit: int, seconds: Callable[[int], float]) -> Iterator[tuple[float, float]]:
+        """Tokens per second with so many tokens of the head, as they are likely to be right, and what those rounds take."""
+        expected, reach, num_sequences = 1.0, 1.0, self._num_sequences
         for i in range(1, limit + 1):
             reach *= self._first_guess(i - 1)
             expected += reach
-            seconds = verify(num_sequences * (1 + i)) + drafting(i) + overhead
-            yield num_sequences * expected / seconds if seconds > 0 else expected, seconds - before
-            before = seconds
+            taken = seconds(i)
+            yield num_sequences * expected / taken if taken > 0 else expected, taken
 
     def _first_guess(self, i: int) -> float:
         """How likely the head's token at a place in its draft is right, once those before it are."""
@@ -307,7 +347,8 @@ class Chooser:
         """Tokens per second, were all right that the head can draft."""
         until, former, ceiling = self._ceiling
         if self._round >= until or limit != former:
-            ceiling = max((self._rate_together(i + 2.0, i + 1, i + 1) for i in range(limit)), default=0.0)
+            steady = [self._steady(i + 1) for i in range(limit)]
+            ceiling = max((self._num_sequences * (i + 2) / s if s > 0 else i + 2.0 for i, s in enumerate(steady)), default=0.0)
             self._ceiling = self._round + (CEILING_ROUNDS if self._experience.verify(1) else 0), limit, ceiling
         return ceiling
 
@@ -334,13 +375,15 @@ class Chooser:
         if self._is_asking:
             if is_silent:
                 self._first_guesses[0].saw(False, SHORT_MEMORY)
-            if (self._is_probing or is_silent) and not self._is_promising:
-                self._pause = min(2 * self._pause, self._last_pause)
-                self._experience.pause = min(LONGER * self._experience.pause, self._last_pause)
+            if self._is_trial:
+                pass  # it has said when to ask again
+            elif (self._is_probing or is_silent) and not self._is_promising:
+                self._pause = max(self._pause, min(2 * self._pause, self._last_pause))
+                self._experience.pause = max(self._experience.pause, min(LONGER * self._experience.pause, self._last_pause))
             elif not self._is_probing:
                 self._experience.pause = max(self._experience.pause / LONGER, FIRST_PAUSE)
             self._experience.num_unasked, self._head_at = 0, self._round + self._pause
-        is_idle = not self._is_promising and (self._is_probing or is_silent or not self._is_asking)
+        is_idle = not self._is_promising and not self._is_trial and (self._is_probing or is_silent or not self._is_asking)
         self._wake_at = self._head_at if is_idle or not self._has_head else 0
 
     @property
@@ -356,7 +399,7 @@ class Chooser:
         makes it worth asking, it is."""
         for is_right in marks:
             self._guessed(0, is_right)
-        if marks and max((rate for rate, _ in self._rates_of_head(limit)), default=0.0) > HEAD_MARGIN * self._rate_at_rest:
+        if marks and self._best_limit(HEAD_MARGIN * self._rate_at_rest, limit, self._steady)[0]:
             self._wake_at = self._round
 
     def ended(self) -> None:

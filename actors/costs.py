@@ -21,10 +21,10 @@ HOPED_SLOPE = 0.25
 class Costs:
     """Seconds by size, as measured; between sizes and beyond by straight lines, and never less for more. A size that was measured a few
     times only is taken for somewhat cheaper than it seemed, by the share `hope` after the first, so that an accident is not believed for
-    long."""
+    long. `newest` is the share of a new measurement, in the end."""
 
-    def __init__(self, hope: float = HOPE) -> None:
-        self._hope = hope
+    def __init__(self, hope: float = HOPE, newest: float = NEWEST_SHARE) -> None:
+        self._hope, self._newest = hope, newest
         self._means: dict[int, tuple[float, int, int]] = {}  # size -> mean, measurements, the clock at the last
         self._clock = self._redrawn_at = 0  # the clock from which on the curve may be drawn anew
         self._curve: tuple[list[int], list[float]] = [], []
@@ -36,7 +36,7 @@ class Costs:
             return
         self._clock += 1
         mean, number, _ = self._means.get(size, (seconds, 0, 0))
-        mean += (min(seconds, OUTLIER * mean) - mean) * max(1 / (number + 1), NEWEST_SHARE)
+        mean += (min(seconds, OUTLIER * mean) - mean) * max(1 / (number + 1), self._newest)
         self._means[size] = mean, number + 1, self._clock
         if self._clock % FORGOTTEN_AFTER == 0:
             self._means = {size: each for size, each in self._means.items() if self._clock - each[2] < FORGOTTEN_AFTER}

@@ -82,6 +82,7 @@ class Drafting:
         self._observed: list[Reply[None]] = []  # of the last chunk, where drafters still read it
         longest = 1 + max((params.limit(name) for name in mailboxes), default=0)
         self._told_after = max(CHUNK, min(TOLD_AFTER, 2 * CHUNK - longest))
+        self._tell_at = 0  # no drafter has to be told of anything before this position
         self._told: list[Reply[tuple[bool, ...]]] = []  # what the head will say of tokens that it has been told of
         self._drafts: list[Draft] = []  # of this round
         self._plan = NOTHING
@@ -99,7 +100,9 @@ class Drafting:
             return self._is_resting
         pairs = self._pairs
         if self._matching and (missing := position + 1 - pairs.num_tokens) > 0:
-            pairs.extend((last_token,) if missing == 1 else (*self._computed(pairs.num_tokens), last_token))
+            if missing > 1:
+                pairs.extend(self._computed(pairs.num_tokens))
+            pairs.add(last_token)
         self._is_resting = self._chooser.rests(pairs.run if self._looking or pairs.is_repeated else None)
         if not self._is_resting or self._num_rests in (0, AFTER):
             self._measure()
@@ -111,7 +114,7 @@ class Drafting:
         now, num_rests = self._trace.clock(), self._num_rests
         if self._began:
             num_rounds = num_rests if 0 < num_rests <= AFTER else max(1, num_rests - AFTER)
-            self._chooser.spent(num_rests, ((now - self._began) / 1e9 - self._seconds) / num_rounds)
+            self._chooser.spent(num_rests, ((now - self._began) / 1e9 - self._seconds) / num_rounds, self._seconds)
         self._began, self._seconds = now, 0.0
 
     async def propose(self, question: Question) -> Plan:
@@ -174,6 +177,7 @@ class Drafting:
 
     async def _ask(self, names: Sequence[DrafterName], question: Question, ahead: tuple[int, ...], room: int, floor: float) -> list[Draft]:
         """What they have answered, in order of asking."""
+        self._tell_at = 0
         replies: list[tuple[Reply[Draft], _Drafter, int, int]] = []  # how much had been told before, and has been with the question
         drafts: list[Draft] = []
         try:
@@ -215,7 +219,8 @@ class Drafting:
     def settle(self, num_drafted: int, num_accepted: int, tokens: tuple[int, ...], verdict: Verdict) -> None:
         """The round brought `tokens`; of `num_drafted` draft tokens that were verified, `num_accepted` were right."""
         if self._is_resting:
-            self._chooser.rested(verdict.num_rows - 1, verdict.num_sequences - 1)
+            if verdict.num_rows > 1 or self._experience.num_others:
+                self._chooser.rested(verdict.num_rows - 1, verdict.num_sequences - 1)
             if self._num_rests == AFTER and verdict.is_typical:
                 self._experience.verify.saw(verdict.num_rows, verdict.seconds)
             return
@@ -248,6 +253,10 @@ class Drafting:
                 await reply.wait()
         self._observed.clear()
 
+    def owes(self, position: int) -> bool:
+        """Whether `stands` has anything to do."""
+        return position >= self._tell_at or bool(self._told)
+
     async def stands(self, flow: Flow, lease: int, position: int) -> None:
         """The tokens before `position` do."""
         if self._told:
@@ -255,6 +264,8 @@ class Drafting:
         for name, drafter in self._drafters.items():
             if drafter.num_told is not None and position - drafter.num_told >= self._told_after:
                 await self._tell(drafter, flow, lease, self._marked if name == HEAD else None)
+        told = [drafter.num_told for drafter in self._drafters.values() if drafter.num_told is not None]
+        self._tell_at = min(told, default=position) + self._told_after
 
     async def _hear_marks(self, is_late: bool = False) -> None:
         """What has been said of the tokens that were told; with `is_late` waits for it, as where one thing is done at a time."""
@@ -281,7 +292,7 @@ class Drafting:
     async def forget(self, flow: Flow, lease: int) -> None:
         """Returns when no drafter works on the lease any more."""
         self._chooser.ended()
-        self._began = self._num_rests = 0
+        self._began = self._num_rests = self._tell_at = 0
         for reply in (*self._observed, *self._told):
             reply.abandon()
         self._observed.clear()

@@ -72,6 +72,9 @@ class Experience:
         self.drafting, self.waking = ((Costs(), Costs()) for _ in range(2))
         # What goes by without a choice is tried often enough: hope would make rest look better than what it is compared with.
         self.overhead, self.after, self.resting = ((Costs(hope=0.0), Costs(hope=0.0)) for _ in range(3))
+        # What a round takes, all in all, in which the head drafts so many tokens as it did in the one before, in rounds of rest; and the
+        # least that this has been, by number of tokens. Now and then it takes half as much again: nothing it needs is in the caches.
+        self.steady, self.least = tuple(Costs(hope=0.0, newest=0.25) for _ in range(2)), (dict[int, float](), dict[int, float]())
         self.num_others = 0.0  # beside one sequence in a batch, as somebody has seen last
         self.beliefs: dict[tuple[str, int, int], Belief] = {}
         self.first_guesses = [Belief() for _ in range(64)]

@@ -284,7 +284,8 @@ class Sequence:
             logprobs = self._verdict.logprobs[: len(done.tokens)]
             self._logprobs += logprobs
             await self._outbox.send(Delta(text, done.tokens, source, logprobs), self._flow)
-        await self._drafting.stands(self._flow, self._held, protocol.position)
+        if self._drafting.owes(protocol.position):
+            await self._drafting.stands(self._flow, self._held, protocol.position)
         self._clock.last_token = anyio.current_time()
         protocol.committed()
 

@@ -33,14 +33,20 @@ class Pairs:
             text = [token for token in (self._before, self._newest, *before) if token is not None]
             self._following.update(zip(pairwise(text), text[2:], strict=False))
             self._before, self._newest, self._expected = text[-2] if len(text) > 1 else None, text[-1], None
+            self.num_tokens += len(before)
         for token in looked_at:
-            self.run = self.run + 1 if token == self._expected else 0
-            if self._newest is not None:
-                if self._before is not None:
-                    self._following[self._before, self._newest] = token
-                self._expected = self._following.get((self._newest, token))
-            self._before, self._newest = self._newest, token
-        self.num_tokens += len(tokens)
+            self.add(token)
+
+    def add(self, token: int) -> None:
+        """This one follows."""
+        before, newest = self._before, self._newest
+        self.run = self.run + 1 if token == self._expected else 0
+        if newest is not None:
+            if before is not None:
+                self._following[before, newest] = token
+            self._expected = self._following.get((newest, token))
+        self._before, self._newest = newest, token
+        self.num_tokens += 1
 
     def has(self, pair: tuple[int, ...]) -> bool:
         """Whether two tokens have stood side by side, and something came after them."""
