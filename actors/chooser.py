@@ -30,6 +30,7 @@ from .experience import (
     Belief,
     Experience,
     Surprise,
+    Times,
     beliefs_by_run,
     run_class,
 )
@@ -78,22 +79,23 @@ class Plan:
 
 
 class Chooser:
-    """For one sequence. The order of a round: nothing more if it `rests`; else `best` of what was looked up if it `looks`, `head_limit`,
+    """For one sequence, whose tokens are drawn or the likeliest ones. The order of a round: nothing more if it `rests`; else `best` of what was looked up if it `looks`, `head_limit`,
     `best` again, and `came`."""
 
-    def __init__(self, experience: Experience, has_look_ups: bool = True, has_head: bool = True) -> None:
-        self._experience, self._has_head = experience, has_head
+    def __init__(self, experience: Experience, has_look_ups: bool = True, has_head: bool = True, is_drawn: bool = False) -> None:
+        self._experience, self._has_head, self._is_drawn = experience, has_head, is_drawn
+        self._of_head = experience.head[is_drawn]
         self._beliefs: dict[tuple[str, int, int], Belief] = {}
         self._surprises: dict[str, Surprise] = {}  # of each drafter, of late
         self._first_guesses = [Belief() for _ in range(64)]  # of the head, by position, however sure it was
         self._num_other_rows = self._num_others = experience.num_others  # of late, in a batch
         self._is_company_known = False
-        self._pause = round(experience.pause)
+        self._pause = round(self._of_head.pause)
         # The round this is, the one until which the head need not be thought of, and those from which look-ups are asked and it must be.
         self._round = 0
         self._wake_at: float = 0 if has_head else math.inf
         self._look_at = [0 if has_look_ups else math.inf] * NUM_RUN_CLASSES
-        self._head_at: float = max(FIRST_PAUSE, self._pause - experience.num_unasked) if has_head else math.inf
+        self._head_at: float = max(FIRST_PAUSE, self._pause - self._of_head.num_unasked) if has_head else math.inf
         self._is_looking = self._is_asking = self._is_probing = self._is_promising = False  # the last three of the head
         # The round in which it was, last, and its tokens then, if it had been in the one before, too; the round at which a trial is over.
         self._asked_at, self._num_steady, self._tried_until = -2, 0, 0
@@ -120,32 +122,34 @@ class Chooser:
         return 1 + round(self._num_others)
 
     @property
+    def _times(self) -> Times:
+        return self._experience.times[self._has_company, self._is_drawn]
+
+    @property
     def drafting(self) -> Costs:
         """Of so many tokens of the head, in such company as there is."""
-        return self._experience.drafting[self._has_company]
+        return self._times.drafting
 
     @property
     def overhead(self) -> Costs:
         """Of a round, besides drafting and verifying."""
-        return self._experience.overhead[self._has_company]
+        return self._times.overhead
 
     @property
     def _resting(self) -> float:
         """Seconds of a round in which nobody is asked."""
-        e, i = self._experience, self._has_company
-        return e.resting[i](1) or e.after[i](1) or self._seconds_together(0, 0)
+        return self._times.resting(1) or self._times.after(1) or self._seconds_together(0, 0)
 
     @property
     def _aftermath(self) -> float:
         """Seconds that rounds take more, together, because there was one with questions before: it has filled the caches with other things
         (figures in kernels/EXPERIMENTS.md)."""
-        e, i = self._experience, self._has_company
-        return AFTER * max(0.0, e.after[i](1) - e.resting[i](1)) if e.resting[i](1) else 0.0
+        after, resting = self._times.after(1), self._times.resting(1)
+        return AFTER * max(0.0, after - resting) if resting else 0.0
 
     @property
     def _last_pause(self) -> int:
-        e = self._experience
-        asking = (e.waking[self._has_company](1) or self.drafting(1)) + self._aftermath
+        asking = (self._times.waking(1) or self.drafting(1)) + self._aftermath
         return max(LAST_PAUSE, round(asking / (ASKING_SHARE * max(self._resting, 1e-9))))
 
     def _rate(self, expected: float, seconds: float) -> float:
@@ -153,13 +157,13 @@ class Chooser:
 
     def _steady(self, num_tokens: int) -> float:
         """Seconds of a round in which the head drafts so many tokens, one of many such rounds."""
-        steady = self._experience.steady[self._has_company](num_tokens)
+        steady = self._times.steady(num_tokens)
         return steady * self._resting if steady else self._seconds_together(num_tokens, num_tokens)
 
     def _least(self, num_tokens: int) -> float:
         """As few as they may be."""
-        e, i = self._experience, self._has_company
-        return e.least[i][num_tokens] * self._resting if num_tokens in e.least[i] else TRIAL_SHARE * self._steady(num_tokens)
+        least = self._times.least.get(num_tokens)
+        return least * self._resting if least is not None else TRIAL_SHARE * self._steady(num_tokens)
 
     def _seconds_together(self, num_drafts: int, num_head: int) -> float:
         """As `_seconds`, of a round in which all sequences do the same. The head drafts for all of them at once, and what that takes they
@@ -236,20 +240,19 @@ class Chooser:
         if self._is_looking or self._round >= self._wake_at:
             return False
         self._round += 1
-        self._experience.num_unasked += 1
+        self._of_head.num_unasked += 1
         return True
 
     def spent(self, num_rests: int, seconds: float, work: float = 0.0) -> None:
         """A round of rest took so long, the `num_rests`th in a row, or with 0 one with questions, besides `work`, its drafting and
         verifying. What is much longer than a verify was a wait for a reader."""
-        e, i = self._experience, self._has_company
-        costs = e.overhead if num_rests == 0 else e.after if num_rests <= AFTER else e.resting
-        verify = e.verify(1 + round(self._num_other_rows))
+        times, verify = self._times, self._experience.verify(1 + round(self._num_other_rows))
+        costs = times.overhead if num_rests == 0 else times.after if num_rests <= AFTER else times.resting
         seconds = min(seconds, verify * (2 if num_rests else 1)) if verify else seconds
-        costs[i].saw(1, seconds)
+        costs.saw(1, seconds)
         if num_rests == 0 and (size := self._num_steady) and self._resting:
-            e.steady[i].saw(size, (work + seconds) / self._resting)
-            e.least[i][size] = min(e.least[i].get(size, math.inf), e.steady[i](size))
+            times.steady.saw(size, (work + seconds) / self._resting)
+            times.least[size] = min(times.least.get(size, math.inf), times.steady(size))
 
     def rested(self, num_other_rows: int, num_others: int) -> None:
         """Beside so many rows of so many others."""
@@ -272,7 +275,7 @@ class Chooser:
         is_steady, self._asked_at = self._round == self._asked_at + 1, self._round
         self._num_steady = num_tokens if is_steady and not self._is_looking else 0
         if not is_steady:
-            self._experience.waking[self._has_company].saw(num_tokens, seconds)
+            self._times.waking.saw(num_tokens, seconds)
         if is_steady or seconds < self.drafting(num_tokens):  # an accident is not believed until the head is asked twice in a row
             self.drafting.saw(num_tokens, seconds)
 
@@ -301,7 +304,7 @@ class Chooser:
         self._tried_until = self._round + TRIAL_ROUNDS
         last = self._last_pause
         self._pause = max(last, min(HOPELESS * last, round(lost / (ASKING_SHARE * max(self._resting, 1e-9)))))
-        self._experience.pause = float(self._pause)
+        self._of_head.pause = float(self._pause)
 
     def _best_limit(self, least: float, limit: int, seconds: Callable[[int], float]) -> tuple[int, float]:
         """The number of tokens that promises most, if more than `least` tokens per second, and how likely another must be; rounds take so
@@ -324,12 +327,12 @@ class Chooser:
 
     def _first_guess(self, i: int) -> float:
         """How likely the head's token at a place in its draft is right, once those before it are."""
-        return self._first_guesses[i].share(self._experience.first_guesses[i].share(0.6))
+        return self._first_guesses[i].share(self._of_head.first_guesses[i].share(0.6))
 
     def _guessed(self, i: int, is_right: bool) -> None:
         """Whether it was."""
         self._first_guesses[i].saw(is_right, SHORT_MEMORY)
-        self._experience.first_guesses[i].saw(is_right, 8 * MEMORY)
+        self._of_head.first_guesses[i].saw(is_right, 8 * MEMORY)
 
     def _must_probe(self, without: float, ceiling: float) -> bool:
         is_due = self._round >= self._head_at
@@ -360,7 +363,7 @@ class Chooser:
         """A round brought `tokens`; `drafts` had been made for it, and the best of them was verified in a batch of `num_rows` of so many
         sequences."""
         self._round += 1
-        self._experience.num_unasked += 1
+        self._of_head.num_unasked += 1
         if num_rows:
             self.rested(max(0, num_rows - len(plan.tokens) - 1), num_sequences - 1)  # of a plan that is no sense not all was verified
             self._experience.verify.saw(num_rows, seconds)
@@ -379,10 +382,10 @@ class Chooser:
                 pass  # it has said when to ask again
             elif (self._is_probing or is_silent) and not self._is_promising:
                 self._pause = max(self._pause, min(2 * self._pause, self._last_pause))
-                self._experience.pause = max(self._experience.pause, min(LONGER * self._experience.pause, self._last_pause))
+                self._of_head.pause = max(self._of_head.pause, min(LONGER * self._of_head.pause, self._last_pause))
             elif not self._is_probing:
-                self._experience.pause = max(self._experience.pause / LONGER, FIRST_PAUSE)
-            self._experience.num_unasked, self._head_at = 0, self._round + self._pause
+                self._of_head.pause = max(self._of_head.pause / LONGER, FIRST_PAUSE)
+            self._of_head.num_unasked, self._head_at = 0, self._round + self._pause
         is_idle = not self._is_promising and not self._is_trial and (self._is_probing or is_silent or not self._is_asking)
         self._wake_at = self._head_at if is_idle or not self._has_head else 0
 

@@ -73,7 +73,8 @@ class Drafting:
         # How tokens that the head catches up on were chosen; acceptance that is made up says nothing of the head.
         self._marked = None if params.synth_rates or params.choose == "first" else Choosing(sampling)
         self._is_first_best = params.choose == "first"
-        self._chooser = Chooser(experience, has_look_ups=bool(mailboxes.keys() - {HEAD}), has_head=HEAD in mailboxes)
+        has_look_ups, is_drawn = bool(mailboxes.keys() - {HEAD}), sampling.temperature > 0
+        self._chooser = Chooser(experience, has_look_ups, HEAD in mailboxes, is_drawn)
         self._is_resting = False
         # Those who find nothing where the newest two tokens have not stood before, the others who look up, and what has stood.
         self._matching = [name for name in mailboxes if params.num_matched(name) > 1]

@@ -62,23 +62,39 @@ def beliefs_by_run() -> list[Belief]:
     return [Belief() for _ in range(NUM_RUN_CLASSES)]
 
 
+class Times:
+    """What things take in seconds, by size: drafting so many tokens, round after round and after a rest; all else in a round with
+    questions; a whole round in which nobody is asked, soon after another one and later. In such rounds: a whole one in which the head
+    drafts so many tokens as it did in the one before, and the least that this has been. Now and then it takes half as much again:
+    nothing it needs is in the caches."""
+
+    def __init__(self) -> None:
+        self.drafting, self.waking = Costs(), Costs()
+        # What goes by without a choice is tried often enough: hope would make rest look better than what it is compared with.
+        self.overhead, self.after, self.resting = (Costs(hope=0.0) for _ in range(3))
+        self.steady, self.least = Costs(hope=0.0, newest=0.25), dict[int, float]()
+
+
+class OfHead:
+    """How often its guesses were right, by their place in a draft; rounds between two questions while it is not worth it, and rounds since
+    the last one."""
+
+    def __init__(self) -> None:
+        self.first_guesses = [Belief() for _ in range(64)]
+        self.pause, self.num_unasked = float(FIRST_PAUSE), 0
+
+
 class Experience:
-    """What all sequences of an engine have seen: what verifying and looking up take; alone and in company, where one waits for others,
-    what drafting takes, round after round and after a rest, all else in a round, and a whole round in which nobody is asked, soon
-    after another one and later; how often drafters were right, what looking up brought, and how seldom the head was asked at last."""
+    """What all sequences of an engine have seen: what verifying and looking up take; `times` in company, where one waits for others, or
+    alone, and where each token is drawn or not; how often drafters were right, also the head where tokens are drawn or not, and what
+    looking up brought."""
 
     def __init__(self) -> None:
         self.verify, self.looking = Costs(), Costs()
-        self.drafting, self.waking = ((Costs(), Costs()) for _ in range(2))
-        # What goes by without a choice is tried often enough: hope would make rest look better than what it is compared with.
-        self.overhead, self.after, self.resting = ((Costs(hope=0.0), Costs(hope=0.0)) for _ in range(3))
-        # What a round takes, all in all, in which the head drafts so many tokens as it did in the one before, in rounds of rest; and the
-        # least that this has been, by number of tokens. Now and then it takes half as much again: nothing it needs is in the caches.
-        self.steady, self.least = tuple(Costs(hope=0.0, newest=0.25) for _ in range(2)), (dict[int, float](), dict[int, float]())
+        self.times = {(has_company, is_drawn): Times() for has_company in (False, True) for is_drawn in (False, True)}
         self.num_others = 0.0  # beside one sequence in a batch, as somebody has seen last
         self.beliefs: dict[tuple[str, int, int], Belief] = {}
-        self.first_guesses = [Belief() for _ in range(64)]
+        self.head = {is_drawn: OfHead() for is_drawn in (False, True)}
         # Of whole sequences, for long repetitions bring many tokens and say nothing of other texts: what a question to look-ups saved, and
         # how far drafters could be trusted.
         self.found, self.trust = beliefs_by_run(), dict[str, Belief]()
-        self.pause, self.num_unasked = float(FIRST_PAUSE), 0  # between two questions to a head that is not worth it; rounds since the last

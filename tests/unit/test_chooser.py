@@ -306,4 +306,4 @@ def test_a_new_sequence_knows_what_company_there_is() -> None:
     for _ in range(20):
         Chooser(experience).rested(15, 15)
     costs = Chooser(experience).overhead
-    assert costs is experience.overhead[True]
+    assert costs is experience.times[True, False].overhead
