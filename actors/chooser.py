@@ -79,8 +79,8 @@ class Plan:
 
 
 class Chooser:
-    """For one sequence, whose tokens are drawn or the likeliest ones. The order of a round: nothing more if it `rests`; else `best` of what was looked up if it `looks`, `head_limit`,
-    `best` again, and `came`."""
+    """For one sequence, whose tokens are drawn or the likeliest ones. The order of a round: nothing more if it `rests`; else `best` of what
+    was looked up if it `looks`, `head_limit`, `best` again, and `came`."""
 
     def __init__(self, experience: Experience, has_look_ups: bool = True, has_head: bool = True, is_drawn: bool = False) -> None:
         self._experience, self._has_head, self._is_drawn = experience, has_head, is_drawn

@@ -176,9 +176,7 @@ class CpuHead(HeadBase):
 
     def draft(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> list[Drafted]:
         """All tokens without Python between them, but where it changes logits, or angles are not those of positions."""
-        if any(
-            rows.memory.given is not None or each.choosing.needs_host or not each.limit for rows, each in zip(batch, wanted, strict=True)
-        ):
+        if any(rows.memory.given is not None for rows in batch) or any(each.choosing.needs_host or not each.limit for each in wanted):
             return super().draft(batch, wanted)
         program, before, out = self._guess
         num_further = max(each.limit for each in wanted) - 1
@@ -186,11 +184,8 @@ class CpuHead(HeadBase):
             self._spans.mtp(rows.memory, rows.position, len(rows.tokens), num_further=each.limit - 1)
             for rows, each in zip(batch, wanted, strict=True)
         ]
-        hidden, hows = (
-            self.hidden_of(batch),
-            [WantedStruct(sampling_struct(each.choosing.sampling), each.floor, each.least, each.limit) for each in wanted],
-        )
-        angles = self._rotary.angles(batch, num_further)
+        hows = [WantedStruct(sampling_struct(each.choosing.sampling), each.floor, each.least, each.limit) for each in wanted]
+        hidden, angles = self.hidden_of(batch), self._rotary.angles(batch, num_further)
         found = program.draft(len(hidden), (before, hidden), inputs_of(batch), angles, spans, out, self._logits, hows)
         return [each.cut(*drafted) for each, drafted in zip(wanted, found, strict=True)]
 
