@@ -361,12 +361,14 @@ class Chooser:
         self, tokens: Sequence[int], drafts: Sequence[Draft], plan: Plan, num_rows: int, seconds: float, num_sequences: int = 1
     ) -> None:
         """A round brought `tokens`; `drafts` had been made for it, and the best of them was verified in a batch of `num_rows` of so many
-        sequences."""
+        sequences, in `seconds`; 0, if what that took says nothing."""
         self._round += 1
         self._of_head.num_unasked += 1
         if num_rows:
             self.rested(max(0, num_rows - len(plan.tokens) - 1), num_sequences - 1)  # of a plan that is no sense not all was verified
             self._experience.verify.saw(num_rows, seconds)
+        if not seconds:
+            self._num_steady = 0  # nor does what the round took
         if self._is_looking:
             saved = float(_num_looked_up(plan, tokens))
             if saved and self._resting:
