@@ -142,18 +142,11 @@ typedef struct {
 } Draw;
 
 static void begin(Draw *draw, int number) {
-    enum { WIDE = 16 };
     const float *logits = draw->logits + number * draw->size;
     const Sampling *s = draw->sampling + number;
     Row *row = draw->rows + number;
-    float lanes[WIDE], most;
-    int64_t n = draw->size, i = 0, best_at = 0;
-    for (int j = 0; j < WIDE; j++) lanes[j] = logits[0];
-    for (; i + WIDE <= n; i += WIDE)
-        for (int j = 0; j < WIDE; j++) lanes[j] = logits[i + j] > lanes[j] ? logits[i + j] : lanes[j];
-    for (; i < n; i++) lanes[0] = logits[i] > lanes[0] ? logits[i] : lanes[0];
-    most = lanes[0];
-    for (int j = 1; j < WIDE; j++) most = lanes[j] > most ? lanes[j] : most;
+    float most = highest(logits, draw->size);
+    int64_t n = draw->size, best_at = 0;
     while (best_at < n - 1 && logits[best_at] != most) best_at++;
     *row = (Row){.floor = {-INFINITY, -INFINITY, n}, .most = most, .best = {0, best_at}};
     if (s->temperature == 0) return;

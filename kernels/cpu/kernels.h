@@ -481,15 +481,9 @@ static void delta_row(float *panel, const DeltaRows *x, int t, const float *next
 /* softmax(logits)[of] */
 static float share(const float *logits, int64_t n, int64_t of) {
     enum { WIDE = 16 };
-    float lanes[WIDE], sums[WIDE] = {0}, most, sum = 0;
+    float sums[WIDE] = {0}, most = highest(logits, n), sum = 0;
     int64_t i = 0;
-    for (int j = 0; j < WIDE; j++) lanes[j] = logits[0];
     for (; i + WIDE <= n; i += WIDE)
-        for (int j = 0; j < WIDE; j++) lanes[j] = logits[i + j] > lanes[j] ? logits[i + j] : lanes[j];
-    for (; i < n; i++) lanes[0] = logits[i] > lanes[0] ? logits[i] : lanes[0];
-    most = lanes[0];
-    for (int j = 1; j < WIDE; j++) most = lanes[j] > most ? lanes[j] : most;
-    for (i = 0; i + WIDE <= n; i += WIDE)
         for (int j = 0; j < WIDE; j++) sums[j] += exponential(logits[i + j] - most);
     for (; i < n; i++) sums[0] += exponential(logits[i] - most);
     for (int j = 0; j < WIDE; j++) sum += sums[j];

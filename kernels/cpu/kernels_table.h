@@ -42,6 +42,19 @@ static inline int64_t tile_bytes(int format, int64_t inputs) {
     }
 }
 
+static inline float highest(const float *x, int64_t n) {
+    enum { WIDE = 16 };
+    float lanes[WIDE], most;
+    int64_t i = 0;
+    for (int j = 0; j < WIDE; j++) lanes[j] = x[0];
+    for (; i + WIDE <= n; i += WIDE)
+        for (int j = 0; j < WIDE; j++) lanes[j] = x[i + j] > lanes[j] ? x[i + j] : lanes[j];
+    for (; i < n; i++) lanes[0] = x[i] > lanes[0] ? x[i] : lanes[0];
+    most = lanes[0];
+    for (int j = 1; j < WIDE; j++) most = lanes[j] > most ? lanes[j] : most;
+    return most;
+}
+
 /* An IEEE 754 half, at any address. */
 static inline float half(const void *p) {
     uint16_t bits;
