@@ -13,6 +13,8 @@ enum { F32, F16, BF16, Q8_0, Q4_0, Q4_K, Q5_K, Q6_K, NUM_FORMATS };
 /* Outputs of one tile of a repacked matrix, and of one unit of work. */
 #define TILE 16
 #define UNIT 32
+/* Columns of a delta net's state that are worked on together. */
+#define PANEL 32
 /* Positions of one page of keys and values, as kernels/model/pages.py has it. */
 #define PAGE 64
 

@@ -98,20 +98,18 @@ ALWAYS void float_tiles(int format, const Matrix *m, int tile, int tiles, const 
         for (int r = 0; r < rows; r++) put_tile(sum[t][r], m, tile + t, out + (row + r) * stride, adds);
 }
 
-/* As many rows at once as registers have room for. */
+/* As many rows at once as registers have room for, and two tiles where they have: one alone waits for its own chains. */
 ALWAYS void float_product(int format, const Matrix *m, int first, int last, const Activations *a, int rows, float *out, int64_t stride, int adds) {
-    int tile = first / TILE, end = (last + TILE - 1) / TILE, most = format == BF16 ? 5 : 6;
-#define TILES(T, R) float_tiles(format, m, tile, T, a, row, R, out, stride, adds)
-    for (; tile < end; tile += 2) {
+    int end = (last + TILE - 1) / TILE, most = format == BF16 ? 5 : 6;
+#define TILES(R) (R <= PAIR_ROWS && is_pair ? float_tiles(format, m, tile, 2, a, row, R, out, stride, adds) : \
+                  (float_tiles(format, m, tile, 1, a, row, R, out, stride, adds), \
+                   is_pair ? float_tiles(format, m, tile + 1, 1, a, row, R, out, stride, adds) : (void)0))
+    for (int tile = first / TILE; tile < end; tile += 2) {
         int is_pair = tile + 2 <= end;
         for (int row = 0, now; row < rows; row += now) {
             int left = rows - row;
             now = left <= most ? left : left == 8 ? 4 : most;
-            if (now == 1) is_pair ? TILES(2, 1) : TILES(1, 1);
-            else if (now == 2) is_pair ? TILES(2, 2) : TILES(1, 2);
-            else
-                for (int rest = is_pair; rest >= 0; rest--, tile++) now == 3 ? TILES(1, 3) : now == 4 ? TILES(1, 4) : now == 5 ? TILES(1, 5) : TILES(1, 6);
-            if (now > 2) tile -= is_pair + 1;
+            now == 1 ? TILES(1) : now == 2 ? TILES(2) : now == 3 ? TILES(3) : now == 4 ? TILES(4) : now == 5 ? TILES(5) : TILES(6);
         }
     }
 #undef TILES
@@ -381,20 +379,22 @@ ALWAYS void scores_of(const float *q, const float *keys, int dim, float *scores)
         for (int p = 0; p < 8; p++) scores[p] += q[i] * keys[p * dim + i];
 }
 
-ALWAYS void values_of(const float *scores, int64_t stride, int queries, const Span *s, const float *values, int64_t page_size, int seen, int dim,
-                      int at, float *out) {
-    VF sum[4][16 / LANES];
-    for (int g = 0; g < queries; g++)
-        for (int i = 0; i < 16 / LANES; i++) sum[g][i] = vf_set(0);
-    for (int p = 0; p < seen; p++) {
-        const float *v = values + s->table[p / PAGE] * page_size + (int64_t)(p % PAGE) * dim + at;
-        for (int i = 0; i < 16 / LANES; i++) {
-            VF value = vf_load(v + i * LANES);
-            for (int g = 0; g < queries; g++) sum[g][i] = vf_fma(value, vf_set(scores[g * stride + p]), sum[g][i]);
-        }
+/* Adds a page's values, `count` of them, by the scores of up to 4 queries, from column `at` on: so many vectors of columns at once as long as
+ * there are so many. Returns the first column that is left. One position after another: it is the same sum however many columns there are. */
+ALWAYS int values_of(const float *scores, int64_t stride, int queries, int vectors, const float *values, int count, int dim, int at, float *out) {
+    VF sum[4][8];
+    for (; at + vectors * LANES <= dim; at += vectors * LANES) {
+        for (int g = 0; g < queries; g++)
+            for (int i = 0; i < vectors; i++) sum[g][i] = vf_load(out + g * dim + at + i * LANES);
+        for (int p = 0; p < count; p++)
+            for (int i = 0; i < vectors; i++) {
+                VF value = vf_load(values + (int64_t)p * dim + at + i * LANES);
+                for (int g = 0; g < queries; g++) sum[g][i] = vf_fma(value, vf_set(scores[g * stride + p]), sum[g][i]);
+            }
+        for (int g = 0; g < queries; g++)
+            for (int i = 0; i < vectors; i++) vf_store(out + g * dim + at + i * LANES, sum[g][i]);
     }
-    for (int g = 0; g < queries; g++)
-        for (int i = 0; i < 16 / LANES; i++) vf_store(out + g * dim + at + i * LANES, sum[g][i]);
+    return at;
 }
 
 /* All query heads of one key-value head, one row: q [group, D] scaled, out [group, D]; scores holds `seen` floats, rounded up to 8, for each of them. */
@@ -406,8 +406,7 @@ static void attend(const float *q, int group, const Span *s, const float *keys, 
         for (int g = 0; g < group; g++) scores_of(q + g * dim, key, dim, scores + g * stride + p);
     }
     for (int g = 0; g < group; g++) {
-        float *row = scores + g * stride, most = row[0], lanes[16] = {0}, total = 0;
-        for (int p = 1; p < seen; p++) most = row[p] > most ? row[p] : most;
+        float *row = scores + g * stride, most = highest(row, seen), lanes[16] = {0}, total = 0;
         for (int p = 0; p < seen; p++) row[p] = exponential(row[p] - most);
         int p = 0;
         for (; p + 16 <= seen; p += 16)
@@ -416,22 +415,26 @@ static void attend(const float *q, int group, const Span *s, const float *keys, 
         for (int i = 0; i < 16; i++) total += lanes[i];
         for (p = 0; p < seen; p++) row[p] /= total;
     }
-    for (int g = 0; g < group; g += 4) {
-        int count = group - g < 4 ? group - g : 4, at = 0;
-        const float *from = scores + g * stride;
-        for (; at + 16 <= dim; at += 16) switch (count) {
-            case 1: values_of(from, stride, 1, s, values, page_size, seen, dim, at, out + g * dim); break;
-            case 2: values_of(from, stride, 2, s, values, page_size, seen, dim, at, out + g * dim); break;
-            case 3: values_of(from, stride, 3, s, values, page_size, seen, dim, at, out + g * dim); break;
-            default: values_of(from, stride, 4, s, values, page_size, seen, dim, at, out + g * dim);
+    memset(out, 0, sizeof(float) * (size_t)group * dim);
+    for (int first = 0; first < seen; first += PAGE) {
+        const float *page = values + s->table[first / PAGE] * page_size;
+        int here = seen - first < PAGE ? seen - first : PAGE;
+        for (int g = 0; g < group; g += 4) {
+            int count = group - g < 4 ? group - g : 4, at = 0;
+            const float *from = scores + g * stride + first;
+            float *to = out + g * dim;
+#define VALUES(Q, V) at = values_of(from, stride, Q, V, page, here, dim, at, to)
+            switch (count) {
+            case 1: VALUES(1, SUMS < 8 ? SUMS : 8), VALUES(1, 1); break;
+            case 2: VALUES(2, SUMS / 2), VALUES(2, 1); break;
+            case 3: VALUES(3, SUMS / 4), VALUES(3, 1); break;
+            default: VALUES(4, SUMS / 4), VALUES(4, 1);
             }
-        for (; at < dim; at++)
-            for (int i = 0; i < count; i++) {
-                float sum = 0;
-                for (int p = 0; p < seen; p++)
-                    sum += values[s->table[p / PAGE] * page_size + (int64_t)(p % PAGE) * dim + at] * from[i * stride + p];
-                out[(g + i) * dim + at] = sum;
-            }
+#undef VALUES
+            for (; at < dim; at++)
+                for (int i = 0; i < count; i++)
+                    for (int p = 0; p < here; p++) to[i * dim + at] += page[(int64_t)p * dim + at] * from[i * stride + p];
+        }
     }
 }
 
@@ -448,32 +451,32 @@ static void normalise(float *x, int n, float scale) {
     for (int i = 0; i < n; i++) x[i] = x[i] * by * scale;
 }
 
-/* The gated delta rule (arXiv:2412.06464) over rows, on 16 columns of one head's state:
+/* The gated delta rule (arXiv:2412.06464) over rows, on PANEL columns of one head's state:
  *     S = decay S;  S += k (x) beta (v - k S);  out = q S
- * `panel` is [dk, 16]. One pass a row: while row t is written and its output [16] made, what row t + 1 reads [16] is summed up. */
+ * `panel` is [dk, PANEL]. One pass a row: while row t is written and its output [PANEL] made, what row t + 1 reads [PANEL] is summed up. */
 static void delta_read(const float *panel, const float *k, int dk, float *read) {
-    VF sum[16 / LANES];
-    for (int i = 0; i < 16 / LANES; i++) sum[i] = vf_set(0);
+    VF sum[PANEL / LANES];
+    for (int i = 0; i < PANEL / LANES; i++) sum[i] = vf_set(0);
     for (int j = 0; j < dk; j++)
-        for (int i = 0; i < 16 / LANES; i++) sum[i] = vf_fma(vf_load(panel + j * 16 + i * LANES), vf_set(k[j]), sum[i]);
-    for (int i = 0; i < 16 / LANES; i++) vf_store(read + i * LANES, sum[i]);
+        for (int i = 0; i < PANEL / LANES; i++) sum[i] = vf_fma(vf_load(panel + j * PANEL + i * LANES), vf_set(k[j]), sum[i]);
+    for (int i = 0; i < PANEL / LANES; i++) vf_store(read + i * LANES, sum[i]);
 }
 
 static void delta_row(float *panel, const DeltaRows *x, int t, const float *next_k, float *read, float *out) {
     const float *k = x->k + (int64_t)t * x->dk, *q = x->q + (int64_t)t * x->dk, *v = x->v + t * x->v_stride;
-    VF decay = vf_set(x->decay[t]), write[16 / LANES], sum[16 / LANES], next[16 / LANES];
-    float w[16];
-    for (int i = 0; i < 16; i++) w[i] = x->beta[t] * (v[i] - x->decay[t] * read[i]);
-    for (int i = 0; i < 16 / LANES; i++) write[i] = vf_load(w + i * LANES), sum[i] = next[i] = vf_set(0);
+    VF decay = vf_set(x->decay[t]), write[PANEL / LANES], sum[PANEL / LANES], next[PANEL / LANES];
+    float w[PANEL];
+    for (int i = 0; i < PANEL; i++) w[i] = x->beta[t] * (v[i] - x->decay[t] * read[i]);
+    for (int i = 0; i < PANEL / LANES; i++) write[i] = vf_load(w + i * LANES), sum[i] = next[i] = vf_set(0);
     for (int j = 0; j < x->dk; j++)
-        for (int i = 0; i < 16 / LANES; i++) {
-            float *at = panel + j * 16 + i * LANES;
+        for (int i = 0; i < PANEL / LANES; i++) {
+            float *at = panel + j * PANEL + i * LANES;
             VF s = vf_fma(vf_set(k[j]), write[i], vf_mul(decay, vf_load(at)));
             vf_store(at, s);
             sum[i] = vf_fma(s, vf_set(q[j]), sum[i]);
             next[i] = vf_fma(s, vf_set(next_k[j]), next[i]);
         }
-    for (int i = 0; i < 16 / LANES; i++) vf_store(out + i * LANES, sum[i]), vf_store(read + i * LANES, next[i]);
+    for (int i = 0; i < PANEL / LANES; i++) vf_store(out + i * LANES, sum[i]), vf_store(read + i * LANES, next[i]);
 }
 
 /* ---- likelihood ---- */

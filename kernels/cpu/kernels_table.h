@@ -6,7 +6,7 @@
 #include <math.h>
 #include <string.h>
 
-/* Rows of the gated delta rule for one head: q, k [rows, dk]; v [rows, v_stride], of which 16 columns count. */
+/* Rows of the gated delta rule for one head: q, k [rows, dk]; v [rows, v_stride], of which PANEL columns count. */
 typedef struct {
     const float *q, *k, *v, *decay, *beta;
     int dk;

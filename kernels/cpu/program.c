@@ -78,8 +78,8 @@ static int64_t scratch_floats(const Call *call) {
         rows = most(rows, call->spans[i].num_rows + call->spans[i].num_kept);
         seen = most(seen, call->spans[i].position + call->spans[i].num_rows);
     }
-    int64_t values = (s->value_dim + 15) / 16 * 16;
-    int64_t delta = rows * (2 * s->key_dim + values + 2) + 16 * (int64_t)s->key_dim + 64 + s->value_dim;
+    int64_t values = (s->value_dim + PANEL - 1) / PANEL * PANEL;
+    int64_t delta = rows * (2 * s->key_dim + values + 2) + PANEL * (int64_t)(s->key_dim + 2) + s->value_dim;
     return most(delta, group * (seen + 8 + 2 * s->head_dim)) + 64;
 }
 
@@ -249,8 +249,8 @@ static const float *column(const Run *run, const Op *op, const Span *s, int firs
 }
 
 static void copy_rows(float *to, int64_t to_stride, const float *from, int64_t from_stride, int rows, int count) {
-    if (count == 16) /* a size that is known is copied in a few instructions */
-        for (int i = 0; i < rows; i++) memcpy(to + i * to_stride, from + i * from_stride, 64);
+    if (count == PANEL) /* a size that is known is copied in a few instructions */
+        for (int i = 0; i < rows; i++) memcpy(to + i * to_stride, from + i * from_stride, sizeof(float) * PANEL);
     else
         for (int i = 0; i < rows; i++) memcpy(to + i * to_stride, from + i * from_stride, sizeof(float) * (size_t)count);
 }
@@ -259,12 +259,12 @@ static void delta(Run *run, const Op *op, int span, int head, float *scratch) {
     const Sizes *z = run->call->sizes;
     const Span *s = run->call->spans + span;
     int replayed = s->store == LOG ? s->num_kept : 0, rows = replayed + s->num_rows, first_row = run->first_row[span];
-    int dk = z->key_dim, dv = z->value_dim, padded_dv = (dv + 15) / 16 * 16, heads = z->value_heads, width = z->conv_width;
+    int dk = z->key_dim, dv = z->value_dim, padded_dv = (dv + PANEL - 1) / PANEL * PANEL, heads = z->value_heads, width = z->conv_width;
     if (!rows) return;
     int key_head = z->is_tiled ? head % z->key_heads : head / (heads / z->key_heads), keys = z->key_heads * dk;
     int channels = 2 * keys + heads * dv;
     float *q = scratch, *k = q + (int64_t)rows * dk, *v = k + (int64_t)rows * dk, *decay = v + (int64_t)rows * padded_dv, *beta = decay + rows;
-    float *panel = beta + rows, *read = panel + 16 * dk, *out = read + 16;
+    float *panel = beta + rows, *read = panel + PANEL * dk, *out = read + PANEL;
     int64_t head_size = (int64_t)dk * dv, layer_size = heads * head_size, slot_size = z->num_delta * layer_size;
     float *state = s->states + op->layer * layer_size + head * head_size;
     float *base = s->store == RING ? state + s->position % s->num_slots * slot_size : state;
@@ -290,10 +290,10 @@ static void delta(Run *run, const Op *op, int span, int head, float *scratch) {
         beta[t] = 1.0f / (1.0f + expf(-b));
     }
     float *outputs = run->buffers[op->out[0]];
-    for (int at = 0; at < dv; at += 16) {
-        int count = dv - at < 16 ? dv - at : 16;
-        if (count < 16) memset(panel, 0, sizeof(float) * 16 * (size_t)dk);
-        copy_rows(panel, 16, base + at, dv, dk, count);
+    for (int at = 0; at < dv; at += PANEL) {
+        int count = dv - at < PANEL ? dv - at : PANEL;
+        if (count < PANEL) memset(panel, 0, sizeof(float) * PANEL * (size_t)dk);
+        copy_rows(panel, PANEL, base + at, dv, dk, count);
         DeltaRows x = {q, k, v + at, decay, beta, dk, padded_dv};
         kernels->delta_read(panel, k, dk, read);
         for (int t = 0; t < rows; t++) {
@@ -301,7 +301,7 @@ static void delta(Run *run, const Op *op, int span, int head, float *scratch) {
             float *to = NULL; /* where the state after this row is kept */
             if (s->store == RING) to = state + (s->position + t + 1) % s->num_slots * slot_size;
             else if (t == (s->store == LOG ? replayed : rows) - 1) to = base;
-            if (to) copy_rows(to + at, dv, panel, 16, dk, count);
+            if (to) copy_rows(to + at, dv, panel, PANEL, dk, count);
             if (t >= replayed)
                 for (int i = 0; i < count; i++) outputs[((int64_t)(first_row + t - replayed) * heads + head) * dv + at + i] = out[i];
         }
@@ -347,25 +347,19 @@ static float *place(const Sizes *z, const Span *s, const Op *op, float *base, in
     return base + op->layer * s->layer_stride + s->table[position / PAGE] * page_size + ((int64_t)kv * PAGE + position % PAGE) * z->head_dim;
 }
 
-/* Normalises and rotates a row's queries [heads, query then gate] and keys, and writes its keys and values into its page. */
+/* Normalises and rotates the keys of a row, and writes its keys and values into its page. */
 static void keys(Run *run, const Op *op, int row) {
     const Sizes *z = run->call->sizes;
     const Span *s = run->call->spans + run->span_of[row];
     int dim = z->head_dim, rotary = z->rotary_dim / 2;
     int64_t position = s->position + row - run->first_row[run->span_of[row]];
-    int64_t angle = run->call->by_position ? position : row;
-    const float *cos = run->call->cos + angle * rotary, *sin = run->call->sin + angle * rotary;
-    for (int head = 0; head < z->heads; head++) {
-        float *q = run->buffers[op->in[0]] + ((int64_t)row * z->heads + head) * 2 * dim;
-        kernels->norm(q, op->weights[0], q, dim, z->eps);
-        kernels->rotate(q, cos, sin, rotary);
-    }
+    int64_t angle = (run->call->by_position ? position : row) * rotary;
     for (int kv = 0; kv < z->kv_heads; kv++) {
-        float *k = run->buffers[op->in[1]] + ((int64_t)row * z->kv_heads + kv) * dim;
-        kernels->norm(k, op->weights[1], k, dim, z->eps);
-        kernels->rotate(k, cos, sin, rotary);
+        float *k = run->buffers[op->in[0]] + ((int64_t)row * z->kv_heads + kv) * dim;
+        kernels->norm(k, op->weights[0], k, dim, z->eps);
+        kernels->rotate(k, run->call->cos + angle, run->call->sin + angle, rotary);
         memcpy(place(z, s, op, s->keys, position, kv), k, (size_t)dim * 4);
-        memcpy(place(z, s, op, s->values, position, kv), run->buffers[op->in[2]] + ((int64_t)row * z->kv_heads + kv) * dim, (size_t)dim * 4);
+        memcpy(place(z, s, op, s->values, position, kv), run->buffers[op->in[1]] + ((int64_t)row * z->kv_heads + kv) * dim, (size_t)dim * 4);
     }
 }
 
@@ -373,12 +367,16 @@ static void attend(Run *run, const Op *op, int row, int kv, float *scratch) {
     const Sizes *z = run->call->sizes;
     int span = op->is_last ? row : run->span_of[row];
     const Span *s = run->call->spans + span;
-    int dim = z->head_dim, group = z->heads / z->kv_heads;
-    int seen = (int)s->position + (op->is_last ? s->num_rows : row - run->first_row[span] + 1);
+    int dim = z->head_dim, group = z->heads / z->kv_heads, rotary = z->rotary_dim / 2;
+    int last = op->is_last ? s->num_rows - 1 : row - run->first_row[span], seen = (int)s->position + last + 1; /* keys */
+    int64_t angle = (run->call->by_position ? s->position + last : run->first_row[span] + last) * rotary;
     const float *queries = run->buffers[op->in[0]] + ((int64_t)row * z->heads + kv * group) * 2 * dim;
     float *q = scratch, *o = q + group * dim, *scores = o + group * dim, scale = 1.0f / sqrtf((float)dim);
-    for (int g = 0; g < group; g++)
-        for (int i = 0; i < dim; i++) q[g * dim + i] = queries[g * 2 * dim + i] * scale;
+    for (int g = 0; g < group; g++) {
+        kernels->norm(queries + g * 2 * dim, op->weights[0], q + g * dim, dim, z->eps);
+        kernels->rotate(q + g * dim, run->call->cos + angle, run->call->sin + angle, rotary);
+        for (int i = 0; i < dim; i++) q[g * dim + i] *= scale;
+    }
     int64_t at = op->layer * s->layer_stride + (int64_t)kv * PAGE * dim;
     kernels->attend(q, group, s, s->keys + at, s->values + at, (int64_t)z->kv_heads * PAGE * dim, seen, dim, scores, o);
     float *out = run->buffers[op->out[0]] + ((int64_t)row * z->heads + kv * group) * dim;

@@ -114,11 +114,12 @@ class Program:
         c = self.config
         q, k, v = (self.buffer(name, m.outputs) for name, m in (("q", w.q), ("k", w.k), ("v", w.v)))
         out = self.buffer("mixed", c.heads * c.head_dim)
-        self.linear(u, (w.q, q), (w.k, k), (w.v, v))
-        self.op(KEYS, [q, k, v], [], weights=[w.q_norm, w.k_norm], layer=number)
+        self.linear(u, (w.k, k), (w.v, v), *([] if is_last else [(w.q, q)]))
+        self.op(KEYS, [k, v], [], weights=[w.k_norm], layer=number)
         if is_last:
-            x, q = self.last(x, q)
-        self.op(ATTEND, [q], [out], layer=number)
+            x, u = self.last(x, u)
+            self.linear(u, (w.q, q))
+        self.op(ATTEND, [q], [out], weights=[w.q_norm], layer=number)
         self.linear(out, (w.out, x), adds=True)
         return x
 

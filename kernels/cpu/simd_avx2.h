@@ -3,6 +3,8 @@
 
 #define LANES 8
 #define PARTS 2
+#define SUMS 8 /* vectors of sums that fit into registers, beside what they are made of */
+#define PAIR_ROWS 2 /* for which the sums of two tiles fit into registers */
 typedef __m256 VF;
 typedef __m256i VI;
 typedef __m256i VS; /* a sub-block's sums: 16 bits while they fit */

@@ -3,6 +3,8 @@
 
 #define LANES 16
 #define PARTS 1
+#define SUMS 16 /* vectors of sums that fit into registers, beside what they are made of */
+#define PAIR_ROWS 6 /* for which the sums of two tiles fit into registers */
 typedef __m512 VF;
 typedef __m512i VI;
 typedef __m512i VS;

@@ -3,6 +3,8 @@
 
 #define LANES 4
 #define PARTS 4
+#define SUMS 16 /* vectors of sums that fit into registers, beside what they are made of */
+#define PAIR_ROWS 2 /* for which the sums of two tiles fit into registers */
 typedef float32x4_t VF;
 typedef int32x4_t VI;
 typedef int32x4_t VS;

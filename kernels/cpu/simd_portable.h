@@ -1,6 +1,8 @@
 /* Vectors of 8 in plain C (GCC and Clang vector types): what any machine can run. */
 #define LANES 8
 #define PARTS 2
+#define SUMS 8 /* vectors of sums that fit into registers, beside what they are made of */
+#define PAIR_ROWS 2 /* for which the sums of two tiles fit into registers */
 typedef float VF __attribute__((vector_size(32)));
 typedef int32_t VI __attribute__((vector_size(32)));
 typedef VI VS;
