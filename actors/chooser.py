@@ -5,25 +5,31 @@
 V is what verifies of so many rows have taken lately, a_i how often the drafter was right lately where it was as sure as
 now. All drafters are compared with what came, also those whose drafts were not verified: who was not listened to can
 still convince. Length 0 is a draft like any other, so speculation that does not pay turns itself off: rounds then go by
-without a thought of it. Those who look up are asked as seldom as their answers of late were worth after so long a repetition; the
-head, whose drafts cost something, now and then for one token, more seldom the longer that is for nothing, and when it says
-that it would have been right.
+without a thought of it. Those who look up are asked as seldom as their answers of late were worth after so long a repetition.
+
+The head's rounds are measured whole, beside rounds of rest just before them, for what things take alone is not what they take
+together. Once it is worth it, it is asked for a stretch of rounds without another thought. Until then it is tried for a short
+stretch, if it may be worth it in this text, and if that is out of the question asked for one token, more seldom the longer that is
+for nothing. Where it is not asked at all, it says now and then whether it would have been right.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice, takewhile
+from enum import Enum
+from itertools import takewhile
 
 from ..core.speculation import Draft, DrafterName
-from .costs import Costs
+from .costs import Costs, usual
 from .experience import (
     FIRST_PAUSE,
     MEMORY,
     NUM_RUN_CLASSES,
+    OTHERS_WORD,
     SHORT_MEMORY,
     UNSURPRISED,
     UNTRIED,
@@ -36,22 +42,34 @@ from .experience import (
 )
 
 #: By how much the head must promise more than what is there already, before it is asked.
-HEAD_MARGIN = 1.05
+HEAD_MARGIN = 1.03
 #: How sure a drafter is, in classes.
 CLASSES = (0.2, 0.4, 0.6, 0.75, 0.9, 0.97)
-#: Rounds between two questions to a head that is not worth it, at last, unless asking would then take more than a share of the time. After
-#: a right answer that is a surprise it is asked again at once, if being right would make it worth it; where nothing would, it is asked only
-#: to measure it again, so many times more seldom.
-LAST_PAUSE, ASKING_SHARE, HOPELESS = 16, 0.005, 4
+#: Rounds between two questions to a head that is not worth it, at last, unless asking would then take more than a share of the time, or
+#: trying. After a right answer that is a surprise it is asked again at once, if being right would make it worth it; where nothing would, it
+#: is asked only to measure it again, so many times more seldom.
+LAST_PAUSE, ASKING_SHARE, TRYING_SHARE, HOPELESS = 16, 0.005, 0.01, 4
 #: How much longer the pause of new sequences is for every question that was for nothing, and shorter for every other.
 LONGER = 2.0
+#: Times it is told something in between, at last, before it must say whether it would have been right.
+LAST_MARK_PAUSE = 7
 #: Rounds that go by without a question to those who look up, at most, and no more than keep what is lost by it below a share of the time.
 LOOK_PAUSE, LOOKING_SHARE = 64, 0.015
-#: Rounds in a row for which a head that is not worth it is asked all the same, if it would be were its rounds as short as they have been
-#: (that share of what they are held to take, if that was never measured): only rounds in a row say how long they are.
-TRIAL_ROUNDS, TRIAL_SHARE = 5, 0.75
-#: Rounds for which one with questions may make others slower.
-AFTER = 8
+#: Rounds for which the head is asked as in the one before, without another thought: to think takes as long as half a token of a small
+#: model. After so many, so many times at most, a stretch ends if its tokens were less than a share of what rest would have brought.
+STRETCH, NUM_STRETCHES, TOO_FEW = 8, 8, 0.85
+#: The class of a run of repeated tokens that ends it.
+LONG_RUN = 3
+#: A head that is not worth it is tried for a stretch, if it would be were its rounds so much shorter than they are held to be, at first
+#: and at last, and its tokens so many standard deviations more often right than in other texts: only rounds in a row say both.
+TRIAL_SHARE, SLACK, SPREAD = 0.25, 0.05, 0.2
+#: Some rounds of rest are measured, though the head seems to be worth it, where it is not known what they take and what is done besides
+#: verifying is more than a share of it; and again after so many others, unless the head brings more than so many times as much.
+UNSURE, REST_AGE, CLEARLY = 0.05, 500, 1.25
+#: Rounds after which they say nothing of a stretch: a machine has its moods.
+REST_FRESH = 32
+#: Rounds for which one with questions may make others slower, and rounds of rest that are measured together, at most.
+AFTER, NUM_MEASURED = 8, 64
 #: Rounds for which it is remembered what a head that is always right would bring.
 CEILING_ROUNDS = 8
 #: Drafts in a row that were wrong from the start where most were right: the text has changed its nature, and whoever was not worth it
@@ -78,27 +96,50 @@ class Plan:
         return tuple(token for part in self.parts for token in part.tokens)
 
 
+#: A drafter, the place in its draft, and how sure it was, in classes.
+Key = tuple[str, int, int]
+
+
+class Asking(Enum):
+    """What the head is asked for in a round."""
+
+    NOTHING = "nothing"
+    SIGN = "one token, to see whether it has become worth it"
+    TRIAL = "what may be worth it"
+    DRAFT = "what is worth it"
+
+
 class Chooser:
-    """For one sequence, whose tokens are drawn or the likeliest ones. The order of a round: nothing more if it `rests`; else `best` of what
-    was looked up if it `looks`, `head_limit`, `best` again, and `came`."""
+    """For one sequence, whose tokens are drawn or the likeliest ones. The order of a round: nothing more if it `rests`; if it `goes_on`,
+    what that says, and `went_on`; else `best` of what was looked up if it `looks`, `head_limit`, `whole` or `best`, and `came`. What all of
+    them `took`."""
 
     def __init__(self, experience: Experience, has_look_ups: bool = True, has_head: bool = True, is_drawn: bool = False) -> None:
         self._experience, self._has_head, self._is_drawn = experience, has_head, is_drawn
         self._of_head = experience.head[is_drawn]
-        self._beliefs: dict[tuple[str, int, int], Belief] = {}
+        self._beliefs: dict[Key, Belief] = {}
         self._surprises: dict[str, Surprise] = {}  # of each drafter, of late
         self._first_guesses = [Belief() for _ in range(64)]  # of the head, by position, however sure it was
         self._num_other_rows = self._num_others = experience.num_others  # of late, in a batch
         self._is_company_known = False
         self._pause = round(self._of_head.pause)
-        # The round this is, the one until which the head need not be thought of, and those from which look-ups are asked and it must be.
+        # The round this is, the one until which the head need not be thought of, and those from which look-ups are asked, and it is for a
+        # sign, or for a trial, should there be hope.
         self._round = 0
         self._wake_at: float = 0 if has_head else math.inf
         self._look_at = [0 if has_look_ups else math.inf] * NUM_RUN_CLASSES
-        self._head_at: float = max(FIRST_PAUSE, self._pause - self._of_head.num_unasked) if has_head else math.inf
-        self._is_looking = self._is_asking = self._is_probing = self._is_promising = False  # the last three of the head
-        # The round in which it was, last, and its tokens then, if it had been in the one before, too; the round at which a trial is over.
-        self._asked_at, self._num_steady, self._tried_until = -2, 0, 0
+        self._sign_at: float = max(FIRST_PAUSE, self._pause - self._of_head.num_unasked) if has_head else math.inf
+        self._trial_at: float = 0
+        self._is_hopeful = has_head
+        self._is_looking = self._is_promising = False  # the head, that is
+        self._asking, self._asked_at = Asking.NOTHING, -2  # in this round; the round in which it was, last
+        # Of a stretch: what the head is asked for, rounds left, the tokens that rest would bring for STRETCH of them, and those which lack;
+        # what came of the rounds that are over, and the seconds they took.
+        self._wanted, self._num_left, self._at_rest, self._lacking = (0, 0.0), 0, 0.0, 0.0
+        self._came = list[tuple[Draft | None, tuple[int, ...]]]()
+        self._took = list[float]()  # or rounds of rest, of which there have been so many in a row:
+        self.num_rests = 0
+        self._mark_pause = self._num_unmarked = 0  # times it is told something without having to say of it whether it would have been right
         self._ceiling = 0, 0, 0.0  # the last round for which it holds, the limit, and tokens per second
         # Of what was verified: misses in a row, hits, and their share before those misses; whether they say that the text has changed.
         self._num_misses, self._hits, self._usual, self._has_changed = 0, Belief(), 0.5, False
@@ -160,10 +201,9 @@ class Chooser:
         steady = self._times.steady(num_tokens)
         return steady * self._resting if steady else self._seconds_together(num_tokens, num_tokens)
 
-    def _least(self, num_tokens: int) -> float:
+    def _hoped(self, num_tokens: int) -> float:
         """As few as they may be."""
-        least = self._times.least.get(num_tokens)
-        return least * self._resting if least is not None else TRIAL_SHARE * self._steady(num_tokens)
+        return self._steady(num_tokens) * (1 - max(SLACK, TRIAL_SHARE / (1 + self._times.steady.num_measured(num_tokens))))
 
     def _seconds_together(self, num_drafts: int, num_head: int) -> float:
         """As `_seconds`, of a round in which all sequences do the same. The head drafts for all of them at once, and what that takes they
@@ -182,45 +222,56 @@ class Chooser:
         resting = self._resting
         return self._num_sequences / resting if resting else 1.0
 
-    @staticmethod
-    def _key(name: str, i: int, confidence: float) -> tuple[str, int, int]:
-        return name, min(i, 2), bisect_left(CLASSES, confidence)
-
-    def _probabilities(self, draft: Draft, suffix: str = "") -> Iterator[float]:
+    def _probabilities(self, draft: Draft, room: int, suffix: str = "") -> list[float]:
         """How likely each token is right once those before it are."""
-        name = draft.drafter + suffix
+        name, known = draft.drafter + suffix, dict[Key, float]()
         factor = self._surprises.get(name, UNSURPRISED).factor(self._experience.trust.get(name, UNTRIED).share(1.0))
-        for i, confidence in enumerate(_confidences(draft)):
-            yield factor * self._probability(self._key(name, i, confidence), confidence)
+        probabilities = list[float]()
+        for key, confidence in _keys(name, draft, room):
+            if (probability := known.get(key)) is None:
+                probability = known[key] = factor * self._probability(key, confidence)
+            probabilities.append(probability)
+        return probabilities
 
-    def _probability(self, key: tuple[str, int, int], confidence: float) -> float:
+    def _probability(self, key: Key, confidence: float) -> float:
         before = self._experience.beliefs.get(key, UNTRIED).share(confidence)
         return self._beliefs.get(key, UNTRIED).share(before)
 
     def best(self, drafts: Sequence[Draft], num_head: int, room: int) -> Plan:
         """The best beginning of the best draft, of `room` tokens at most, or none. The head has drafted `num_head` tokens already."""
+        if not drafts and not num_head:
+            return Plan((), self._rate_at_rest)
         plan = Plan((), self._rate(1.0, self._seconds(0, num_head)))
         for draft in drafts:
-            other = self._cut((draft,), self._probabilities(draft), num_head, room)
+            other = self._cut((draft,), self._probabilities(draft, room), num_head, room)
             plan = other if other.rate > plan.rate else plan
         return plan
 
+    def whole(self, head: Draft) -> Plan | None:
+        """What `head_limit` has asked for, where nobody else has drafted, if it was not for a sign."""
+        if self._asking not in (Asking.DRAFT, Asking.TRIAL):
+            return None
+        reach = math.prod(self._first_guess(i) for i in range(len(head.tokens)))
+        *_, (rate, _) = self._rates_of_head(len(head.tokens))
+        return Plan((head,), rate, reach=reach)
+
     def extended(self, plan: Plan, tails: Sequence[Draft], num_head: int, room: int) -> Plan:
         """`plan`, or better, with one of the drafts that go on where it ends."""
-        start = list(self._probabilities(plan.parts[0]))
+        start = self._probabilities(plan.parts[0], room)
         for tail in tails:
-            longer = self._cut((plan.parts[0], tail), chain(start, self._probabilities(tail, " tail")), num_head, room)
+            longer = self._cut((plan.parts[0], tail), start + self._probabilities(tail, room - len(start), " tail"), num_head, room)
             plan = max(plan, longer, key=lambda each: each.rate)
         return plan
 
-    def _cut(self, parts: tuple[Draft, ...], probabilities: Iterator[float], num_head: int, room: int) -> Plan:
-        e, others = self._experience, round(self._num_other_rows)
-        fixed, gain = self._seconds(0, num_head) - e.verify(others + 1), OTHERS_GAIN * self._num_other_rows
+    def _cut(self, parts: tuple[Draft, ...], probabilities: list[float], num_head: int, room: int) -> Plan:
+        verify, others = self._experience.verify, round(self._num_other_rows)
+        fixed, gain = self._seconds(0, num_head) - verify(others + 1), OTHERS_GAIN * self._num_other_rows
         expected, reach, best, length, most, whole = 1.0, 1.0, 0.0, 0, 1.0, 1.0
-        for i, probability in enumerate(islice(probabilities, max(0, min(room, e.verify.reach - 1 - others))), 1):
+        tried = probabilities[: max(0, min(room, verify.reach - 1 - others))]
+        for i, (probability, taken) in enumerate(zip(tried, verify.curve(others + 2, others + 2 + len(tried)), strict=True), 1):
             reach *= probability
             expected += reach
-            seconds = fixed + e.verify(others + i + 1)
+            seconds = fixed + taken
             rate = (expected + gain) / seconds if seconds > 0 else expected
             if rate > best:
                 best, length, most, whole = rate, i, expected, reach
@@ -236,23 +287,71 @@ class Chooser:
         self._is_looking = False
         if run is not None:
             self._run = run_class(run)
-            self._is_looking = self._round >= self._look_at[self._run]
-        if self._is_looking or self._round >= self._wake_at:
+            self._is_looking = self._round >= self._look_at[self._run] and (not self._num_left or self._run >= LONG_RUN)
+        if self.goes_on is not None:
             return False
+        if self._came:
+            self._learn()
+        if self._is_looking or self._round >= self._wake_at:
+            if self._took:
+                self._measure_rest()
+            self.num_rests = 0
+            return False
+        self.num_rests += 1
         self._round += 1
         self._of_head.num_unasked += 1
         return True
 
-    def spent(self, num_rests: int, seconds: float, work: float = 0.0) -> None:
-        """A round of rest took so long, the `num_rests`th in a row, or with 0 one with questions, besides `work`, its drafting and
-        verifying. What is much longer than a verify was a wait for a reader."""
-        times, verify = self._times, self._experience.verify(1 + round(self._num_other_rows))
-        costs = times.overhead if num_rests == 0 else times.after if num_rests <= AFTER else times.resting
-        seconds = min(seconds, verify * (2 if num_rests else 1)) if verify else seconds
-        costs.saw(1, seconds)
-        if num_rests == 0 and (size := self._num_steady) and self._resting:
-            times.steady.saw(size, (work + seconds) / self._resting)
-            times.least[size] = min(times.least.get(size, math.inf), times.steady(size))
+    @property
+    def goes_on(self) -> tuple[int, float] | None:
+        """What the head is asked for this round, as `head_limit` has said, if that is the same as in the last one, and its draft is
+        verified."""
+        return self._wanted if self._num_left and not self._is_looking else None
+
+    def went_on(self, head: Draft | None, tokens: tuple[int, ...], is_typical: bool) -> None:
+        """It did, and a round brought `tokens`. Not typical is what says nothing of what rounds take."""
+        self._asked_at = self._round
+        self._round += 1
+        self._num_left = self._num_left - 1 if head is not None and head.tokens and is_typical else 0
+        self._came.append((head if is_typical else None, tokens))
+        self._lacking -= len(tokens)
+        if self._num_left % STRETCH == 0:
+            self._num_left = self._num_left if self._lacking < 0 else 0
+            self._lacking = self._at_rest
+
+    def _learn(self) -> None:
+        """What has been seen in the stretch that is over."""
+        times, by_size = self._times, defaultdict[int, list[float]](list)
+        for (head, _), seconds in zip(self._came, self._took, strict=False):
+            by_size[len(head.tokens) if head is not None else 0].append(seconds)
+        for size, several in by_size.items():
+            if size and times.num_unmeasured < REST_FRESH:
+                times.steady.saw(size, usual(several) / times.newest_rest)
+        times.num_unmeasured += len(self._came)
+        self._compare_stretch([(head, tokens) for head, tokens in self._came if head is not None and head.tokens])
+        self._came.clear()
+        self._took.clear()
+
+    def took(self, seconds: float, work: float) -> None:
+        """The last round did, of which drafting and verifying were `work`, if it was one of questions."""
+        if self.num_rests or self._came:
+            self._took.append(seconds)
+            if self.num_rests == AFTER or len(self._took) == NUM_MEASURED:
+                self._measure_rest()
+        else:
+            verify = self._experience.verify(1 + round(self._num_other_rows))
+            self._times.num_unmeasured += 1
+            self._times.overhead.saw(1, min(seconds - work, verify) if verify else seconds - work)
+
+    def _measure_rest(self) -> None:
+        """Rounds of rest are over: the first ones of a row, or some after them."""
+        times, seconds = self._times, usual(self._took)
+        if self.num_rests <= AFTER:
+            times.after.saw(1, seconds)
+        elif len(self._took) >= AFTER // 2:
+            times.resting.saw(1, seconds)
+            times.newest_rest, times.num_unmeasured, times.rest_age = seconds, 0, REST_AGE
+        self._took.clear()
 
     def rested(self, num_other_rows: int, num_others: int) -> None:
         """Beside so many rows of so many others."""
@@ -273,7 +372,6 @@ class Chooser:
         """The head took so long for so many tokens. Only what it takes round after round says whether to ask it so: after a rest it has
         much to catch up on, and what it computes with is not in the caches."""
         is_steady, self._asked_at = self._round == self._asked_at + 1, self._round
-        self._num_steady = num_tokens if is_steady and not self._is_looking else 0
         if not is_steady:
             self._times.waking.saw(num_tokens, seconds)
         if is_steady or seconds < self.drafting(num_tokens):  # an accident is not believed until the head is asked twice in a row
@@ -283,59 +381,83 @@ class Chooser:
         """How many tokens the head should be asked for, when without it `plan` is the best, and the likelihood below which another is not
         worth it. One token, now and then, to see whether it has become worth it."""
         without = max(self._rate_together(plan.expected, len(plan.tokens), 0), self._rate_at_rest)
-        ceiling, self._num_steady = self._best_of_head(limit), 0
-        wanted, floor = self._best_limit(HEAD_MARGIN * without, limit, self._steady) if ceiling > HEAD_MARGIN * without else (0, 0.0)
-        if not wanted and (self._is_trial or self._round >= self._head_at):
-            wanted, floor = self._best_limit(without, limit, self._least)
-            if wanted and not self._is_trial:
-                self._begin_trial(wanted)
-        self._is_probing = not wanted and limit > 0 and self._must_probe(without, ceiling)
-        self._is_asking, self._is_promising = wanted > 0 or self._is_probing, False
-        return wanted or int(self._is_probing), min(floor, 0.5)
+        ceiling, wanted, floor = self._best_of_head(limit), 0, 0.0
+        self._asking = Asking.NOTHING
+        if ceiling > HEAD_MARGIN * without:
+            wanted, floor = self._best_limit(HEAD_MARGIN * without, limit)
+            if wanted and self._is_rest_unsure(wanted):
+                wanted, self._trial_at = 0, self._round + 2 * AFTER
+                self._sign_at = self._trial_at
+            elif wanted:
+                self._asking = Asking.DRAFT
+            elif self._round >= self._trial_at and not self._is_looking:
+                wanted, floor = self._best_limit(without, limit, is_hoping=True)
+                self._is_hopeful = wanted > 0
+                if wanted:
+                    self._asking = Asking.TRIAL
+                    self._begin_trial(wanted)
+        elif ceiling <= HEAD_MARGIN * self._rate_at_rest:
+            self._is_hopeful = False
+        if not wanted and limit > 0 and self._must_see(without, ceiling):
+            self._asking, wanted = Asking.SIGN, 1
+        self._is_promising = False
+        # Drawn with the target's noise, an unlikely token is as often right as a likely one.
+        self._wanted = wanted, 0.0 if self._is_drawn else min(floor, 0.5)
+        return self._wanted
 
-    @property
-    def _is_trial(self) -> bool:
-        return self._round < self._tried_until
+    def _is_rest_unsure(self, num_tokens: int) -> bool:
+        """Whether to measure some rounds of rest before the head drafts so many tokens: what it seems to gain may be an error of theirs."""
+        times = self._times
+        if times.num_unmeasured <= times.rest_age:
+            return False
+        *_, (rate, _) = self._rates_of_head(num_tokens)
+        is_clear = rate > CLEARLY * self._rate_at_rest if times.resting(1) else self.overhead(1) <= UNSURE * self._experience.verify(1)
+        if not is_clear:
+            times.rest_age = times.num_unmeasured + REST_AGE  # whether they come to be measured or not
+        return not is_clear
 
     def _begin_trial(self, num_tokens: int) -> None:
         """The more it will have lost, should its rounds take what they are held to take, the later is the next one."""
-        *_, (rate, taken) = self._rates_of_head(num_tokens, self._steady)
-        lost = TRIAL_ROUNDS * taken * max(0.0, 1 - rate / self._rate_at_rest) + self._aftermath
-        self._tried_until = self._round + TRIAL_ROUNDS
-        last = self._last_pause
-        self._pause = max(last, min(HOPELESS * last, round(lost / (ASKING_SHARE * max(self._resting, 1e-9)))))
-        self._of_head.pause = float(self._pause)
+        *_, (rate, taken) = self._rates_of_head(num_tokens)
+        lost = STRETCH * taken * max(0.0, 1 - rate / self._rate_at_rest) + self._aftermath
+        self._trial_at = self._round + max(LAST_PAUSE, round(lost / (TRYING_SHARE * max(self._resting, 1e-9))))
 
-    def _best_limit(self, least: float, limit: int, seconds: Callable[[int], float]) -> tuple[int, float]:
-        """The number of tokens that promises most, if more than `least` tokens per second, and how likely another must be; rounds take so
-        many seconds."""
+    def _best_limit(self, least: float, limit: int, is_hoping: bool = False) -> tuple[int, float]:
+        """The number of tokens that promises most, if more than `least` tokens per second, and how likely another must be."""
         best, wanted, more, before = least, 0, 0.0, 0.0
-        for i, (rate, taken) in enumerate(self._rates_of_head(limit, seconds), 1):
+        for i, (rate, taken) in enumerate(self._rates_of_head(limit, is_hoping), 1):
             if rate > best:
                 best, wanted, more = rate, i, taken - before
             before = taken
         return wanted, best * more / self._num_sequences if wanted > 1 else 0.0
 
-    def _rates_of_head(self, limit: int, seconds: Callable[[int], float]) -> Iterator[tuple[float, float]]:
-        """Tokens per second with so many tokens of the head, as they are likely to be right, and what those rounds take."""
+    def _rates_of_head(self, limit: int, is_hoping: bool = False) -> Iterator[tuple[float, float]]:
+        """Tokens per second with so many tokens of the head, and what those rounds take: as it is held to be likely, or as it may be."""
         expected, reach, num_sequences = 1.0, 1.0, self._num_sequences
         for i in range(1, limit + 1):
-            reach *= self._first_guess(i - 1)
+            reach *= self._first_guess(i - 1, is_hoping)
             expected += reach
-            taken = seconds(i)
+            taken = self._hoped(i) if is_hoping else self._steady(i)
             yield num_sequences * expected / taken if taken > 0 else expected, taken
 
-    def _first_guess(self, i: int) -> float:
+    def _first_guess(self, i: int, is_hoping: bool = False) -> float:
         """How likely the head's token at a place in its draft is right, once those before it are."""
-        return self._first_guesses[i].share(self._of_head.first_guesses[i].share(0.6))
+        others = self._of_head.first_guesses[i]
+        share = self._first_guesses[i].share(others.share(0.6), OTHERS_WORD)
+        if is_hoping:
+            spread = max(SPREAD / (1 + self._first_guesses[i].num_trials / OTHERS_WORD), 1 / math.sqrt(1 + others.num_trials))
+            share += math.sqrt(share * (1 - share)) * spread
+        return min(1.0, share)
 
-    def _guessed(self, i: int, is_right: bool) -> None:
-        """Whether it was."""
-        self._first_guesses[i].saw(is_right, SHORT_MEMORY)
-        self._of_head.first_guesses[i].saw(is_right, 8 * MEMORY)
+    def _guessed(self, i: int, is_right: float, number: int = 1) -> None:
+        """Whether it was, or that share of so many."""
+        self._first_guesses[i].saw(is_right, SHORT_MEMORY, number)
+        self._of_head.first_guesses[i].saw(is_right, 8 * MEMORY, number)
 
-    def _must_probe(self, without: float, ceiling: float) -> bool:
-        is_due = self._round >= self._head_at
+    def _must_see(self, without: float, ceiling: float) -> bool:
+        is_due = self._round >= self._sign_at
+        if is_due and self._is_hopeful and self._trial_at < self._round + self._last_pause:  # that says more
+            is_due, self._sign_at = False, self._trial_at
         if not is_due and not self._is_promising:
             return False
         alone = self._rate_at_rest
@@ -343,7 +465,7 @@ class Chooser:
             if self._pause >= HOPELESS * self._last_pause:
                 return True
             self._pause = min(2 * self._pause, HOPELESS * self._last_pause)
-            self._head_at = self._round + self._pause
+            self._sign_at = self._round + self._pause
         return ceiling > HEAD_MARGIN * (alone if self._has_changed else without)
 
     def _best_of_head(self, limit: int) -> float:
@@ -367,8 +489,6 @@ class Chooser:
         if num_rows:
             self.rested(max(0, num_rows - len(plan.tokens) - 1), num_sequences - 1)  # of a plan that is no sense not all was verified
             self._experience.verify.saw(num_rows, seconds)
-        if not seconds:
-            self._num_steady = 0  # nor does what the round took
         if self._is_looking:
             saved = float(_num_looked_up(plan, tokens))
             if saved and self._resting:
@@ -376,20 +496,35 @@ class Chooser:
             self._found[self._run].saw(saved, 2 * MEMORY)
             self._look_at[self._run] = self._round + self._look_pause
         self._compare_all(tokens, drafts, plan)
-        is_silent = self._is_asking and not any(draft.drafter == "draft-mtp" for draft in drafts)
-        if self._is_asking:
-            if is_silent:
-                self._first_guesses[0].saw(False, SHORT_MEMORY)
-            if self._is_trial:
-                pass  # it has said when to ask again
-            elif (self._is_probing or is_silent) and not self._is_promising:
-                self._pause = max(self._pause, min(2 * self._pause, self._last_pause))
-                self._of_head.pause = max(self._of_head.pause, min(LONGER * self._of_head.pause, self._last_pause))
-            elif not self._is_probing:
-                self._of_head.pause = max(self._of_head.pause / LONGER, FIRST_PAUSE)
-            self._of_head.num_unasked, self._head_at = 0, self._round + self._pause
-        is_idle = not self._is_promising and not self._is_trial and (self._is_probing or is_silent or not self._is_asking)
-        self._wake_at = self._head_at if is_idle or not self._has_head else 0
+        self._num_left = 0
+        if self._asking is not Asking.NOTHING:
+            self._asked([draft for draft in drafts if draft.drafter == "draft-mtp"], plan, bool(seconds))
+        else:
+            self._wake_at = self._round if self._is_promising else self._next_question
+
+    @property
+    def _next_question(self) -> float:
+        """The round of it, to the head. One that is due, but not while those who look up are asked, waits for a while."""
+        due = min(self._sign_at, self._trial_at) if self._is_hopeful else self._sign_at
+        return max(due, self._round + FIRST_PAUSE)
+
+    def _asked(self, of_head: list[Draft], plan: Plan, is_typical: bool) -> None:
+        """The head was, this round, and when it is again."""
+        asking, of_all = self._asking, self._of_head
+        if not of_head:
+            self._first_guesses[0].saw(False, SHORT_MEMORY)
+        is_worth_it = asking is not Asking.SIGN and bool(of_head)
+        if is_worth_it:
+            if is_typical and plan.parts == tuple(of_head):
+                self._num_left = STRETCH * (NUM_STRETCHES if asking is Asking.DRAFT else 1)
+                self._at_rest = self._lacking = TOO_FEW * STRETCH * self._steady(self._wanted[0]) / max(self._resting, 1e-9)
+            if asking is Asking.DRAFT:
+                of_all.pause = max(of_all.pause / LONGER, FIRST_PAUSE)
+        elif asking is not Asking.TRIAL and not self._is_promising:
+            self._pause = max(self._pause, min(2 * self._pause, self._last_pause))
+            of_all.pause = max(of_all.pause, min(LONGER * of_all.pause, self._last_pause))
+        of_all.num_unasked, self._sign_at = 0, self._round + self._pause
+        self._wake_at = self._round if is_worth_it or self._is_promising else self._next_question
 
     @property
     def _look_pause(self) -> int:
@@ -399,12 +534,20 @@ class Chooser:
         lost = cost - self._found[self._run].share(e.found[self._run].share(1.0)) * resting
         return round(min(LOOK_PAUSE, lost / (LOOKING_SHARE * resting))) if lost > 0 and resting else 0
 
+    def wants_marks(self) -> bool:
+        """Whether to ask for them, this time that the head is told what stands: the more seldom the longer it was always wrong."""
+        self._num_unmarked -= 1
+        return self._num_unmarked < 0
+
     def marked(self, marks: Sequence[bool], limit: int) -> None:
         """Whether the head, which drafts `limit` tokens at most, would have been right about tokens that it had not been asked for. If that
         makes it worth asking, it is."""
+        if marks:
+            self._mark_pause = 0 if any(marks) else min(2 * self._mark_pause + 1, LAST_MARK_PAUSE)
+            self._num_unmarked = self._mark_pause
         for is_right in marks:
             self._guessed(0, is_right)
-        if marks and self._best_limit(HEAD_MARGIN * self._rate_at_rest, limit, self._steady)[0]:
+        if marks and self._best_limit(HEAD_MARGIN * self._rate_at_rest, limit)[0]:
             self._wake_at = self._round
 
     def ended(self) -> None:
@@ -415,6 +558,9 @@ class Chooser:
         for name, surprise in self._surprises.items():
             self._experience.trust.setdefault(name, Belief()).saw(surprise.factor(1.0))
         self._found, self._surprises = beliefs_by_run(), {}  # should it go on, in other memory, that is not counted twice
+        self._num_left = self.num_rests = 0
+        self._came.clear()
+        self._took.clear()
 
     def _compare_all(self, tokens: Sequence[int], drafts: Sequence[Draft], plan: Plan) -> None:
         if not drafts:
@@ -422,8 +568,10 @@ class Chooser:
             return
         likely = self._first_guess(0)
         for draft in drafts:
-            self._compare(draft, tokens)
-            if draft.drafter == "draft-mtp" and self._is_probing:
+            num_right = self._compare(draft, tokens)
+            for i in range(min(num_right + 1, len(draft.tokens), len(tokens)) if draft.drafter == "draft-mtp" else 0):
+                self._guessed(i, i < num_right)
+            if draft.drafter == "draft-mtp" and self._asking is Asking.SIGN:
                 self._is_promising = draft.tokens[:1] == tuple(tokens[:1]) and (self._has_changed or likely < 0.5)
                 self._has_changed &= self._is_promising
         is_miss = bool(plan.tokens) and plan.tokens[:1] != tuple(tokens[:1])
@@ -432,13 +580,27 @@ class Chooser:
         if self._num_misses == NUM_MISSES and by_chance < CHANGE:
             self._pause, self._is_promising, self._has_changed = FIRST_PAUSE, True, True
             self._doubt(plan.parts[0].drafter, by_chance / (by_chance + CHANGE))
-            self._head_at = min(self._head_at, self._round + FIRST_PAUSE) if self._has_head else math.inf
+            self._sign_at = min(self._sign_at, self._round + FIRST_PAUSE) if self._has_head else math.inf
         if plan.tokens:
             self._hits.saw(not is_miss)
             self._has_changed &= is_miss
             self._usual = self._usual if is_miss else self._hits.share(0.5)
         if len(plan.parts) > 1 and tuple(tokens[: len(plan.parts[0].tokens)]) == plan.parts[0].tokens:
             self._compare(plan.parts[1], tokens[len(plan.parts[0].tokens) :], " tail")
+
+    def _compare_stretch(self, came: list[tuple[Draft, tuple[int, ...]]]) -> None:
+        """The same of a stretch's rounds, all at once."""
+        if not came:
+            return
+        num_right = [min(len(tokens) - 1, len(head.tokens)) for head, tokens in came]
+        for i in range(max(len(head.tokens) for head, _ in came)):
+            reached = sum(1 for (head, _), right in zip(came, num_right, strict=True) if right >= i < len(head.tokens))
+            if reached:
+                self._guessed(i, sum(1 for right in num_right if right > i) / reached, reached)
+        for head, tokens in came[::STRETCH]:
+            self._compare(head, tokens)
+        self._hits.saw(sum(1 for right in num_right if right) / len(came), number=len(came))
+        self._usual, self._num_misses, self._has_changed = self._hits.share(0.5), 0, False
 
     def _doubt(self, drafter: DrafterName, kept: float) -> None:
         """So much of what was known of a drafter is true still; the head may have become better than it was known to be."""
@@ -448,23 +610,35 @@ class Chooser:
         for belief in self._first_guesses:
             belief.num_right, belief.num_trials = belief.num_right * kept, belief.num_trials * kept
 
-    def _compare(self, draft: Draft, tokens: Sequence[int], suffix: str = "") -> None:
+    def _compare(self, draft: Draft, tokens: Sequence[int], suffix: str = "") -> int:
+        """Returns how many were right."""
         name = draft.drafter + suffix
         mine, all_beliefs = self._beliefs, self._experience.beliefs
         if (surprise := self._surprises.get(name)) is None:
             surprise = self._surprises[name] = Surprise()
-        for i, (confidence, token, right) in enumerate(zip(_confidences(draft), draft.tokens, tokens, strict=False)):
-            key, is_right = self._key(name, i, confidence), token == right
-            surprise.saw(is_right, self._probability(key, confidence))
+        num_judged = min(len(draft.tokens), len(tokens))
+        num_right = next((i for i in range(num_judged) if draft.tokens[i] != tokens[i]), num_judged)
+        keys, i = _keys(name, draft, min(num_right + 1, num_judged)), 0
+        while i < len(keys):
+            key, confidence = keys[i]
+            is_right, start, i = i < num_right, i, i + 1
+            while i < num_right and keys[i][0] == key:
+                i += 1
+            surprise.saw(is_right, self._probability(key, confidence), i - start)
             if key not in mine:
                 mine[key] = Belief()
                 all_beliefs.setdefault(key, Belief())
-            mine[key].saw(is_right)
-            all_beliefs[key].saw(is_right, 8 * MEMORY)
-            if draft.drafter == "draft-mtp":
-                self._guessed(i, is_right)
-            if not is_right:
-                break
+            mine[key].saw(is_right, number=i - start)
+            all_beliefs[key].saw(is_right, 8 * MEMORY, i - start)
+        return num_right
+
+
+def _keys(name: str, draft: Draft, number: int) -> list[tuple[Key, float]]:
+    """Under which it is known how often each of its first tokens was right, and how sure the drafter is."""
+    sure = draft.confidences[:number] + (0.5,) * (
+        min(number, len(draft.tokens)) - len(draft.confidences)
+    )  # of a draft that may be anything
+    return [((name, i if i < 2 else 2, bisect_left(CLASSES, confidence)), confidence) for i, confidence in enumerate(sure)]
 
 
 def _num_looked_up(plan: Plan, tokens: Sequence[int]) -> int:
@@ -475,9 +649,3 @@ def _num_looked_up(plan: Plan, tokens: Sequence[int]) -> int:
         found += right if part.drafter != "draft-mtp" else 0
         left = left[len(part.tokens) :] if right == len(part.tokens) else []
     return found
-
-
-def _confidences(draft: Draft) -> tuple[float, ...]:
-    """Of a draft that may be anything."""
-    missing = len(draft.tokens) - len(draft.confidences)
-    return (*draft.confidences[: len(draft.tokens)], *(0.5,) * missing)

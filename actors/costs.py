@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import defaultdict, deque
+from statistics import median
 
 #: Of a new measurement; old ones fade.
 NEWEST_SHARE = 0.1
@@ -18,13 +20,20 @@ HOPE = 0.3
 HOPED_SLOPE = 0.25
 
 
+def usual(seconds: list[float]) -> float:
+    """What several like things took: the mean of the shorter three quarters, for the others may be accidents."""
+    shorter = sorted(seconds)[: max(1, len(seconds) * 3 // 4)]
+    return sum(shorter) / len(shorter)
+
+
 class Costs:
     """Seconds by size, as measured; between sizes and beyond by straight lines, and never less for more. A size that was measured a few
     times only is taken for somewhat cheaper than it seemed, by the share `hope` after the first, so that an accident is not believed for
-    long. `newest` is the share of a new measurement, in the end."""
+    long. With a `window`, the median of so many measurements stands for their mean."""
 
-    def __init__(self, hope: float = HOPE, newest: float = NEWEST_SHARE) -> None:
-        self._hope, self._newest = hope, newest
+    def __init__(self, hope: float = HOPE, window: int = 0) -> None:
+        self._hope, self._window = hope, window
+        self._newest = defaultdict[int, deque[float]](lambda: deque(maxlen=window))  # size -> measurements, where there is a window
         self._means: dict[int, tuple[float, int, int]] = {}  # size -> mean, measurements, the clock at the last
         self._clock = self._redrawn_at = 0  # the clock from which on the curve may be drawn anew
         self._curve: tuple[list[int], list[float]] = [], []
@@ -36,10 +45,16 @@ class Costs:
             return
         self._clock += 1
         mean, number, _ = self._means.get(size, (seconds, 0, 0))
-        mean += (min(seconds, OUTLIER * mean) - mean) * max(1 / (number + 1), self._newest)
+        if self._window:
+            self._newest[size].append(seconds)
+            mean = median(self._newest[size])
+        else:
+            mean += (min(seconds, OUTLIER * mean) - mean) * max(1 / (number + 1), NEWEST_SHARE)
         self._means[size] = mean, number + 1, self._clock
         if self._clock % FORGOTTEN_AFTER == 0:
             self._means = {size: each for size, each in self._means.items() if self._clock - each[2] < FORGOTTEN_AFTER}
+            for size in self._newest.keys() - self._means.keys():
+                del self._newest[size]
             self._table.clear()
         drawn = self._drawn.get(size, 0.0)
         if not drawn or (self._clock >= self._redrawn_at and abs(mean * (1 - self._hope / (number + 1)) - drawn) > NOTABLE * drawn):
@@ -64,13 +79,20 @@ class Costs:
         """The largest size that may be tried: twice the largest that was, so that the curve is measured from its beginning."""
         return 2 * max(self._means, default=0) or 1
 
+    def num_measured(self, size: int) -> int:
+        return self._means[size][1] if size in self._means else 0
+
     def __call__(self, size: int) -> float:
         """0 before anything was measured."""
+        return self._table[size] if size < len(self._table) else self.curve(size, size + 1)[0]
+
+    def curve(self, first: int, end: int) -> list[float]:
+        """Of sizes from `first` on."""
         if not self._table:
             self._draw()
-        while len(self._table) <= size:
+        while len(self._table) < end:
             self._table.append(self._estimate(len(self._table)))
-        return self._table[size]
+        return self._table[first:end]
 
     def _estimate(self, size: int) -> float:
         sizes, seconds = self._curve
@@ -86,5 +108,5 @@ class Costs:
             return seconds[at - 1] + share * (seconds[at] - seconds[at - 1])
         slope = HOPED_SLOPE * seconds[-1] / sizes[-1]
         if len(sizes) > 1:
-            slope = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
+            slope = (seconds[-1] - seconds[0]) / (sizes[-1] - sizes[0])  # of two neighbours it may be anything
         return seconds[-1] + slope * (size - sizes[-1])

@@ -87,9 +87,7 @@ class Drafting:
         self._told: list[Reply[tuple[bool, ...]]] = []  # what the head will say of tokens that it has been told of
         self._drafts: list[Draft] = []  # of this round
         self._plan = NOTHING
-        # When this round with questions began, or the rounds of rest that are measured together; how many have rested in a row, and the
-        # seconds of drafting and verifying.
-        self._began, self._num_rests, self._seconds = 0, 0, 0.0
+        self._began, self._seconds = 0, 0.0  # when this round did, and, where there are questions, the seconds of drafting and verifying
         self.statistics: dict[DrafterName, DrafterStatistics] = {name: DrafterStatistics() for name in mailboxes}
 
     # A round
@@ -104,32 +102,20 @@ class Drafting:
             if missing > 1:
                 pairs.extend(self._computed(pairs.num_tokens))
             pairs.add(last_token)
-        self._is_resting = self._chooser.rests(pairs.run if self._looking or pairs.is_repeated else None)
-        if not self._is_resting or self._num_rests in (0, AFTER):
-            self._measure()
-        self._num_rests = self._num_rests + 1 if self._is_resting else 0
-        return self._is_resting
-
-    def _measure(self) -> None:
-        """A round with questions is over, or rounds of rest: the first ones of a row, or those after them."""
-        now, num_rests = self._trace.clock(), self._num_rests
+        now = self._trace.clock()
         if self._began:
-            num_rounds = num_rests if 0 < num_rests <= AFTER else max(1, num_rests - AFTER)
-            self._chooser.spent(num_rests, ((now - self._began) / 1e9 - self._seconds) / num_rounds, self._seconds)
+            self._chooser.took((now - self._began) / 1e9, self._seconds)
         self._began, self._seconds = now, 0.0
+        self._is_resting = self._chooser.rests(pairs.run if self._looking or pairs.is_repeated else None)
+        return self._is_resting
 
     async def propose(self, question: Question) -> Plan:
         """What to verify this round, if it does not rest."""
-        look_ups = self._look_ups(self._pairs.is_repeated) if self._is_first_best or self._chooser.looks() else []
-        self._drafts, self._plan = [], NOTHING
-        if look_ups:
-            began = self._trace.clock()
-            self._drafts += await self._found(look_ups, question, (question.last_token,), question.room)
-            self._chooser.looked((self._trace.clock() - began) / 1e9)
+        self._drafts, wanted = [], self._chooser.goes_on
         if self._is_first_best:
-            if not self._drafts and HEAD in self._drafters:
-                self._drafts += await self._found([HEAD], question, (question.last_token,), question.room)
-            self._plan = Plan((self._drafts[0].cut(question.room),), 0.0) if self._drafts else self._plan
+            self._plan = await self._first(question)
+        elif wanted is not None:
+            self._plan = await self._as_before(question, *wanted)
         else:
             self._plan = await self._choose(question)
         if self._trace.is_on:
@@ -139,20 +125,34 @@ class Drafting:
 
     def _look_ups(self, is_repeated: bool) -> list[DrafterName]:
         """Those who look up, and may find something that follows two tokens that have stood before or not, in order of asking."""
-        return [name for name in self._drafters if name != HEAD] if is_repeated or self._is_first_best else self._looking
+        return [name for name in self._drafters if name != HEAD] if is_repeated else self._looking
+
+    async def _first(self, question: Question) -> Plan:
+        look_ups = self._look_ups(is_repeated=True)
+        found = await self._found(look_ups, question, (question.last_token,), question.room)
+        if not found and HEAD in self._drafters:
+            found = await self._found([HEAD], question, (question.last_token,), question.room)
+        return Plan((found[0].cut(question.room),), 0.0) if found else NOTHING
+
+    async def _as_before(self, question: Question, limit: int, floor: float) -> Plan:
+        head = await self._asked_head(question, min(limit, question.room), floor)
+        self._drafts = [head] if head is not None else []
+        return Plan(tuple(self._drafts), self._plan.rate)
 
     async def _choose(self, question: Question) -> Plan:
         chooser, room = self._chooser, question.room
+        if chooser.looks() and (look_ups := self._look_ups(self._pairs.is_repeated)):
+            began = self._trace.clock()
+            self._drafts += await self._found(look_ups, question, (question.last_token,), room)
+            chooser.looked((self._trace.clock() - began) / 1e9)
         plan = chooser.best(self._drafts, 0, room)
         if HEAD not in self._drafters:
             return plan
         limit, floor = chooser.head_limit(plan, min(room, self._params.draft_n_max))
-        if question.choosing.sampling.temperature > 0:
-            floor = 0.0  # drawn with the target's noise, an unlikely token is as often right as a likely one
         if not limit:
             return plan
         began = self._trace.clock()
-        (head,) = await self._ask([HEAD], question, (question.last_token,), limit, floor) or (None,)
+        head = await self._asked_head(question, limit, floor)
         if head is not None and head.is_typical:
             chooser.drafted(max(1, len(head.tokens)), (self._trace.clock() - began) / 1e9)
         if head is not None and head.tokens:
@@ -160,16 +160,21 @@ class Drafting:
         self._seconds = (self._trace.clock() - began) / 1e9
         return plan
 
+    async def _asked_head(self, question: Question, limit: int, floor: float) -> Draft | None:
+        """Its draft, of `limit` tokens at most, whatever it has answered."""
+        (head,) = await self._ask([HEAD], question, (question.last_token,), limit, floor) or (None,)
+        return head.cut(limit) if head is not None else None
+
     async def _with_head(self, head: Draft, question: Question) -> Plan:
-        chooser, room = self._chooser, question.room
-        num_head = len(head.tokens)
+        chooser, room, num_head, is_alone = self._chooser, question.room, len(head.tokens), not self._drafts
         self._drafts.append(head)
-        plan = chooser.best(self._drafts, num_head, room)
-        is_whole_head = len(plan.parts) == 1 and plan.parts[0].tokens == head.tokens and plan.parts[0].drafter == HEAD
-        if is_whole_head and num_head < room and plan.reach > 0.5:
+        plan = (chooser.whole(head) if is_alone else None) or chooser.best(self._drafts, num_head, room)
+        if plan.parts == (head,) and num_head < room and plan.reach > 0.5:
             ahead = (question.last_token, *head.tokens)
-            if look_ups := self._look_ups(self._pairs.has(ahead[-2:])):
-                plan = chooser.extended(plan, await self._found(look_ups, question, ahead, room - num_head), num_head, room)
+            look_ups = self._look_ups(self._pairs.has(ahead[-2:]))
+            if look_ups and (tails := await self._found(look_ups, question, ahead, room - num_head)):
+                best = chooser.best(self._drafts, num_head, room)
+                plan = chooser.extended(best, tails, num_head, room) if best.parts == (head,) else best
         return plan
 
     async def _found(self, names: Sequence[DrafterName], question: Question, ahead: tuple[int, ...], room: int) -> list[Draft]:
@@ -222,7 +227,7 @@ class Drafting:
         if self._is_resting:
             if verdict.num_rows > 1 or self._experience.num_others:
                 self._chooser.rested(verdict.num_rows - 1, verdict.num_sequences - 1)
-            if self._num_rests == AFTER and verdict.is_typical:
+            if self._chooser.num_rests == AFTER and verdict.is_typical:
                 self._experience.verify.saw(verdict.num_rows, verdict.seconds)
             return
         left, right = num_drafted, num_accepted
@@ -231,7 +236,14 @@ class Drafting:
             if drafted:
                 self.statistics[part.drafter] = self.statistics[part.drafter].after(drafted, accepted)
             left, right = left - drafted, right - accepted
-        if not self._is_first_best:
+        if self._is_first_best:
+            return
+        if self._chooser.goes_on is not None:
+            (head,) = self._drafts or (None,)
+            self._chooser.went_on(head, tokens, verdict.is_typical and (head is None or head.is_typical))
+            if (num_other_rows := verdict.num_rows - num_drafted - 1) > 0 or self._experience.num_others:
+                self._chooser.rested(num_other_rows, verdict.num_sequences - 1)
+        else:
             seconds = verdict.seconds if verdict.is_typical else 0.0  # is not known
             self._chooser.came(tokens, self._drafts, self._plan, verdict.num_rows, seconds, verdict.num_sequences)
             self._seconds += verdict.seconds
@@ -264,7 +276,8 @@ class Drafting:
             await self._hear_marks()
         for name, drafter in self._drafters.items():
             if drafter.num_told is not None and position - drafter.num_told >= self._told_after:
-                await self._tell(drafter, flow, lease, self._marked if name == HEAD else None)
+                wants_marks = name == HEAD and self._is_resting and self._chooser.wants_marks()
+                await self._tell(drafter, flow, lease, self._marked if wants_marks else None)
         told = [drafter.num_told for drafter in self._drafters.values() if drafter.num_told is not None]
         self._tell_at = min(told, default=position) + self._told_after
 
@@ -293,7 +306,7 @@ class Drafting:
     async def forget(self, flow: Flow, lease: int) -> None:
         """Returns when no drafter works on the lease any more."""
         self._chooser.ended()
-        self._began = self._num_rests = self._tell_at = 0
+        self._began = self._tell_at = 0
         for reply in (*self._observed, *self._told):
             reply.abandon()
         self._observed.clear()

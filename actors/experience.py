@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from .costs import Costs
 
 #: Trials that a belief remembers, one about the head's guesses in a row, and what a word of the drafter's own weighs against them.
-MEMORY, SHORT_MEMORY, WORD = 12.0, 6.0, 1.5
+MEMORY, SHORT_MEMORY, WORD = 12.0, 12.0, 1.5
+#: What the word of other texts weighs.
+OTHERS_WORD = 4.0
+#: Measurements of whole rounds that count: an accident of the machine changes nothing.
+WINDOW = 15
 #: Rounds between two questions to a head that is not worth it, at first.
 FIRST_PAUSE = 4
 
@@ -19,12 +24,14 @@ class Belief:
     num_right: float = 0.0
     num_trials: float = 0.0
 
-    def saw(self, is_right: float, memory: float = MEMORY) -> None:
-        fading = 1 - 1 / memory
-        self.num_right, self.num_trials = self.num_right * fading + is_right, self.num_trials * fading + 1
+    def saw(self, is_right: float, memory: float = MEMORY, number: int = 1) -> None:
+        """So many times in a row."""
+        fading = (1 - 1 / memory) ** number
+        seen = (1 - fading) * memory
+        self.num_right, self.num_trials = self.num_right * fading + is_right * seen, self.num_trials * fading + seen
 
-    def share(self, before: float) -> float:
-        return (self.num_right + WORD * before) / (self.num_trials + WORD)
+    def share(self, before: float, word: float = WORD) -> float:
+        return (self.num_right + word * before) / (self.num_trials + word)
 
 
 UNTRIED = Belief()
@@ -38,9 +45,11 @@ class Surprise:
     num_right: float = 0.0
     num_expected: float = 0.0
 
-    def saw(self, is_right: bool, expected: float) -> None:
-        fading = 1 - 1 / MEMORY
-        self.num_right, self.num_expected = self.num_right * fading + is_right, self.num_expected * fading + expected
+    def saw(self, is_right: bool, expected: float, number: int) -> None:
+        """So many times in a row."""
+        fading = (1 - 1 / MEMORY) ** number
+        seen = (1 - fading) * MEMORY
+        self.num_right, self.num_expected = self.num_right * fading + is_right * seen, self.num_expected * fading + expected * seen
 
     def factor(self, before: float) -> float:
         """By which to trust less than before."""
@@ -63,16 +72,17 @@ def beliefs_by_run() -> list[Belief]:
 
 
 class Times:
-    """What things take in seconds, by size: drafting so many tokens, round after round and after a rest; all else in a round with
-    questions; a whole round in which nobody is asked, soon after another one and later. In such rounds: a whole one in which the head
-    drafts so many tokens as it did in the one before, and the least that this has been. Now and then it takes half as much again:
-    nothing it needs is in the caches."""
+    """What things take in seconds, by size: drafting so many tokens, round after round and after a rest, when it takes half as much again,
+    for nothing it needs is in the caches; all else in a round with questions; a whole round in which nobody is asked, soon after another
+    one and later. In such rounds, just before: a whole one in which the head drafts so many tokens, one of many."""
 
     def __init__(self) -> None:
         self.drafting, self.waking = Costs(), Costs()
         # What goes by without a choice is tried often enough: hope would make rest look better than what it is compared with.
-        self.overhead, self.after, self.resting = (Costs(hope=0.0) for _ in range(3))
-        self.steady, self.least = Costs(hope=0.0, newest=0.25), dict[int, float]()
+        self.overhead = Costs(hope=0.0)
+        self.after, self.resting, self.steady = (Costs(hope=0.0, window=WINDOW) for _ in range(3))
+        # What a round of rest took lately, rounds since, and after how many it wants to be measured again.
+        self.newest_rest, self.num_unmeasured, self.rest_age = 0.0, math.inf, 0.0
 
 
 class OfHead:

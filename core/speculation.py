@@ -137,7 +137,7 @@ class Draft:
     is_typical: bool = True
 
     def cut(self, length: int) -> Draft:
-        return Draft(self.drafter, self.tokens[:length], self.confidences[:length])
+        return Draft(self.drafter, self.tokens[:length], self.confidences[:length], self.is_typical)
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,7 +77,7 @@ MUTANTS = [
            "                for actor in life.actors.values():  # whatever ends this life, nobody waits for its work\n"
            "                    actor.leave_work()\n", ""),
     Mutant("garbage drafts", "a draft may be longer than was asked for", "actors/drafting.py",
-           "Plan((self._drafts[0].cut(question.room),), 0.0)", "Plan((self._drafts[0],), 0.0)"),
+           "Plan((found[0].cut(question.room),), 0.0)", "Plan((found[0],), 0.0)"),
     Mutant("garbage drafts", "drafts stand without comparison", "core/protocol.py",
            " and drafts[num_accepted] == verdict.choices[num_accepted]", ""),
     Mutant("garbage drafts", "what was rejected is not rolled back", "core/protocol.py",

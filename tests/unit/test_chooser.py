@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 
 import pytest
-from forerun.actors.chooser import LOOK_PAUSE, Chooser, Plan
+from forerun.actors.chooser import AFTER, LOOK_PAUSE, STRETCH, Chooser, Plan
 from forerun.actors.costs import Costs
 from forerun.actors.experience import Experience
 from forerun.core.speculation import Draft, DrafterName
@@ -22,7 +22,7 @@ def test_costs_are_what_was_measured_and_straight_between_and_beyond() -> None:
         costs.saw(1, 1.0)
         costs.saw(5, 3.0)
         costs.saw(9, 2.0)  # more rows never cost less
-    assert [costs(size) for size in (1, 3, 5, 9, 13)] == pytest.approx([1.0, 1.75, 2.5, 2.5, 2.5], rel=0.02)
+    assert [costs(size) for size in (1, 3, 5, 9, 13)] == pytest.approx([1.0, 1.75, 2.5, 2.5, 3.25], rel=0.02)
     costs.saw(1, 100.0)
     assert costs(1) < 1.3
     for _ in range(4):  # then the curve is drawn anew
@@ -43,14 +43,16 @@ def test_one_accident_is_not_believed_for_long() -> None:
 
 
 class Text:
-    """A text of random tokens, drafters that are right with given probabilities, and a machine."""
+    """A text of random tokens, drafters that are right with given probabilities, and a machine. `head_cost` is a drafted token's, `thought`
+    that of a round in which anybody is asked, unless it goes on as the one before."""
 
-    def __init__(self, seed: int, verify: Callable[[int], float], head_cost: float = 0.2) -> None:
+    def __init__(self, seed: int, verify: Callable[[int], float], head_cost: float = 0.2, thought: float = 0.0) -> None:
         self.rng, self.experience = random.Random(seed), Experience()
         self.chooser = Chooser(self.experience)
-        self.verify, self.head_cost = verify, head_cost
+        self.verify, self.head_cost, self.thought = verify, head_cost, thought
         self.num_tokens, self.seconds = 0, 0.0
-        self.num_rounds = self.num_head_asked = 0
+        self.num_rounds = self.num_head_asked = self.num_thoughts = 0
+        self.num_stretched = 0  # rounds that went on as the one before, in a row
 
     def _draft(self, name: DrafterName, right: Right, length: int, future: list[int], confidence: float) -> Draft:
         is_right = [self.rng.random() < right(self.num_rounds, i) for i in range(length)]
@@ -58,22 +60,37 @@ class Text:
         return Draft(name, tokens, (confidence,) * length)
 
     def round(self, look_up: Right | None, head: Right | None) -> Plan:
-        future = [self.rng.randrange(1000) for _ in range(64)]
-        drafts = [self._draft("ngram-suffix", look_up, 16, future, 0.7)] if look_up is not None else []
-        plan, num_head = self.chooser.best(drafts, 0, 40), 0
-        if head is not None:
-            num_head, _ = self.chooser.head_limit(plan, 3)
-            if num_head:
-                self.num_head_asked += 1
+        future, chooser = [self.rng.randrange(1000) for _ in range(64)], self.chooser
+        is_resting = chooser.rests(0 if look_up is not None else None)
+        wanted, drafts, plan, num_head = chooser.goes_on, list[Draft](), Plan((), 0.0), 0
+        if wanted is not None:
+            assert head is not None
+            drafts, num_head = [self._draft("draft-mtp", head, wanted[0], future, 0.7)], wanted[0]
+            plan = Plan(tuple(drafts), 0.0)
+        elif not is_resting:
+            self.num_thoughts += 1
+            if look_up is not None and chooser.looks():
+                drafts.append(self._draft("ngram-suffix", look_up, 16, future, 0.7))
+            plan = chooser.best(drafts, 0, 40)
+            if head is not None and (num_head := chooser.head_limit(plan, 3)[0]):
                 drafts.append(self._draft("draft-mtp", head, num_head, future, 0.7))
-                self.chooser.drafting.saw(num_head, self.head_cost * num_head)
-                plan = self.chooser.best(drafts, num_head, 40)
-        tokens = plan.tokens
-        num_right = next((i for i, token in enumerate(tokens) if token != future[i]), len(tokens))
-        rows = len(tokens) + 1
-        self.chooser.came(future[: num_right + 1], drafts, plan, rows, self.verify(rows))
+                chooser.drafted(num_head, self.head_cost * num_head)
+                plan = (chooser.whole(drafts[0]) if len(drafts) == 1 else None) or chooser.best(drafts, num_head, 40)
+        self.num_head_asked += num_head > 0
+        self.num_stretched = self.num_stretched + 1 if wanted is not None else 0
+        num_right = next((i for i, token in enumerate(plan.tokens) if token != future[i]), len(plan.tokens))
+        tokens, rows, work = tuple(future[: num_right + 1]), len(plan.tokens) + 1, self.head_cost * num_head
+        work += self.verify(rows)
+        if wanted is not None:
+            chooser.went_on(drafts[0], tokens, is_typical=True)
+        elif not is_resting:
+            chooser.came(tokens, drafts, plan, rows, self.verify(rows))
+        elif chooser.num_rests == AFTER:
+            self.experience.verify.saw(rows, self.verify(rows))
+        seconds = work + (self.thought if wanted is None and not is_resting else 0.0)
+        chooser.took(seconds, work)
         self.num_tokens += num_right + 1
-        self.seconds += self.verify(rows) + self.head_cost * num_head
+        self.seconds += seconds
         self.num_rounds += 1
         return plan
 
@@ -271,13 +288,13 @@ def test_those_who_look_up_are_asked_after_long_runs_where_short_ones_are_not_wo
     for i in range(400):
         run = 9 if i % 4 == 0 else 0
         if chooser.rests(run):
-            chooser.spent(i % 40, 1.0)
+            chooser.took(1.0, 0.0)
             continue
         asked[run] += 1
-        chooser.spent(0, 1.0)
         tokens, plan = ((1, 2, 3, 4, 5), Plan((draft,), 0.0)) if run else ((9,), Plan((), 0.0))
         chooser.looked(0.2)
         chooser.came(tokens, [draft], plan, len(plan.tokens) + 1, 1.2 if run else 1.0)
+        chooser.took(2.2 if run else 2.0, 1.2 if run else 1.0)
     assert asked[9] == 100
     assert asked[0] < 30
 
@@ -294,7 +311,7 @@ def test_what_the_head_takes_is_shared_by_those_in_a_batch() -> None:
             chooser.rested(num_sequences - 1, num_sequences - 1)
             chooser.drafting.saw(3, 0.6)
             chooser.drafting.saw(1, 0.2)
-            chooser.spent(1, 1 + slope * num_sequences)
+            chooser.took(1.01 + slope * num_sequences, 1 + slope * num_sequences)
         return chooser.head_limit(chooser.best([], 0, 40), 3)[0]
 
     assert limit(1, 0.01) == limit(16, 0.001) == 2
@@ -307,3 +324,72 @@ def test_a_new_sequence_knows_what_company_there_is() -> None:
         Chooser(experience).rested(15, 15)
     costs = Chooser(experience).overhead
     assert costs is experience.times[True, False].overhead
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_head_that_is_worth_it_is_asked_without_a_thought_until_it_is_not(seed: int) -> None:
+    def until(last: int) -> Right:
+        return lambda number, _: 0.9 if number < last else 0.0
+
+    text = Text(seed, flat, thought=0.5)
+    for _ in range(200):
+        text.round(None, until(200))
+    num_asked = text.num_head_asked
+    assert num_asked > 150
+    assert text.num_thoughts < 25
+    for _ in range(200):
+        text.round(None, until(200))
+    assert text.num_head_asked - num_asked < 60  # the rest of a stretch, and the look at what has changed
+
+
+def test_a_stretch_ends_where_its_tokens_are_too_few() -> None:
+    text = Text(0, flat)
+    for _ in range(30):
+        text.round(None, lambda _, __: 0.95)
+    while text.num_stretched == 0:
+        text.round(None, lambda _, __: 0.95)
+    lengths = list[int]()
+    for _ in range(2 * STRETCH):
+        text.round(None, never)
+        lengths.append(text.num_stretched)
+    assert 0 in lengths
+
+
+@pytest.mark.parametrize("thought", [0.0, 0.4])
+def test_rest_is_measured_before_a_head_is_held_to_be_better(thought: float) -> None:
+    """Where what it takes to think is no small part of a round: rest is none of those rounds that were thought about."""
+    text = Text(1, flat, thought=thought)
+    for _ in range(120):
+        text.round(None, lambda _, __: 0.9)
+    assert (text.experience.times[False, False].resting(1) > 0) == (thought > 0)
+    assert text.num_head_asked > 80
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_a_head_gains_in_one_text_and_not_in_another_is_found_out_in_each(seed: int) -> None:
+    """A head that is just worth it here and just not there, on a machine that takes its time to think."""
+    gained, text = {0.8: 0.0, 0.45: 0.0}, Text(seed, lambda rows: 1 + 0.15 * (rows - 1), head_cost=0.3, thought=0.4)
+    for number in range(40):
+        share = 0.8 if number % 2 else 0.45
+        text.chooser, text.num_tokens, text.seconds = Chooser(text.experience), 0, 0.0
+        for _ in range(100):
+            text.round(None, lambda _, __, share=share: share)
+        text.chooser.ended()
+        gained[share] += (text.num_tokens / text.seconds - 1) / 20 if number >= 10 else 0.0
+    assert gained[0.8] > 0.06
+    assert gained[0.45] > -0.06
+
+
+def test_marks_are_asked_for_more_seldom_while_they_are_all_wrong() -> None:
+    chooser = Chooser(Experience())
+
+    def num_marked(is_right: bool) -> int:
+        number = 0
+        for _ in range(40):
+            if chooser.wants_marks():
+                chooser.marked((is_right,) * 6, 3)
+                number += 1
+        return number
+
+    assert num_marked(is_right=False) < 10
+    assert num_marked(is_right=True) > 30
