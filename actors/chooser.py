@@ -56,8 +56,8 @@ LAST_MARK_PAUSE = 7
 #: Rounds that go by without a question to those who look up, at most, and no more than keep what is lost by it below a share of the time.
 LOOK_PAUSE, LOOKING_SHARE = 64, 0.015
 #: Rounds for which the head is asked as in the one before, without another thought: to think takes as long as half a token of a small
-#: model. After so many, so many times at most, a stretch ends if its tokens were less than a share of what rest would have brought.
-STRETCH, NUM_STRETCHES, TOO_FEW = 8, 8, 0.85
+#: model. After so many, so many times at most, a stretch ends if less than a share of the drafted tokens that it needs were right.
+STRETCH, NUM_STRETCHES, TOO_FEW = 8, 8, 0.6
 #: The class of a run of repeated tokens that ends it.
 LONG_RUN = 3
 #: A head that is not worth it is tried for a stretch, if it would be were its rounds so much shorter than they are held to be, at first
@@ -133,9 +133,9 @@ class Chooser:
         self._is_hopeful = has_head
         self._is_looking = self._is_promising = False  # the head, that is
         self._asking, self._asked_at = Asking.NOTHING, -2  # in this round; the round in which it was, last
-        # Of a stretch: what the head is asked for, rounds left, the tokens that rest would bring for STRETCH of them, and those which lack;
-        # what came of the rounds that are over, and the seconds they took.
-        self._wanted, self._num_left, self._at_rest, self._lacking = (0, 0.0), 0, 0.0, 0.0
+        # Of a stretch: what the head is asked for, rounds left, tokens that STRETCH of them must bring, and those which lack; what came of
+        # the rounds that are over, and the seconds they took.
+        self._wanted, self._num_left, self._needed, self._lacking = (0, 0.0), 0, 0.0, 0.0
         self._came = list[tuple[Draft | None, tuple[int, ...]]]()
         self._took = list[float]()  # or rounds of rest, of which there have been so many in a row:
         self.num_rests = 0
@@ -317,7 +317,7 @@ class Chooser:
         self._lacking -= len(tokens)
         if self._num_left % STRETCH == 0:
             self._num_left = self._num_left if self._lacking < 0 else 0
-            self._lacking = self._at_rest
+            self._lacking = self._needed
 
     def _learn(self) -> None:
         """What has been seen in the stretch that is over."""
@@ -333,10 +333,10 @@ class Chooser:
         self._took.clear()
 
     def took(self, seconds: float, work: float) -> None:
-        """The last round did, of which drafting and verifying were `work`, if it was one of questions."""
+        """The last round did, without what it waited for its reader; drafting and verifying were `work`, if it was one of questions."""
         if self.num_rests or self._came:
             self._took.append(seconds)
-            if self.num_rests == AFTER or len(self._took) == NUM_MEASURED:
+            if self.num_rests and (self.num_rests == AFTER or len(self._took) == NUM_MEASURED):
                 self._measure_rest()
         else:
             verify = self._experience.verify(1 + round(self._num_other_rows))
@@ -348,7 +348,7 @@ class Chooser:
         times, seconds = self._times, usual(self._took)
         if self.num_rests <= AFTER:
             times.after.saw(1, seconds)
-        elif len(self._took) >= AFTER // 2:
+        elif len(self._took) >= AFTER // 2 and seconds > 0:
             times.resting.saw(1, seconds)
             times.newest_rest, times.num_unmeasured, times.rest_age = seconds, 0, REST_AGE
         self._took.clear()
@@ -442,10 +442,10 @@ class Chooser:
 
     def _first_guess(self, i: int, is_hoping: bool = False) -> float:
         """How likely the head's token at a place in its draft is right, once those before it are."""
-        others = self._of_head.first_guesses[i]
-        share = self._first_guesses[i].share(others.share(0.6), OTHERS_WORD)
+        others, mine = self._of_head.first_guesses[i], self._first_guesses[i]
+        share = mine.share(others.share(0.6), max(1.0, OTHERS_WORD * (1 - mine.num_trials / SHORT_MEMORY)))
         if is_hoping:
-            spread = max(SPREAD / (1 + self._first_guesses[i].num_trials / OTHERS_WORD), 1 / math.sqrt(1 + others.num_trials))
+            spread = max(SPREAD / (1 + mine.num_trials / OTHERS_WORD), 1 / math.sqrt(1 + others.num_trials))
             share += math.sqrt(share * (1 - share)) * spread
         return min(1.0, share)
 
@@ -456,7 +456,7 @@ class Chooser:
 
     def _must_see(self, without: float, ceiling: float) -> bool:
         is_due = self._round >= self._sign_at
-        if is_due and self._is_hopeful and self._trial_at < self._round + self._last_pause:  # that says more
+        if is_due and self._is_hopeful and not self._is_looking and self._trial_at < self._round + self._last_pause:  # that says more
             is_due, self._sign_at = False, self._trial_at
         if not is_due and not self._is_promising:
             return False
@@ -517,7 +517,8 @@ class Chooser:
         if is_worth_it:
             if is_typical and plan.parts == tuple(of_head):
                 self._num_left = STRETCH * (NUM_STRETCHES if asking is Asking.DRAFT else 1)
-                self._at_rest = self._lacking = TOO_FEW * STRETCH * self._steady(self._wanted[0]) / max(self._resting, 1e-9)
+                needed = self._steady(self._wanted[0]) / max(self._resting, 1e-9) - 1  # right ones, a round, to be as good as rest
+                self._needed = self._lacking = STRETCH * (1 + TOO_FEW * needed)
             if asking is Asking.DRAFT:
                 of_all.pause = max(of_all.pause / LONGER, FIRST_PAUSE)
         elif asking is not Asking.TRIAL and not self._is_promising:
@@ -558,8 +559,9 @@ class Chooser:
         for name, surprise in self._surprises.items():
             self._experience.trust.setdefault(name, Belief()).saw(surprise.factor(1.0))
         self._found, self._surprises = beliefs_by_run(), {}  # should it go on, in other memory, that is not counted twice
+        if self._came:
+            self._learn()
         self._num_left = self.num_rests = 0
-        self._came.clear()
         self._took.clear()
 
     def _compare_all(self, tokens: Sequence[int], drafts: Sequence[Draft], plan: Plan) -> None:
@@ -578,7 +580,7 @@ class Chooser:
         self._num_misses = self._num_misses + 1 if is_miss else 0
         by_chance = (1 - self._usual) ** NUM_MISSES
         if self._num_misses == NUM_MISSES and by_chance < CHANGE:
-            self._pause, self._is_promising, self._has_changed = FIRST_PAUSE, True, True
+            self._pause, self._is_promising, self._has_changed = FIRST_PAUSE, self._has_head, True
             self._doubt(plan.parts[0].drafter, by_chance / (by_chance + CHANGE))
             self._sign_at = min(self._sign_at, self._round + FIRST_PAUSE) if self._has_head else math.inf
         if plan.tokens:
@@ -592,7 +594,7 @@ class Chooser:
         """The same of a stretch's rounds, all at once."""
         if not came:
             return
-        num_right = [min(len(tokens) - 1, len(head.tokens)) for head, tokens in came]
+        num_right = [max(0, min(len(tokens) - 1, len(head.tokens))) for head, tokens in came]
         for i in range(max(len(head.tokens) for head, _ in came)):
             reached = sum(1 for (head, _), right in zip(came, num_right, strict=True) if right >= i < len(head.tokens))
             if reached:
@@ -635,9 +637,8 @@ class Chooser:
 
 def _keys(name: str, draft: Draft, number: int) -> list[tuple[Key, float]]:
     """Under which it is known how often each of its first tokens was right, and how sure the drafter is."""
-    sure = draft.confidences[:number] + (0.5,) * (
-        min(number, len(draft.tokens)) - len(draft.confidences)
-    )  # of a draft that may be anything
+    number = min(number, len(draft.tokens))
+    sure = draft.confidences[:number] + (0.5,) * (number - len(draft.confidences))  # of a draft that may be anything
     return [((name, i if i < 2 else 2, bisect_left(CLASSES, confidence)), confidence) for i, confidence in enumerate(sure)]
 
 

@@ -241,12 +241,17 @@ class Drafting:
         if self._chooser.goes_on is not None:
             (head,) = self._drafts or (None,)
             self._chooser.went_on(head, tokens, verdict.is_typical and (head is None or head.is_typical))
-            if (num_other_rows := verdict.num_rows - num_drafted - 1) > 0 or self._experience.num_others:
+            if (num_other_rows := max(0, verdict.num_rows - num_drafted - 1)) or self._experience.num_others:
                 self._chooser.rested(num_other_rows, verdict.num_sequences - 1)
         else:
             seconds = verdict.seconds if verdict.is_typical else 0.0  # is not known
             self._chooser.came(tokens, self._drafts, self._plan, verdict.num_rows, seconds, verdict.num_sequences)
             self._seconds += verdict.seconds
+
+    def waited(self, nanoseconds: int) -> None:
+        """This round did, for a reader: that is none of what it takes."""
+        if self._began:
+            self._began += nanoseconds
 
     # What stands
 

@@ -9,7 +9,7 @@ from .costs import Costs
 
 #: Trials that a belief remembers, one about the head's guesses in a row, and what a word of the drafter's own weighs against them.
 MEMORY, SHORT_MEMORY, WORD = 12.0, 12.0, 1.5
-#: What the word of other texts weighs.
+#: What the word of other texts weighs, at first.
 OTHERS_WORD = 4.0
 #: Measurements of whole rounds that count: an accident of the machine changes nothing.
 WINDOW = 15

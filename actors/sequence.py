@@ -283,7 +283,9 @@ class Sequence:
             source = self._plan.parts[0].drafter if self._plan.parts and done.num_accepted else None
             logprobs = self._verdict.logprobs[: len(done.tokens)]
             self._logprobs += logprobs
+            began = self._trace.clock()
             await self._outbox.send(Delta(text, done.tokens, source, logprobs), self._flow)
+            self._drafting.waited(self._trace.clock() - began)
         if self._drafting.owes(protocol.position):
             await self._drafting.stands(self._flow, self._held, protocol.position)
         self._clock.last_token = anyio.current_time()
