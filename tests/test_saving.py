@@ -214,7 +214,7 @@ def test_killing_who_saves_100_times_leaves_the_old_file_or_the_new(tmp_path: Pa
     snapshots = [snapshot(0), snapshot(1)]
     saved.write(path, "f" * 64, "", snapshots[0])
     left_behind, number = list[str](), 0
-    while number < 100 or len(left_behind) <= 10:  # some must have died in the middle
+    while number < 100 or len(left_behind) <= 10 or len(seen) < 2:  # some must have died in the middle, and some after a write
         child = os.fork()
         if not child:
             while True:
