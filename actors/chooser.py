@@ -131,7 +131,7 @@ class Chooser:
         self._sign_at: float = max(FIRST_PAUSE, self._pause - self._of_head.num_unasked) if has_head else math.inf
         self._trial_at: float = 0
         self._is_hopeful = has_head
-        self._is_looking = self._is_promising = False  # the head, that is
+        self._is_looking, self._is_promising = False, False  # this round; the head, by its last sign
         self._asking, self._asked_at = Asking.NOTHING, -2  # in this round; the round in which it was, last
         # Of a stretch: what the head is asked for, rounds left, tokens that STRETCH of them must bring, and those which lack; what came of
         # the rounds that are over, and the seconds they took.
@@ -618,8 +618,7 @@ class Chooser:
         mine, all_beliefs = self._beliefs, self._experience.beliefs
         if (surprise := self._surprises.get(name)) is None:
             surprise = self._surprises[name] = Surprise()
-        num_judged = min(len(draft.tokens), len(tokens))
-        num_right = next((i for i in range(num_judged) if draft.tokens[i] != tokens[i]), num_judged)
+        num_judged, num_right = min(len(draft.tokens), len(tokens)), _num_alike(draft.tokens, tokens)
         keys, i = _keys(name, draft, min(num_right + 1, num_judged)), 0
         while i < len(keys):
             key, confidence = keys[i]
@@ -642,11 +641,16 @@ def _keys(name: str, draft: Draft, number: int) -> list[tuple[Key, float]]:
     return [((name, i if i < 2 else 2, bisect_left(CLASSES, confidence)), confidence) for i, confidence in enumerate(sure)]
 
 
+def _num_alike(drafted: Sequence[int], tokens: Sequence[int]) -> int:
+    """How many of both are the same, from the first on."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(drafted, tokens, strict=False)))
+
+
 def _num_looked_up(plan: Plan, tokens: Sequence[int]) -> int:
     """How many of the tokens that came had been looked up, and verified."""
     left, found = list(tokens), 0
     for part in plan.parts:
-        right = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(part.tokens, left, strict=False)))
+        right = _num_alike(part.tokens, left)
         found += right if part.drafter != "draft-mtp" else 0
         left = left[len(part.tokens) :] if right == len(part.tokens) else []
     return found
