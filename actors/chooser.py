@@ -21,9 +21,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import takewhile
 
-from ..core.speculation import Draft, DrafterName
+from ..core.speculation import Draft, DrafterName, num_alike
 from .costs import Costs, usual
 from .experience import (
     FIRST_PAUSE,
@@ -307,6 +306,11 @@ class Chooser:
         """What the head is asked for this round, as `head_limit` has said, if that is the same as in the last one, and its draft is
         verified."""
         return self._wanted if self._num_left and not self._is_looking else None
+
+    @property
+    def will_go_on(self) -> tuple[int, float] | None:
+        """The same of the round after this one, as far as is known."""
+        return self._wanted if self._num_left > 1 and self.goes_on is not None else None
 
     def went_on(self, head: Draft | None, tokens: tuple[int, ...], is_typical: bool) -> None:
         """It did, and a round brought `tokens`. Not typical is what says nothing of what rounds take."""
@@ -618,7 +622,7 @@ class Chooser:
         mine, all_beliefs = self._beliefs, self._experience.beliefs
         if (surprise := self._surprises.get(name)) is None:
             surprise = self._surprises[name] = Surprise()
-        num_judged, num_right = min(len(draft.tokens), len(tokens)), _num_alike(draft.tokens, tokens)
+        num_judged, num_right = min(len(draft.tokens), len(tokens)), num_alike(draft.tokens, tokens)
         keys, i = _keys(name, draft, min(num_right + 1, num_judged)), 0
         while i < len(keys):
             key, confidence = keys[i]
@@ -641,16 +645,11 @@ def _keys(name: str, draft: Draft, number: int) -> list[tuple[Key, float]]:
     return [((name, i if i < 2 else 2, bisect_left(CLASSES, confidence)), confidence) for i, confidence in enumerate(sure)]
 
 
-def _num_alike(drafted: Sequence[int], tokens: Sequence[int]) -> int:
-    """How many of both are the same, from the first on."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(drafted, tokens, strict=False)))
-
-
 def _num_looked_up(plan: Plan, tokens: Sequence[int]) -> int:
     """How many of the tokens that came had been looked up, and verified."""
     left, found = list(tokens), 0
     for part in plan.parts:
-        right = _num_alike(part.tokens, left)
+        right = num_alike(part.tokens, left)
         found += right if part.drafter != "draft-mtp" else 0
         left = left[len(part.tokens) :] if right == len(part.tokens) else []
     return found

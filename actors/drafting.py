@@ -87,6 +87,7 @@ class Drafting:
         self._told: list[Reply[tuple[bool, ...]]] = []  # what the head will say of tokens that it has been told of
         self._drafts: list[Draft] = []  # of this round
         self._plan = NOTHING
+        self._next: Draft | None = None  # of the head for the next round, which came with a verdict
         self._began, self._seconds = 0, 0.0  # when this round did, and, where there are questions, the seconds of drafting and verifying
         self.statistics: dict[DrafterName, DrafterStatistics] = {name: DrafterStatistics() for name in mailboxes}
 
@@ -123,6 +124,18 @@ class Drafting:
             self._trace.count("expected tokens/s", round(self._plan.rate), question.flow)
         return self._plan
 
+    def ahead(self, position: int, room: int) -> tuple[int, float]:
+        """How many tokens, if any, the head is to draft as soon as it is known what this round at `position` brings, and Propose's floor:
+        where it has been asked, and is certain to be asked for the next. `room` is what the next round has at least."""
+        head = self._drafters.get(HEAD)
+        if self._is_resting or head is None or head.num_told != position or head.life != head.mailbox.life:
+            return 0, 0.0
+        if self._is_first_best:
+            limit, floor = self._params.limit(HEAD) if len(self._drafters) == 1 else 0, 0.0
+        else:
+            limit, floor = self._chooser.will_go_on or (0, 0.0)
+        return max(0, min(limit, room)), floor
+
     def _look_ups(self, is_repeated: bool) -> list[DrafterName]:
         """Those who look up, and may find something that follows two tokens that have stood before or not, in order of asking."""
         return [name for name in self._drafters if name != HEAD] if is_repeated else self._looking
@@ -130,8 +143,8 @@ class Drafting:
     async def _first(self, question: Question) -> Plan:
         look_ups = self._look_ups(is_repeated=True)
         found = await self._found(look_ups, question, (question.last_token,), question.room)
-        if not found and HEAD in self._drafters:
-            found = await self._found([HEAD], question, (question.last_token,), question.room)
+        if not found and HEAD in self._drafters and (head := await self._asked_head(question, question.room, 0.0)) and head.tokens:
+            found = [head]
         return Plan((found[0].cut(question.room),), 0.0) if found else NOTHING
 
     async def _as_before(self, question: Question, limit: int, floor: float) -> Plan:
@@ -151,9 +164,9 @@ class Drafting:
         limit, floor = chooser.head_limit(plan, min(room, self._params.draft_n_max))
         if not limit:
             return plan
-        began = self._trace.clock()
+        began, is_there = self._trace.clock(), self._next is not None
         head = await self._asked_head(question, limit, floor)
-        if head is not None and head.is_typical:
+        if head is not None and head.is_typical and not is_there:
             chooser.drafted(max(1, len(head.tokens)), (self._trace.clock() - began) / 1e9)
         if head is not None and head.tokens:
             plan = await self._with_head(head, question)
@@ -162,7 +175,9 @@ class Drafting:
 
     async def _asked_head(self, question: Question, limit: int, floor: float) -> Draft | None:
         """Its draft, of `limit` tokens at most, whatever it has answered."""
-        (head,) = await self._ask([HEAD], question, (question.last_token,), limit, floor) or (None,)
+        head = self._next
+        if head is None:
+            (head,) = await self._ask([HEAD], question, (question.last_token,), limit, floor) or (None,)
         return head.cut(limit) if head is not None else None
 
     async def _with_head(self, head: Draft, question: Question) -> Plan:
@@ -224,6 +239,9 @@ class Drafting:
 
     def settle(self, num_drafted: int, num_accepted: int, tokens: tuple[int, ...], verdict: Verdict) -> None:
         """The round brought `tokens`; of `num_drafted` draft tokens that were verified, `num_accepted` were right."""
+        self._next = verdict.draft
+        if self._next is not None and (told := self._drafters[HEAD].num_told) is not None:
+            self._drafters[HEAD].num_told = told + num_accepted + 1
         if self._is_resting:
             if verdict.num_rows > 1 or self._experience.num_others:
                 self._chooser.rested(verdict.num_rows - 1, verdict.num_sequences - 1)
@@ -311,7 +329,7 @@ class Drafting:
     async def forget(self, flow: Flow, lease: int) -> None:
         """Returns when no drafter works on the lease any more."""
         self._chooser.ended()
-        self._began = self._tell_at = 0
+        self._began, self._tell_at, self._next = 0, 0, None
         for reply in (*self._observed, *self._told):
             reply.abandon()
         self._observed.clear()

@@ -63,7 +63,7 @@ from .experience import Experience
 from .lookup.family import CountsFamily, family
 from .memory_manager import MemoryManager
 from .model import Model, load_model
-from .mtp_drafter import MtpDrafter
+from .mtp_drafter import HeadDrafts, MtpDrafter
 from .ngram_drafter import NgramDrafter
 from .sequence import Origin, Sequence, Surroundings
 from .stream import DEFAULT_MAX_TOKENS, Job, Options, Stream
@@ -186,10 +186,15 @@ class Engine:
 
         tokenizer = child("tokenizer", lambda mailbox: TokenizerActor(mailbox, executor, model.vocabulary))
         memory = child("memory manager", memory_manager)
-        # Each life has graphs of its own: work that was left behind may still run in the former one's.
-        target = child("target decoder", lambda mailbox: TargetDecoder(mailbox, executor, model.target(), pool, trace))
         speculation = params.speculation
         types = speculation.types
+
+        def target_decoder(mailbox: Mailbox) -> Actor:
+            # Each life has graphs of its own: work that was left behind may still run in the former one's.
+            drafts = HeadDrafts(model.draft_head(), speculation) if "draft-mtp" in types else None
+            return TargetDecoder(mailbox, executor, model.target(), pool, trace, drafts)
+
+        target = child("target decoder", target_decoder)
         drafters: dict[DrafterName, ChildSpec] = {}
         for name in types:
             if name == "draft-mtp":

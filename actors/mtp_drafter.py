@@ -11,8 +11,8 @@ often than a draw of its own would: coupled noise (figures in kernels/EXPERIMENT
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 from ..core.actor import Actor, Executor
@@ -22,8 +22,9 @@ from ..core.messages import Commit, Forget, Mail, Observe, Propose, Resume
 from ..core.protocol import CHUNK
 from ..core.speculation import DRAFTER_PATIENCE_SECONDS, Draft, SpeculationParams
 from ..core.vocabulary import Choosing, SamplingParams
-from ..kernels.model.drafts import Drafted, MtpRows, Wanted
-from ..kernels.model.memory import SequencePool
+from ..kernels.model.drafts import Drafted, Following, MtpRows, Wanted
+from ..kernels.model.memory import SequenceMemory, SequencePool
+from ..kernels.sampling import Choices
 
 GREEDY = Choosing(SamplingParams())
 #: Of so many tokens that it catches up on without having drafted them, the head says whether it would have.
@@ -42,25 +43,43 @@ class DraftHead(Protocol):
 
     def draft(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> list[Drafted]: ...
 
+    def draft_after(self, batch: Sequence[Following], choices: Choices) -> Callable[[], list[Drafted]]: ...
+
     def seconds(self, num_rows: int) -> float:
         """About how long so many rows take."""
         ...
 
 
-@dataclass(slots=True)
-class _Sequence:
-    """Rows below `num_exact` are done with; `behind` holds the tokens at `num_exact`... that the target has computed since."""
+class HeadDrafts:
+    """Drafts of an MTP head, as SpeculationParams want them."""
 
-    num_exact: int = 0
-    behind: list[int] = field(default_factory=list[int])
+    def __init__(self, head: DraftHead, params: SpeculationParams) -> None:
+        self.head, self._params = head, params
 
-    @property
-    def num_known(self) -> int:
-        return self.num_exact + len(self.behind)
+    def how(self, choosing: Choosing) -> Choosing:
+        """How drafts are chosen where the target chooses as said."""
+        return GREEDY if self._params.draft_sampling == "greedy" else choosing
 
-    def skip(self) -> None:
-        """Leaves the rows behind as they are in the cache: worse drafts, no harm."""
-        self.num_exact, self.behind = self.num_known, []
+    def wanted(self, choosing: Choosing, limit: int, floor: float) -> Wanted:
+        """A draft of `limit` tokens at most, chosen as the target chooses, unless all together are less likely than `floor`."""
+        return Wanted(self.how(choosing), limit, floor, self._params.draft_p_min)
+
+    def of(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> list[Draft]:
+        """Each one's after its rows."""
+        num_prepared = self.head.num_prepared
+        return self._drafts(self.head.draft(batch, wanted), num_prepared)
+
+    def after(self, batch: Sequence[Following], choices: Choices) -> Callable[[], list[Draft]]:
+        """Each one's after what a verify brings; see HeadBase.draft_after."""
+        num_prepared = self.head.num_prepared
+        begun = self.head.draft_after(batch, choices)
+        return lambda: self._drafts(begun(), num_prepared)
+
+    def _drafts(self, drafted: Sequence[Drafted], num_prepared: int) -> list[Draft]:
+        is_typical, least = self.head.num_prepared == num_prepared, self._params.draft_n_min
+        return [
+            Draft("draft-mtp", *((each.tokens, each.shares) if len(each.tokens) >= least else ((), ())), is_typical) for each in drafted
+        ]
 
 
 class MtpDrafter(Actor):
@@ -71,8 +90,8 @@ class MtpDrafter(Actor):
 
     def __init__(self, mailbox: Mailbox, executor: Executor, head: DraftHead, pool: SequencePool, params: SpeculationParams) -> None:
         super().__init__(mailbox, executor)
-        self._head, self._pool, self._params = head, pool, params
-        self._sequences: dict[int, _Sequence] = {}
+        self._head, self._drafts, self._pool = head, HeadDrafts(head, params), pool
+        self._behind: dict[int, list[int]] = {}  # by lease: tokens that the target has computed, and the head has not
 
     @property
     def enough(self) -> float:
@@ -83,8 +102,7 @@ class MtpDrafter(Actor):
         if not isinstance(message, Propose | Commit):
             return False
         tokens = message.tokens if isinstance(message, Commit) else message.since
-        sequence = self._sequences.get(message.lease)
-        num_behind = len(tokens) + (len(sequence.behind) if sequence is not None else 0)
+        num_behind = len(tokens) + len(self._behind.get(message.lease, ()))
         if isinstance(message, Commit) or num_behind >= CHUNK:
             return num_behind < CHUNK
         return self._pool.num_used == 1 and self._executor.is_inline(self._head.seconds(num_behind + message.limit))
@@ -102,14 +120,14 @@ class MtpDrafter(Actor):
                     await self._learn(message.lease, message.position - len(message.since), message.since)
                     proposals.append((envelope, message))
                 case Resume(_, lease, tokens, _):
-                    self._sequences[lease] = _Sequence(len(tokens))
+                    self._begin(lease, len(tokens))
                     envelope.answer(None)
                 case Forget(_, lease):
-                    self._sequences.pop(lease, None)
+                    self._behind.pop(lease, None)
                     envelope.answer(None)
                 case other:
                     raise InternalBug(f"MTP drafter got {other!r}")
-        wanted: list[tuple[Envelope, Propose, MtpRows]] = []
+        envelopes, batch_rows, wanted = list[Envelope](), list[MtpRows](), list[Wanted]()
         for envelope, message in proposals:
             if envelope.is_abandoned:
                 continue
@@ -118,66 +136,66 @@ class MtpDrafter(Actor):
             if rows is None:
                 envelope.answer(Draft("draft-mtp", ()))
             else:
-                wanted.append((envelope, message, rows))
-        if wanted:
-            num_rows = sum(message.limit - 1 + len(rows.tokens) for _, message, rows in wanted)
-            drafts = await self.compute(lambda: self._draft([each[1:] for each in wanted]), self._head.seconds(num_rows))
-            for (envelope, _, _), draft in zip(wanted, drafts, strict=True):
+                envelopes.append(envelope)
+                batch_rows.append(rows)
+                wanted.append(self._drafts.wanted(message.choosing, message.limit, message.floor))
+        if envelopes:
+            num_rows = sum(each.limit - 1 + len(rows.tokens) for rows, each in zip(batch_rows, wanted, strict=True))
+            drafts = await self.compute(lambda: self._drafts.of(batch_rows, wanted), self._head.seconds(num_rows))
+            for envelope, draft in zip(envelopes, drafts, strict=True):
                 envelope.answer(draft)
+
+    def _begin(self, lease: int, num_done: int) -> None:
+        """Nothing is behind in a lease that holds so many rows."""
+        with suppress(LeaseLost):
+            self._pool[lease].num_head_rows, self._behind[lease] = num_done, []
+
+    def _known(self, lease: int) -> tuple[SequenceMemory, list[int]] | None:
+        """Memory and tokens behind of a lease whose beginning has been heard of, and that has not been lost."""
+        if lease in self._behind:
+            try:
+                return self._pool[lease], self._behind[lease]
+            except LeaseLost:
+                del self._behind[lease]
+        return None
 
     async def _learn(
         self, lease: int, position: int, tokens: tuple[int, ...], *, is_chunk: bool = False, choosing: Choosing | None = None
     ) -> tuple[bool, ...]:
         """Says what Commit wants to hear, if these tokens are computed now."""
         if is_chunk and position == 0:
-            self._sequences[lease] = _Sequence()
-        sequence = self._sequences.get(lease)
-        if sequence is None or not tokens:
+            self._begin(lease, 0)
+        if not tokens or (known := self._known(lease)) is None:
             return ()
+        memory, behind = known
         # The first of a round's tokens is known already when a draft was asked for that round.
-        num_known = sequence.num_known - position
-        if not 0 <= num_known <= len(tokens):
-            raise InternalBug(f"tokens at {position}, but {sequence.num_known} are known")
-        sequence.behind += tokens[num_known:]
+        end = memory.num_head_rows + len(behind)
+        if not position <= end <= position + len(tokens):
+            raise InternalBug(f"tokens at {position}, but {end} are known")
+        behind += tokens[end - position :]
         # A round's few tokens wait for the next draft, to share its pass; a chunk's hidden rows do not last.
-        if (is_chunk or len(sequence.behind) >= CHUNK) and (rows := self._catch_up(lease, sequence.num_known, ())) is not None:
+        if (is_chunk or len(behind) >= CHUNK) and (rows := self._catch_up(lease, position + len(tokens), ())) is not None:
             num_marked = min(NUM_MARKED, len(rows.tokens) - 1) if choosing is not None else 0
-            how = self._how(choosing) if choosing is not None else GREEDY
+            how = self._drafts.how(choosing) if choosing is not None else GREEDY
             return await self.compute(lambda: self._head.mark(rows, num_marked, how), self._head.seconds(len(rows.tokens)))
         return ()
-
-    def _how(self, choosing: Choosing) -> Choosing:
-        """How drafts are chosen where the target chooses as said."""
-        return GREEDY if self._params.draft_sampling == "greedy" else choosing
 
     def _catch_up(self, lease: int, position: int, next_token: tuple[int, ...]) -> MtpRows | None:
         """The rows that make the cache exact up to `position`, all that the target has computed, then `next_token`, whose row has exact
         inputs though the target has not computed it. None when they cannot be had."""
-        sequence = self._sequences.get(lease)
-        if sequence is None:
+        if (known := self._known(lease)) is None:
             return None
-        if sequence.num_known != position:
-            raise InternalBug(f"asked to draft from {position}, but {sequence.num_known} are known")
-        start, tokens = sequence.num_exact, (*sequence.behind, *next_token)
+        memory, behind = known
+        if not behind and next_token and memory.num_head_rows == position + 1:
+            memory.num_head_rows = position  # that row is computed again
+        start, tokens = memory.num_head_rows, (*behind, *next_token)
+        if start + len(behind) != position:
+            raise InternalBug(f"asked to draft from {position}, but {start + len(behind)} are known")
+        behind.clear()
         try:
-            memory = self._pool[lease]
             hidden = memory.hidden.before(start, len(tokens))
-        except LeaseLost:
-            del self._sequences[lease]
+        except PositionLost:  # the rows stay as they are in the cache: worse drafts, no harm
+            memory.num_head_rows = position
             return None
-        except PositionLost:
-            sequence.skip()
-            return None
-        sequence.num_exact, sequence.behind = start + len(tokens), []
+        memory.num_head_rows = start + len(tokens)
         return MtpRows(memory, start, tokens, hidden)
-
-    def _draft(self, wanted: list[tuple[Propose, MtpRows]]) -> list[Draft]:
-        p = self._params
-        asked = [Wanted(self._how(message.choosing), message.limit, message.floor, p.draft_p_min) for message, _ in wanted]
-        num_prepared = self._head.num_prepared
-        drafted = self._head.draft([rows for _, rows in wanted], asked)
-        is_typical = self._head.num_prepared == num_prepared
-        return [
-            Draft("draft-mtp", *((each.tokens, each.shares) if len(each.tokens) >= p.draft_n_min else ((), ())), is_typical)
-            for each in drafted
-        ]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
 from typing import Any
 
 from ..core.actor import Actor, Executor
 from ..core.channel import Envelope, Mailbox
 from ..core.errors import InternalBug
 from ..core.messages import Commit, Forget, Mail, Observe, Propose, Resume
-from ..core.speculation import DRAFTER_PATIENCE_SECONDS, Draft
+from ..core.speculation import DRAFTER_PATIENCE_SECONDS, Draft, num_alike
 from .lookup.base import NOTHING, Lookup
 from .lookup.family import Family
 
@@ -32,9 +31,7 @@ class _Sequence:
         if len(ahead) > 1:  # the continuation of another's draft, which may not come
             return self.lookup.propose(ahead, limit)
         came = (*self.lookup.tokens[self.position :], *ahead)[: len(self.proposed)]
-        pairs = zip(came, self.proposed, strict=False)
-        num_right = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        self.lookup.heard(len(came), num_right)
+        self.lookup.heard(len(came), num_alike(self.proposed, came))
         proposal = self.lookup.propose(ahead, limit)
         self.position, self.proposed = len(self.lookup.tokens) + 1, proposal[0]
         return proposal

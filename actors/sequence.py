@@ -41,7 +41,7 @@ from ..core.vocabulary import (
 from ..kernels.model.saved import record_of
 from .drafting import NOTHING, Drafting, Question
 from .experience import Experience
-from .synthetic import synthetic
+from .synthetic import num_right
 from .writer import Writer
 
 logger = logging.getLogger("forerun")
@@ -250,10 +250,12 @@ class Sequence:
 
     async def _verify(self) -> None:
         protocol = self.protocol
-        verify = Verify(self._flow, self._held, protocol.position, protocol.rows, self._choosing(), self._is_suspect)
+        position, rows, rates, number = protocol.position, protocol.rows, self._params.synth_rates, None
+        if rates and self._plan.parts:
+            number = num_right(len(rows) - 1, rates, self._request.sampling.seed, position)
+        limit, floor = self._drafting.ahead(position, min(protocol.draft_limit - len(rows), self._max_drafts))
+        verify = Verify(self._flow, self._held, position, rows, self._choosing(), self._is_suspect, limit, floor, number)
         verdict = await self._computed(verify)
-        if self._params.synth_rates and self._plan.parts:
-            verdict = synthetic(verdict, protocol.rows[1:], self._params.synth_rates, self._request.sampling.seed, protocol.position)
         protocol.verified(verdict)
         self._num_rounds += 1
         self._verdict, done = verdict, protocol.round

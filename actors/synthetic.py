@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import numpy as np
-
-from ..core.vocabulary import Verdict
+from hashlib import blake2b
+from struct import pack
 
 
-def synthetic(verdict: Verdict, drafts: tuple[int, ...], rates: tuple[float, ...], seed: int, position: int) -> Verdict:
-    """A verdict that accepts the i-th draft token with probability `rates[i]`, the last rate for all beyond, if those before it were
-    accepted. The same for the same seed and position."""
-    draws = np.random.Generator(np.random.Philox(key=seed, counter=[1, position, 0, 0])).random(len(drafts))
-    choices = list(verdict.choices)
-    for i, draft in enumerate(drafts):
-        if draws[i] < rates[min(i, len(rates) - 1)]:
-            choices[i] = draft
-        else:
-            choices[i] = choices[i] if choices[i] != draft else draft - 1 if draft else 1
-            break
-    return replace(verdict, choices=tuple(choices))
+def num_right(num_drafts: int, rates: tuple[float, ...], seed: int, position: int) -> int:
+    """How many of a draft's tokens count as right: the i-th with probability `rates[i]`, the last rate for all beyond, if those before it
+    do. The same for the same seed and position."""
+    for i in range(num_drafts):
+        number = int.from_bytes(blake2b(pack("<QQQ", seed, position, i), digest_size=8).digest(), "little")
+        if number >= rates[min(i, len(rates) - 1)] * 2**64:
+            return i
+    return num_drafts

@@ -1,7 +1,12 @@
-"""The target decoder: owns the trunk. Takes all that waits in its mailbox as one batch of rows; prefill chunks go one by one."""
+"""The target decoder: owns the trunk. Takes all that waits in its mailbox as one batch of rows; prefill chunks go one by one.
+
+Where a sequence knows already what it will ask the MTP head after its verify, the head drafts at once, and the draft goes with
+the verdict: one question a round instead of two. The head's weights are shared with the MTP drafter, which everybody else asks.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -9,12 +14,17 @@ from ..core.actor import Actor, Executor
 from ..core.channel import Envelope, Mailbox
 from ..core.errors import InternalBug, LeaseLost, PositionLost, WorkFailed
 from ..core.messages import Forget, Freeze, Mail, Prefill, Verify
+from ..core.speculation import Draft, num_alike
 from ..core.trace import Trace
 from ..core.vocabulary import Verdict
 from ..kernels.backend import F32
+from ..kernels.model.drafts import Following
 from ..kernels.model.memory import SequenceMemory, SequencePool
 from ..kernels.model.trunk import Rows
-from ..kernels.sampling import Ask, choose_rows, logprobs
+from ..kernels.sampling import Ask, Choices, logprobs
+from .mtp_drafter import HeadDrafts
+
+logger = logging.getLogger("forerun")
 
 R = TypeVar("R")
 
@@ -37,9 +47,12 @@ class Target(Protocol):
 
 
 class TargetDecoder(Actor):
-    def __init__(self, mailbox: Mailbox, executor: Executor, target: Target, pool: SequencePool, trace: Trace) -> None:
+    def __init__(
+        self, mailbox: Mailbox, executor: Executor, target: Target, pool: SequencePool, trace: Trace, drafts: HeadDrafts | None = None
+    ) -> None:
+        """`drafts` of a head that nobody else computes with."""
         super().__init__(mailbox, executor)
-        self._target, self._pool, self._clock = target, pool, trace.clock
+        self._target, self._pool, self._trace, self._drafts = target, pool, trace, drafts
 
     @property
     def enough(self) -> float:
@@ -49,7 +62,13 @@ class TargetDecoder(Actor):
     def is_quick(self, message: Mail[Any]) -> bool:
         if not isinstance(message, Verify) or self._pool.num_used > 1:
             return False
-        return self._executor.is_inline(self._target.seconds(len(message.tokens)))
+        return self._executor.is_inline(self._seconds([message]))
+
+    def _seconds(self, verifies: Sequence[Verify]) -> float:
+        """About how long these take, with the drafts after them."""
+        seconds = self._target.seconds(sum(len(message.tokens) for message in verifies))
+        num_drafting = sum(len(message.tokens) + message.next_limit for message in verifies if message.next_limit)
+        return seconds + self._drafts.head.seconds(num_drafting) if self._drafts is not None and num_drafting else seconds
 
     async def handle(self, batch: list[Envelope]) -> None:
         verifies: list[tuple[Envelope, Verify, Rows]] = []
@@ -99,56 +118,97 @@ class TargetDecoder(Actor):
         return Rows(memory, message.position, message.tokens)
 
     async def _verify(self, verifies: list[tuple[Envelope, Verify, Rows]]) -> None:
-        batch = [rows for _, _, rows in verifies]
-        num_rows = sum(len(rows.tokens) for rows in batch)
+        envelopes, messages, batch = zip(*verifies, strict=True)
+        num_rows, clock = sum(len(rows.tokens) for rows in batch), self._trace.clock
+        asks = [Ask(message.choosing, message.position + 1, message.tokens[1:], message.num_right) for message in messages]
 
-        def work() -> list[Verdict]:
+        def work() -> tuple[list[Verdict], list[Draft | None], int]:
             logits = self._target.verify(batch)[0]
-            return _verdicts(logits, [Ask(message.choosing, message.position + 1, message.tokens[1:]) for _, message, _ in verifies])
+            choices = Choices(logits, asks)
+            begun = self._begin_drafts(messages, batch, choices)
+            verdicts, began = _verdicts(logits, choices), clock()
+            return verdicts, begun(), clock() - began
 
-        envelopes = [envelope for envelope, _, _ in verifies]
-        began, num_prepared = self._clock(), self._target.num_prepared
-        verdicts = await self._do(work, num_rows, envelopes)
-        seconds, is_typical = (self._clock() - began) / 1e9, self._target.num_prepared == num_prepared
-        for envelope, verdict in zip(envelopes, verdicts, strict=True):
-            envelope.answer(Verdict(verdict.choices, verdict.logprobs, num_rows, seconds, len(verifies), is_typical))
+        began, num_prepared = clock(), self._target.num_prepared
+        verdicts, drafts, drafting = await self._do(work, self._seconds(messages), envelopes)
+        seconds, is_typical = (clock() - began - drafting) / 1e9, self._target.num_prepared == num_prepared
+        for envelope, verdict, draft in zip(envelopes, verdicts, drafts, strict=True):
+            if draft is not None:
+                self._trace.count("drafting us", drafting // 1000, envelope.message.flow)
+            envelope.answer(Verdict(verdict.choices, verdict.logprobs, num_rows, seconds, len(verifies), is_typical, draft))
+
+    def _begin_drafts(self, messages: Sequence[Verify], batch: Sequence[Rows], choices: Choices) -> Callable[[], list[Draft | None]]:
+        """What is to be drafted after a verify; None where nothing is, or the head is not where the verify began. A head that fails
+        costs its drafts alone, and is asked no more."""
+        found: list[Draft | None] = [None] * len(batch)
+        drafts = self._drafts
+        if drafts is None:
+            return lambda: found
+        following = [
+            Following(rows.memory, i, drafts.wanted(message.choosing, message.next_limit, message.next_floor))
+            for i, (message, rows) in enumerate(zip(messages, batch, strict=True))
+            if message.next_limit and rows.memory.num_head_rows == message.position + 1
+        ]
+        if not following:
+            return lambda: found
+        begun = self._guarded(lambda: drafts.after(following, choices))
+
+        def draft() -> list[Draft | None]:
+            if begun is not None and (made := self._guarded(begun)) is not None:
+                for each, one in zip(following, made, strict=True):
+                    ask, chosen = choices.asks[each.index], choices.read()[each.index]
+                    each.memory.num_head_rows = ask.position + num_alike(ask.ahead, chosen) + 1
+                    found[each.index] = one
+            return found
+
+        return draft
+
+    def _guarded(self, work: Callable[[], R]) -> R | None:
+        try:
+            return work()
+        except Exception:
+            logger.exception("the target decoder's MTP head failed")
+            self._drafts = None
+            return None
 
     async def _prefill(self, envelope: Envelope, message: Prefill, rows: Rows) -> None:
+        ask = Ask(message.choosing, message.position + len(message.tokens))
+
         def work() -> Verdict:
             logits = self._target.prefill(rows, message.is_last)
             if message.is_kept:
                 rows.memory.keep()
-            return Verdict(()) if logits is None else _verdicts(logits, [Ask(message.choosing, message.position + len(message.tokens))])[0]
+            return Verdict(()) if logits is None else _verdicts(logits, Choices(logits, [ask]))[0]
 
         envelope.start()
-        envelope.answer(await self._do(work, len(rows.tokens), [envelope]))
+        envelope.answer(await self._do(work, self._target.seconds(len(rows.tokens)), [envelope]))
 
     async def _freeze(self, envelope: Envelope, message: Freeze) -> None:
         try:
             memory = self._pool[message.lease]
             memory.check(message.position, 0, is_chunk=False)
-            await self._do(lambda: self._target.freeze(memory, message.position), message.position, [envelope])
+            await self._do(lambda: self._target.freeze(memory, message.position), self._target.seconds(message.position), [envelope])
         except (LeaseLost, PositionLost) as error:
             envelope.fail(error)
         else:
             envelope.answer(None)
 
-    async def _do(self, work: Callable[[], R], num_rows: int, envelopes: list[Envelope]) -> R:
+    async def _do(self, work: Callable[[], R], seconds: float, envelopes: Sequence[Envelope]) -> R:
         """Computes; should this actor die of it, those whose work it was are told so."""
         try:
-            return await self.compute(work, self._target.seconds(num_rows))
+            return await self.compute(work, seconds)
         except Exception:
             for envelope in envelopes:
                 envelope.fail(WorkFailed("the target decoder failed working on this request"))
             raise
 
 
-def _verdicts(logits: F32, asks: list[Ask]) -> list[Verdict]:
+def _verdicts(logits: F32, choices: Choices) -> list[Verdict]:
     """What is chosen for each sequence, from the logits [R, V] of all."""
     verdicts, start = list[Verdict](), 0
-    for ask, choices in zip(asks, choose_rows(logits, asks), strict=True):
+    for ask, chosen in zip(choices.asks, choices.read(), strict=True):
         rows, num_top = logits[start : start + ask.num_rows], ask.how.num_logprobs
         start += ask.num_rows
-        said = () if num_top is None else tuple(logprobs(row, token, num_top) for row, token in zip(rows, choices, strict=True))
-        verdicts.append(Verdict(tuple(choices), said))
+        said = () if num_top is None else tuple(logprobs(row, token, num_top) for row, token in zip(rows, chosen, strict=True))
+        verdicts.append(Verdict(tuple(chosen), said))
     return verdicts

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from itertools import takewhile
 from typing import Literal, TypedDict
 
 from .checks import RANGES, check_ranges
@@ -124,6 +126,11 @@ def parse_spec_type(text: str) -> tuple[DrafterName, ...]:
     if unknown := [name for name in names if name not in DRAFTERS] or ([] if names else ["nothing"]):
         raise InvalidRequest([("spec_type", f"{', '.join(unknown)}: expected none, or a comma list of {', '.join(DRAFTERS)}")])
     return tuple(name for name in DRAFTERS if name in names)
+
+
+def num_alike(drafted: Sequence[int], tokens: Sequence[int]) -> int:
+    """How many of both are the same, from the first on."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(drafted, tokens, strict=False)))
 
 
 @dataclass(frozen=True, slots=True)

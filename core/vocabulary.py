@@ -13,7 +13,7 @@ from typing import SupportsIndex, TypedDict, cast
 from .checks import check_logit_bias, check_ranges, check_text
 from .embeddings import EmbeddingRows, Part
 from .errors import InvalidRequest
-from .speculation import DrafterName, Speculation
+from .speculation import Draft, DrafterName, Speculation
 
 
 class Message(TypedDict):
@@ -170,6 +170,10 @@ class Choosing:
         """Biases and penalties change logits where Python is."""
         return bool(self.sampling.logit_bias) or self.history is not None
 
+    def then(self, tokens: tuple[int, ...]) -> Choosing:
+        """The same after so many tokens more."""
+        return self if self.history is None else Choosing(self.sampling, self.history.then(tokens), self.num_logprobs)
+
 
 class FinishReason(Enum):
     """Why a request ended."""
@@ -229,7 +233,8 @@ class TokenLogprob:
 class Verdict:
     """The target's own choice for every row of a verify: `choices[i]` follows row i, and has `logprobs[i]` if they were wanted. The batch
     it was computed in had `num_rows` rows of `num_sequences` sequences and took `seconds`; these
-    say nothing of the next such batch where it was not `is_typical`, for something had to be made ready first."""
+    say nothing of the next such batch where it was not `is_typical`, for something had to be made ready first. `draft` is for the round
+    after, if it was asked for and could be made."""
 
     choices: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
@@ -237,6 +242,7 @@ class Verdict:
     seconds: float = 0.0
     num_sequences: int = 1
     is_typical: bool = True
+    draft: Draft | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,16 +75,17 @@ def _drawn(logits: F32, params: SamplingParams, position: int) -> int:
     return int(kept[(x[kept] + gumbel(uniform(params.seed, position, len(x))[kept])).argmax()])
 
 
+class DeviceChoices(Protocol):
+    """Tokens that a device has chosen, or is about to: one for each row."""
+
+    def read(self) -> list[int]: ...
+
+
 class DeviceLogits(Protocol):
     """Logits [R, V] that a device has, and chooses from itself."""
 
-    @property
-    def choices(self) -> list[int]:
-        """The highest of each row."""
-        ...
-
-    def draw(self, how: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
-        """The token of each row at its position; biases and penalties do not count."""
+    def begin(self, how: Sequence[SamplingParams] | None, positions: Sequence[int]) -> DeviceChoices:
+        """The token of each row at its position, biases and penalties left out; with None the highest of each row."""
         ...
 
     def __getitem__(self, at: slice) -> DeviceLogits: ...
@@ -94,33 +95,73 @@ class DeviceLogits(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """The tokens at `position`... of one sequence, from 1 + len(ahead) rows, each but the first after one token more of `ahead`."""
+    """The tokens at `position`... of one sequence, from 1 + len(ahead) rows, each but the first after one token more of `ahead`. With
+    `num_right`, so many of `ahead` are chosen whatever the logits say, and what follows is not."""
 
     how: Choosing
     position: int
     ahead: tuple[int, ...] = ()
+    num_right: int | None = None
 
     @property
     def num_rows(self) -> int:
         return 1 + len(self.ahead)
 
 
+class Choices:
+    """The tokens of each sequence, from the rows of all [R, V] in the order of `asks`: begun at once where a device has the logits."""
+
+    def __init__(self, logits: F32 | DeviceLogits, asks: Sequence[Ask]) -> None:
+        self.asks, self._logits = asks, logits
+        self._chosen: list[list[int]] | None = None
+        self.on_device: DeviceChoices | None = None  # of all rows, right for those asks that need no host
+        if not isinstance(logits, np.ndarray) and not all(ask.how.needs_host for ask in asks):
+            self.on_device = logits.begin(*_drawn_how(asks))
+
+    def read(self) -> list[list[int]]:
+        if self._chosen is None:
+            self._chosen = self._choose()
+        return self._chosen
+
+    def _choose(self) -> list[list[int]]:
+        logits, asks = self._logits, self.asks
+        ends = list(accumulate(ask.num_rows for ask in asks))
+        parts = [slice(end - ask.num_rows, end) for ask, end in zip(asks, ends, strict=True)]
+        if self.on_device is not None:
+            tokens = self.on_device.read()
+        elif all(ask.how.needs_host for ask in asks):
+            tokens = list[int]()
+        else:
+            assert isinstance(logits, np.ndarray)
+            how, positions = _drawn_how(asks)
+            tokens = logits.argmax(-1).tolist() if how is None else _draw()(logits, how, positions)
+        found = list[list[int]]()
+        for ask, part in zip(asks, parts, strict=True):
+            each = _choose_here(np.asarray(logits[part]), ask) if ask.how.needs_host else tokens[part]
+            found.append(each if ask.num_right is None else _synthetic(each, ask.ahead, ask.num_right))
+        return found
+
+
 def choose_rows(logits: F32 | DeviceLogits, asks: Sequence[Ask]) -> list[list[int]]:
     """The tokens of each sequence, from the rows of all [R, V] in their order."""
-    ends = list(accumulate(ask.num_rows for ask in asks))
-    parts = [slice(end - ask.num_rows, end) for ask, end in zip(asks, ends, strict=True)]
-    if all(ask.how.needs_host for ask in asks):
-        tokens = list[int]()
-    elif all(ask.how.sampling.temperature == 0 for ask in asks if not ask.how.needs_host):
-        tokens = logits.argmax(-1).tolist() if isinstance(logits, np.ndarray) else logits.choices
-    else:
-        hows = [ask.how.sampling for ask in asks for _ in range(ask.num_rows)]
-        positions = [ask.position + i for ask in asks for i in range(ask.num_rows)]
-        tokens = _draw()(logits, hows, positions) if isinstance(logits, np.ndarray) else logits.draw(hows, positions)
-    return [_choose(np.asarray(logits[part]), ask) if ask.how.needs_host else tokens[part] for ask, part in zip(asks, parts, strict=True)]
+    return Choices(logits, asks).read()
 
 
-def _choose(logits: F32, ask: Ask) -> list[int]:
+def _drawn_how(asks: Sequence[Ask]) -> tuple[list[SamplingParams] | None, list[int]]:
+    """How each row's token is drawn, at which positions; None where all are the highest."""
+    if all(ask.how.sampling.temperature == 0 for ask in asks if not ask.how.needs_host):
+        return None, []
+    return [ask.how.sampling for ask in asks for _ in range(ask.num_rows)], [ask.position + i for ask in asks for i in range(ask.num_rows)]
+
+
+def _synthetic(choices: list[int], ahead: tuple[int, ...], number: int) -> list[int]:
+    chosen = choices[number]
+    if number < len(ahead) and chosen == ahead[number]:
+        chosen = chosen - 1 if chosen else 1
+    return [*ahead[:number], chosen, *choices[number + 1 :]]
+
+
+def _choose_here(logits: F32, ask: Ask) -> list[int]:
     """Row by row, with biases and penalties."""
     sampling, history, rows = ask.how.sampling, ask.how.history, enumerate(logits)
     return [choose(row, sampling, ask.position + i, history.then(ask.ahead[:i]) if history is not None else None) for i, row in rows]

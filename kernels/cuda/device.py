@@ -375,7 +375,8 @@ class RoundStruct(ctypes.Structure):
         ("verify", c_void_p), ("catch_up", c_void_p), ("draft", c_void_p), ("tokens", c_void_p), ("choices", c_void_p),
         ("drafted", c_void_p), ("picked", c_void_p), ("report", c_void_p), ("limits", c_void_p),
         ("draft_span_of", c_void_p), ("draws", c_void_p), ("shares", c_void_p), ("sure", c_void_p),
-        ("rates", c_void_p), ("depth", c_int), ("sequences", c_int), ("seed", c_int), ("reserved", c_int),
+        ("verified", c_void_p), ("num_right", c_void_p), ("span_of", c_void_p), ("rates", c_void_p),
+        ("depth", c_int), ("sequences", c_int), ("seed", c_int), ("reserved", c_int),
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ other products than those of a verify."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from ctypes import c_float
 from functools import partial
 from itertools import accumulate
@@ -14,18 +14,19 @@ import numpy as np
 
 from ...core.errors import InternalBug
 from ..backend import F32
-from ..model.drafts import Drafted, MtpRows, Wanted, draft_by_guesses
+from ..model.drafts import Drafted, Following, MtpRows, Wanted, draft_by_guesses
 from ..model.inputs import HasRows, numbered
 from ..model.memory import SequenceMemory
 from ..model.mtp import CHUNK_ROWS, HeadBase
 from ..model.recurrent import RecurrentLog
 from ..model.trunk import Rows, TrunkBase
 from ..model.weights import DeltaWeights, ModelWeights
+from ..sampling import Choices
 from .device import DRAW, NOWHERE, SPAN, Address, RoundStruct, SpanStruct, Step
 from .matrices import CudaBackend, CudaMatrix
 from .memory import CudaSequence
 from .program import PART, Column, Filters, Parts, Prepared, Program, threads_for
-from .recorded import DeviceRows, Recorded, as_rows, filters_of, put_draw, put_spans
+from .recorded import DeviceRows, DeviceTokens, Recorded, as_rows, filters_of, put_draw, put_spans, put_tokens
 
 #: Shapes of batches that are kept recorded, for each kind of program; the longest unused is forgotten.
 MAX_RECORDED = 32
@@ -50,9 +51,10 @@ class _Graphs:
         self._recorded: dict[tuple[Any, ...], Recorded] = {}
 
     def get(
-        self, kind: str, num_rows: int, num_spans: int, end: int, build: Callable[[Recorded], None], *, is_wide: bool = False
-    ) -> Recorded:
-        """A program for such a batch that sees up to `end` positions."""
+        self, kind: str, num_rows: int, num_spans: int, end: int, build: Callable[[Recorded], None], *, is_wide: bool = False,
+        has_tokens: bool = True,
+    ) -> Recorded:  # fmt: skip
+        """A program for such a batch that sees up to `end` positions; `has_tokens`: which the host knows."""
         parts = 1
         while parts * PART < end and not is_wide:
             parts *= 2
@@ -61,9 +63,9 @@ class _Graphs:
         found = self._recorded.pop(key, None)
         if found is None:
             found = Recorded(Program(self.config, self.packing, rows, spans, parts, is_wide=is_wide), self.kernels)
-            fields: dict[str, tuple[int, Any]] = {
-                "spans": (spans * SPAN.itemsize, np.uint8), "span of": (rows, np.int32), "tokens": (rows, np.int32),
-            }  # fmt: skip
+            fields: dict[str, tuple[int, Any]] = {"spans": (spans * SPAN.itemsize, np.uint8), "span of": (rows, np.int32)}
+            if has_tokens:
+                fields["tokens"] = rows, np.int32
             found.take(**fields)
             build(found)
             while len(self._recorded) >= MAX_RECORDED:
@@ -271,32 +273,75 @@ class CudaHead(HeadBase):
                 found |= zip(some, draft([batch[i] for i in some], [wanted[i] for i in some]), strict=True)
         return [found[i] for i in range(len(batch))]
 
+    def draft_after(self, batch: Sequence[Following], choices: Choices) -> Callable[[], list[Drafted]]:
+        """Behind the verify, before anybody has read what it chose."""
+        chosen = choices.on_device
+        if chosen is None or any(each.wanted.choosing.needs_host for each in batch):
+            return super().draft_after(batch, choices)
+        assert isinstance(chosen, DeviceTokens)
+        asks, wanted = [choices.asks[each.index] for each in batch], [each.wanted for each in batch]
+        starts = list(accumulate((ask.num_rows for ask in choices.asks), initial=0))  # a row stands where the verify's stood
+        rows = [MtpRows(each.memory, ask.position, (0,) * ask.num_rows, None) for each, ask in zip(batch, asks, strict=True)]
+        first = [starts[each.index] for each in batch]
+        recorded = self._tell(rows, wanted, first, starts[-1], is_after=True)
+        told = recorded.begin()
+        told["num_right"][: len(batch)] = [-1 if ask.num_right is None else ask.num_right for ask in asks]
+        for ask, start in zip(asks, first, strict=True):
+            told["verified"][start + 1 : start + ask.num_rows] = ask.ahead
+        self._device.put(recorded.program.buffers["tokens"][: starts[-1]], chosen.on_device)
+        recorded.launch()
+        return partial(self._read, recorded, wanted)
+
     def _draft(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> list[Drafted]:
+        *starts, num_rows = accumulate((len(rows.tokens) for rows in batch), initial=0)
+        recorded = self._tell(batch, wanted, starts, num_rows, is_after=False)
+        told = recorded.begin()
+        told["picked"][: len(batch)] = _ends(batch)
+        put_tokens(told["tokens"], self._graphs.tokens(batch))
+        recorded.launch()
+        return self._read(recorded, wanted)
+
+    def _tell(
+        self, batch: Sequence[MtpRows], wanted: Sequence[Wanted], starts: Sequence[int], num_rows: int, *, is_after: bool
+    ) -> Recorded:
+        """A program of drafts after the rows of a batch, which stand at `starts` among so many; told of all but tokens. `is_after`: after
+        as many of them as turn out to be right, which is known on the device."""
         hows, num_steps = [each.choosing.sampling for each in wanted], max(each.limit for each in wanted)
         how = filters_of(hows) if any(each.temperature > 0 for each in hows) else None
-        build = partial(self._build_drafts, num_steps, how)
-        recorded = self._get(batch, f"draft {num_steps} {how}", build, num_further=num_steps - 1)
+        build = partial(self._build_drafts, num_steps, how, is_after)
+        kind = f"{'after' if is_after else 'draft'} {num_steps} {how}"
+        recorded = self._get(batch, kind, build, num_rows=num_rows, num_further=num_steps - 1, has_tokens=not is_after)
         told, at = recorded.begin(), list[SpanStruct]()
         for i, (rows, each) in enumerate(zip(batch, wanted, strict=True)):
-            end = rows.position + len(rows.tokens)
-            span = _sequence(rows.memory).span(end - 1, i, each.limit)  # there are pages for so many
+            most = rows.position + len(rows.tokens)
+            end = rows.position + 1 if is_after else most
+            span = _sequence(rows.memory).span(end - 1, i, most - end + each.limit)  # there are pages for so many
             span.num_rows = 1
             at.append(span)
             put_draw(told["draws"], i, each.choosing.sampling, end)
         put_spans(told["draft spans"], told["draft span of"], at)
-        told["picked"][: len(batch)] = _ends(batch)
+        put_spans(told["spans"], told["span of"], self._spans(batch, starts))
         told["limits"][: len(batch)] = [each.limit for each in wanted]
-        recorded.run(self._spans(batch), self._graphs.tokens(batch))
+        return recorded
+
+    @staticmethod
+    def _read(recorded: Recorded, wanted: Sequence[Wanted]) -> list[Drafted]:
         tokens, shares = recorded.read("drafts")[:, 1:].tolist(), recorded.read("shares").tolist()
         return [each.cut(*found) for each, found in zip(wanted, zip(tokens, shares, strict=True), strict=False)]
 
-    def _build_drafts(self, num_steps: int, how: Filters | None, recorded: Recorded) -> None:
+    def _build_drafts(self, num_steps: int, how: Filters | None, is_after: bool, recorded: Recorded) -> None:
         p, num = recorded.program, recorded.program.num_spans
         draft = Program(p.config, p.packing, num, num, p.max_parts)
         fields: dict[str, tuple[int, Any]] = {
-            "draft spans": (num * SPAN.itemsize, np.uint8), "draft span of": (num, np.int32), "picked": (num, np.int32),
-            "limits": (num, np.int32), "draws": (num * DRAW.itemsize, np.uint8),
+            "draft spans": (num * SPAN.itemsize, np.uint8), "draft span of": (num, np.int32), "limits": (num, np.int32),
+            "draws": (num * DRAW.itemsize, np.uint8),
         }  # fmt: skip
+        if is_after:
+            fields |= {"verified": (p.rows, np.int32), "num_right": (num, np.int32)}
+            p.buffer("picked", (num,), np.int32)
+            p.buffer("tokens", (p.rows,), np.int32)
+        else:
+            fields["picked"] = num, np.int32
         recorded.take(**fields)
         draft.buffers = {name: p.buffers[f"draft {name}"] for name in ("spans", "span of")} | {"draws": p.buffers["draws"]}
         for name, shape, dtype in (
@@ -305,29 +350,33 @@ class CudaHead(HeadBase):
         ):  # fmt: skip
             p.buffer(name, shape, dtype)
         r = RoundStruct(
-            draft=p.address("draft spans"), tokens=p.address("drafts"), drafted=p.address("drafted"), draws=p.address("draws"),
-            limits=p.address("limits"), draft_span_of=p.address("draft span of"), shares=p.address("shares"), sure=p.address("sure"),
+            catch_up=p.address("spans"), draft=p.address("draft spans"), tokens=p.address("drafts"), choices=p.address("tokens"),
+            drafted=p.address("drafted"), picked=p.address("picked"), draws=p.address("draws"), limits=p.address("limits"),
+            draft_span_of=p.address("draft span of"), shares=p.address("shares"), sure=p.address("sure"), span_of=p.address("span of"),
             depth=num_steps, sequences=num,
         )  # fmt: skip
+        if is_after:
+            r.verified, r.num_right = p.address("verified"), p.address("num_right")
+            p.step("follow", (-(-num // 32),), 32, r)
         p.steps = build_drafts(p, draft, self, self._weights, r, tokens=p.address("tokens"), picked=p.address("picked"), how=how)
         p.buffers |= {f"drafting {name}": buffer for name, buffer in draft.buffers.items()}
         recorded.give("drafts", "shares")
 
     def _get(
-        self, batch: Sequence[MtpRows], kind: str, build: Callable[[Recorded], None], *, is_chunk: bool = False, num_further: int = 0
-    ) -> Recorded:
+        self, batch: Sequence[MtpRows], kind: str, build: Callable[[Recorded], None], *, is_chunk: bool = False,
+        num_rows: int | None = None, num_further: int = 0, has_tokens: bool = True,
+    ) -> Recorded:  # fmt: skip
         """`num_further`: rows after those of a batch that its sequences may have."""
         end = max(rows.position + len(rows.tokens) for rows in batch)
         for rows in batch:
             if rows.hidden is None:
                 _sequence(rows.memory).rows.check(rows.position - 1, len(rows.tokens))
-        count = sum(len(rows.tokens) for rows in batch)
+        count = sum(len(rows.tokens) for rows in batch) if num_rows is None else num_rows
         is_wide = is_chunk and len(batch) == 1 and count >= CHUNK_ROWS
-        return self._graphs.get(kind, count, len(batch), end + num_further, build, is_wide=is_wide)
+        return self._graphs.get(kind, count, len(batch), end + num_further, build, is_wide=is_wide, has_tokens=has_tokens)
 
     @staticmethod
-    def _spans(batch: Sequence[MtpRows]) -> list[SpanStruct]:
-        starts = accumulate((len(rows.tokens) for rows in batch), initial=0)
+    def _spans(batch: Sequence[MtpRows], starts: Iterable[int]) -> list[SpanStruct]:
         return [_sequence(rows.memory).span(rows.position, row, len(rows.tokens)) for rows, row in zip(batch, starts, strict=False)]
 
     def _run(self, batch: Sequence[MtpRows], kind: str, picked: list[int]) -> F32:
@@ -352,7 +401,8 @@ class CudaHead(HeadBase):
                 self._device.put(recorded.program.buffers["before"][row : row + len(rows.tokens)], given)
                 row += len(rows.tokens)
         recorded.begin()["picked"][: len(picked)] = picked
-        recorded.run(self._spans(batch), self._graphs.tokens(batch))
+        starts = accumulate((len(rows.tokens) for rows in batch), initial=0)
+        recorded.run(self._spans(batch, starts), self._graphs.tokens(batch))
         return as_rows(recorded, "out", len(picked), hidden)
 
 

@@ -17,6 +17,9 @@ from .device import DRAW, SPAN, Array, Copy, DrawStruct, Kernels, SpanStruct
 from .memory import spans_array
 from .program import Column, Filters, Program
 
+#: A span that fills up a batch.
+NOBODYS = np.frombuffer(bytes(SpanStruct(state_slots=1, column_slots=1, hidden_slots=1)), np.uint8)
+
 
 class DeviceRows:
     """Rows [R, n] where a recorded program leaves them, until it runs again. NumPy has them for the asking."""
@@ -49,22 +52,38 @@ class DeviceRows:
         if self._run != self._recorded.num_runs:
             raise InternalBug("these rows have been written over")
 
-    @property
-    def choices(self) -> list[int]:
-        """Of logits, the highest of each row."""
+    def begin(self, how: Sequence[SamplingParams] | None, positions: Sequence[int]) -> DeviceTokens:
+        """Of logits, the token of each row at its position, chosen where they are; with None the highest of each row."""
         self._check()
-        return self._recorded.read("choices")[self._rows].tolist()
-
-    def draw(self, how: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
-        """Of logits, the token of each row at its position, chosen where they are."""
-        self._check()
+        if how is None:
+            return DeviceTokens(self._recorded, "choices", self._rows)
         chooser = self._recorded.chooser(filters_of(how), self._columns)
         draws = chooser.begin()["draws"]
         draws[:] = 0
         for row, each, position in zip(range(self._rows.start, self._rows.stop), how, positions, strict=True):
             put_draw(draws, row, each, position)
         chooser.launch()
-        return chooser.read("drawn")[self._rows].tolist()
+        return DeviceTokens(chooser, "drawn", self._rows)
+
+
+class DeviceTokens:
+    """The tokens chosen for rows, where a recorded program leaves them, until it runs again."""
+
+    def __init__(self, recorded: Recorded, name: str, rows: slice) -> None:
+        self._recorded, self._name, self._rows, self._run = recorded, name, rows, recorded.num_runs
+
+    def _check(self) -> None:
+        if self._run != self._recorded.num_runs:
+            raise InternalBug("these tokens have been written over")
+
+    def read(self) -> list[int]:
+        self._check()
+        return self._recorded.read(self._name)[self._rows].tolist()
+
+    @property
+    def on_device(self) -> Array:
+        self._check()
+        return self._recorded.program.buffers[self._name][self._rows]
 
 
 def filters_of(how: Sequence[SamplingParams]) -> Filters:
@@ -136,8 +155,7 @@ class Recorded:
         """A program of rows; `take` was told of `spans`, `span of` and `tokens`. What is filled up belongs to no sequence."""
         told = self.begin()
         put_spans(told["spans"], told["span of"], spans)
-        told["tokens"][: len(tokens)] = tokens
-        told["tokens"][len(tokens) :] = 0
+        put_tokens(told["tokens"], tokens)
         self.launch()
 
     def chooser(self, how: Filters, num_tokens: int) -> Recorded:
@@ -154,14 +172,19 @@ class Recorded:
         return self._choosers[how]
 
 
+def put_tokens(to: npt.NDArray[np.int32], tokens: Sequence[int]) -> None:
+    """Of a batch that is filled up."""
+    to[: len(tokens)] = tokens
+    to[len(tokens) :] = 0
+
+
 def put_spans(to: npt.NDArray[np.uint8], span_of: npt.NDArray[np.int32], spans: Sequence[SpanStruct]) -> None:
     """The bytes of spans, and whose each row is; the rest is of none."""
     to[: len(spans) * SPAN.itemsize] = spans_array(spans)
-    empty = np.frombuffer(bytes(SpanStruct(state_slots=1, column_slots=1, hidden_slots=1)), np.uint8)
-    to[len(spans) * SPAN.itemsize :] = np.tile(empty, to.size // SPAN.itemsize - len(spans))
-    whose = np.repeat(np.arange(len(spans), dtype=np.int32), [span.num_rows for span in spans])
-    span_of[: len(whose)] = whose
-    span_of[len(whose) :] = -1
+    to[len(spans) * SPAN.itemsize :].reshape(-1, SPAN.itemsize)[:] = NOBODYS
+    span_of[:] = -1
+    for i, span in enumerate(spans):
+        span_of[span.first_row : span.first_row + span.num_rows] = i
 
 
 def as_rows(recorded: Recorded, name: str, num_rows: int, columns: int) -> F32:

@@ -14,6 +14,9 @@ struct Round {
     int *draft_span_of;    /* whose the drafting rows are */
     Draw *draws;           /* [sequences]: of the next draft; or null */
     float *shares, *sure;  /* [sequences, depth]: how sure the head was of its drafts; [sequences]: of the newest. Or null */
+    const int *verified;   /* [rows]: the tokens whose rows `choices` follow, where a verify is caught up with that was not a round */
+    const int *num_right;  /* [sequences]: of its drafts, those that count as right whatever was chosen; -1: those that are */
+    int *span_of;          /* whose the rows of the catching up are */
     const float *rates;    /* synthetic: how often the i-th draft is accepted once those before it are; or null */
     int depth, sequences;
     int seed, reserved;
@@ -38,6 +41,29 @@ extern "C" __global__ void drafted(Round r, int step) {
     if (r.limits && step >= r.limits[i]) r.draft[i].num_rows = 0, r.draft_span_of[i] = -1; /* there may be no page for more */
 }
 EXPORT(drafted)
+
+/* What a verify of the host's brings: the head catches up with the choices after drafts that are right, rows after them are nobody's, and
+ * drafting goes on from the last. One thread a sequence. */
+extern "C" __global__ void follow(Round r) {
+    wait_for_previous();
+    let_next_begin();
+    int i = blockIdx.x * blockDim.x + threadIdx.x, right = 0;
+    if (i >= r.sequences || r.catch_up[i].num_rows == 0) return;
+    int first = r.catch_up[i].first_row, drafts = r.catch_up[i].num_rows - 1;
+    int *choices = r.choices + first;
+    const int *tokens = r.verified + first + 1;
+    if (r.num_right[i] < 0) {
+        while (right < drafts && tokens[right] == choices[right]) right++;
+    } else {
+        for (; right < r.num_right[i]; right++) choices[right] = tokens[right];
+        if (right < drafts && tokens[right] == choices[right]) choices[right] = tokens[right] ? tokens[right] - 1 : 1;
+    }
+    for (int j = right + 1; j <= drafts; j++) r.span_of[first + j] = -1;
+    r.picked[i] = first + right;
+    r.draft[i].position += right;
+    r.draws[i].position += right;
+}
+EXPORT(follow)
 
 /* The verdict, and everything moves on: drafts are accepted while they are what the target chose. One thread a sequence. */
 extern "C" __global__ void accept(Round r) {

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+from ...core.speculation import num_alike
 from ...core.vocabulary import Choosing
 from ..backend import F32
-from ..sampling import choose, share
+from ..sampling import Choices, choose, share
 from .memory import SequenceMemory
 
 
@@ -53,6 +54,23 @@ class Wanted:
             together *= shares[count]
             count += 1
         return Drafted(tuple(tokens[:count]), tuple(shares[:count]))
+
+
+@dataclass(frozen=True, slots=True)
+class Following:
+    """What is wanted after the tokens that a verify brings of one sequence, the one of `choices.asks[index]`. `wanted` is said as if there
+    were none of them."""
+
+    memory: SequenceMemory
+    index: int
+    wanted: Wanted
+
+    def after(self, choices: Choices) -> tuple[MtpRows, Wanted]:
+        """The rows that bring its head up to them, and what is wanted then."""
+        ask, chosen = choices.asks[self.index], choices.read()[self.index]
+        tokens = tuple(chosen[: num_alike(ask.ahead, chosen) + 1])
+        rows = MtpRows(self.memory, ask.position, tokens, self.memory.hidden.before(ask.position, len(tokens)))
+        return rows, replace(self.wanted, choosing=self.wanted.choosing.then(tokens))
 
 
 @dataclass(frozen=True, slots=True)

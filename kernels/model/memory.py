@@ -83,6 +83,7 @@ class SequenceMemory:
 
     max_chunk = CHUNK
     given: GivenRows | None = None  # what its prompt has in place of tokens
+    num_head_rows = 0  # of the MTP head's cache that are done with: exact, or given up
 
     def __init__(self, config: ModelConfig, arena: Arena, table: list[int], capacity: int, max_rows: int, store: StoreName) -> None:
         self.capacity, self.table = capacity, table

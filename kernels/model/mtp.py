@@ -7,7 +7,7 @@ token p + 1. A chained row takes the head's own output of the row before in plac
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -15,8 +15,8 @@ import numpy as np
 from ...core.errors import InternalBug
 from ...core.vocabulary import Choosing
 from ..backend import F32, Backend, MatrixMaker
-from ..sampling import Ask, choose_rows
-from .drafts import Drafted, MtpRows, Wanted, draft_by_guesses
+from ..sampling import Ask, Choices, choose_rows
+from .drafts import Drafted, Following, MtpRows, Wanted, draft_by_guesses
 from .trunk import LayerGraph
 from .weights import AttentionWeights, ModelWeights, MtpWeights
 
@@ -88,6 +88,15 @@ class HeadBase(ABC):
     def draft(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> list[Drafted]:
         """`last`, and what follows it."""
         return draft_by_guesses(self, batch, wanted)
+
+    def draft_after(self, batch: Sequence[Following], choices: Choices) -> Callable[[], list[Drafted]]:
+        """`draft` after what a verify brings. What is returned has the drafts; a device is at work on them by then."""
+
+        def draft() -> list[Drafted]:
+            rows, wanted = zip(*(each.after(choices) for each in batch), strict=True)
+            return self.draft(rows, wanted)
+
+        return draft
 
     def seconds(self, num_rows: int) -> float:
         """About how long drafting so many rows takes."""

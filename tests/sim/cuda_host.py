@@ -1,5 +1,5 @@
 """What the host takes of a round with the CUDA backend: real engine, actors and recorded programs on a device that computes nothing, whose
-every launch takes `--device-us`. Drafts and choices are token 0; acceptance is drawn at 0.8, 0.7, 0.6.
+every launch takes `--device-us`, one after another. Drafts and choices are token 0; acceptance is drawn at 0.8, 0.7, 0.6.
 
 python -m tests.sim.cuda_host [--device-us 1200]
 """
@@ -48,13 +48,13 @@ class IdleKernels:
 class IdleDevice(HostDevice):
     def __init__(self, seconds: float) -> None:
         super().__init__()
-        self._seconds = seconds
+        self._seconds, self._end = seconds, 0.0
 
     def compile(self, sizes: dict[str, int]) -> Any:
         return IdleKernels()
 
     def mark(self) -> Callable[[], None]:
-        end = time.perf_counter() + self._seconds
+        self._end = end = max(self._end, time.perf_counter()) + self._seconds
         return lambda: time.sleep(max(0.0, end - time.perf_counter()))
 
 

@@ -8,7 +8,7 @@ and how: a rollback forgotten, rows of another sequence, or a replay by chunks w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -19,13 +19,13 @@ from forerun.core.errors import PositionLost
 from forerun.core.protocol import CHUNK, chunk_ends
 from forerun.core.vocabulary import Choosing, SamplingParams
 from forerun.kernels.backend import F32
-from forerun.kernels.model.drafts import Drafted, MtpRows, Wanted, draft_by_guesses
+from forerun.kernels.model.drafts import Drafted, Following, MtpRows, Wanted, draft_by_guesses
 from forerun.kernels.model.memory import HiddenRows, SequenceMemory
 from forerun.kernels.model.pages import Arena, KeyValues
 from forerun.kernels.model.prefix import Checkpoint
 from forerun.kernels.model.recurrent import StoreName
 from forerun.kernels.model.trunk import Rows
-from forerun.kernels.sampling import choose
+from forerun.kernels.sampling import Choices, choose
 
 NUM_TOKEN_IDS = 24
 STOP = 23
@@ -187,6 +187,13 @@ class FakeHead:
 
     def draft(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> list[Drafted]:
         return draft_by_guesses(self, batch, wanted)
+
+    def draft_after(self, batch: Sequence[Following], choices: Choices) -> Callable[[], list[Drafted]]:
+        def draft() -> list[Drafted]:
+            rows, wanted = zip(*(each.after(choices) for each in batch), strict=True)
+            return self.draft(rows, wanted)
+
+        return draft
 
     def seconds(self, num_rows: int) -> float:
         return 0.001 * num_rows

@@ -487,7 +487,7 @@ class Simulation:
             if isinstance(actor, NgramDrafter):
                 assert not actor._sequences or statistics.actors[actor.name].is_switched_off  # pyright: ignore[reportPrivateUsage]
             if isinstance(actor, MtpDrafter):
-                assert not actor._sequences or statistics.actors[actor.name].is_switched_off  # pyright: ignore[reportPrivateUsage]
+                assert not actor._behind or statistics.actors[actor.name].is_switched_off  # pyright: ignore[reportPrivateUsage]
 
 
 class Checker(trio.abc.Instrument):

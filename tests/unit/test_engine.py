@@ -11,8 +11,10 @@ import forerun
 import numpy as np
 import pytest
 from anyio.lowlevel import checkpoint
+from forerun.actors.drafting import Drafting
 from forerun.core.errors import InternalBug
 from forerun.core.outbox import CAPACITY, MERGED_TOKENS
+from forerun.kernels.model.mtp import HeadBase
 from forerun.kernels.model.trunk import TrunkBase
 
 from tests.checkpoints import prompt
@@ -470,6 +472,48 @@ async def test_log_probabilities_come_with_every_token_whoever_drafted() -> None
             found.append(result.logprobs)
             assert (await engine.complete("def add(a, b):", max_tokens=4)).logprobs == ()
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "seed": 3}, {"temperature": 0.8, "seed": 3, "presence_penalty": 0.5}])
+@pytest.mark.parametrize("choose", ["first", "rate"])
+async def test_where_it_will_be_asked_anyway_the_head_drafts_behind_the_verify(options: Any, choose: Any) -> None:
+    """One question a round instead of two, and the drafts of the other way round."""
+    found = list[Any]()
+    for is_behind in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not is_behind:
+                patch.setattr(Drafting, "ahead", lambda *_: (0, 0.0))  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
+            async with forerun.open_engine("demo", spec_type="draft-mtp", choose=choose) as engine:
+                result = await engine.complete("def add(a, b):", max_tokens=120, ignore_eos=True, **options)
+                num_asked = engine.statistics().actors["MTP drafter"].mailbox.num_received
+        drafts = result.speculation.drafters["draft-mtp"]
+        found.append((result.token_ids, drafts.num_accepted_tokens_per_pos))
+        if is_behind:
+            assert num_asked < 0.5 * drafts.num_drafts + 8
+        else:
+            assert num_asked >= drafts.num_drafts
+    assert found[0][0] == found[1][0]
+    if choose == "first":  # the end is another: what may be drafted at most is not known before the verify
+        numbers = [sum(accepted) for _, accepted in found]
+        assert abs(numbers[0] - numbers[1]) < 4, found
+
+
+async def test_a_head_that_fails_behind_a_verify_costs_nothing_but_that_way(caplog: pytest.LogCaptureFixture) -> None:
+    model = forerun.load_model("demo")
+    async with forerun.open_engine(model, spec_type="draft-mtp", choose="first") as engine:
+        expected = await engine.complete("def add(a, b):", max_tokens=60, ignore_eos=True)
+    with pytest.MonkeyPatch.context() as patch:
+
+        def fail(*_: Any) -> Any:
+            raise ArithmeticError("of a test")
+
+        patch.setattr(HeadBase, "draft_after", fail)
+        async with forerun.open_engine(model, spec_type="draft-mtp", choose="first") as engine:
+            result = await engine.complete("def add(a, b):", max_tokens=60, ignore_eos=True)
+            assert all(actor.num_restarts == 0 for actor in engine.statistics().actors.values())
+    assert result.token_ids == expected.token_ids
+    assert result.speculation.drafters["draft-mtp"].num_accepted_tokens > 20
+    assert [record.message for record in caplog.records].count("the target decoder's MTP head failed") == 1
 
 
 async def test_synthetic_acceptance_is_as_ordered_and_marked() -> None:
