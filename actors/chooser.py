@@ -132,9 +132,10 @@ class Chooser:
         self._is_hopeful = has_head
         self._is_looking, self._is_promising = False, False  # this round; the head, by its last sign
         self._asking, self._asked_at = Asking.NOTHING, -2  # in this round; the round in which it was, last
+        self._wanted, self._is_worth_it = (0, 0.0), False  # what for, as head_limit has said; it was, when it was asked last
         # Of a stretch: what the head is asked for, rounds left, tokens that STRETCH of them must bring, and those which lack; what came of
         # the rounds that are over, and the seconds they took.
-        self._wanted, self._num_left, self._needed, self._lacking = (0, 0.0), 0, 0.0, 0.0
+        self._stretch, self._num_left, self._needed, self._lacking = (0, 0.0), 0, 0.0, 0.0
         self._came = list[tuple[Draft | None, tuple[int, ...]]]()
         self._took = list[float]()  # or rounds of rest, of which there have been so many in a row:
         self.num_rests = 0
@@ -305,12 +306,12 @@ class Chooser:
     def goes_on(self) -> tuple[int, float] | None:
         """What the head is asked for this round, as `head_limit` has said, if that is the same as in the last one, and its draft is
         verified."""
-        return self._wanted if self._num_left and not self._is_looking else None
+        return self._stretch if self._num_left and not self._is_looking else None
 
     @property
     def will_go_on(self) -> tuple[int, float] | None:
         """The same of the round after this one, as far as is known."""
-        return self._wanted if self._num_left > 1 and self.goes_on is not None else None
+        return self._stretch if self._num_left > 1 and self.goes_on is not None else None
 
     def went_on(self, head: Draft | None, tokens: tuple[int, ...], is_typical: bool) -> None:
         """It did, and a round brought `tokens`. Not typical is what says nothing of what rounds take."""
@@ -372,10 +373,12 @@ class Chooser:
         """They took so long to answer."""
         self._experience.looking.saw(1, seconds)
 
-    def drafted(self, num_tokens: int, seconds: float) -> None:
-        """The head took so long for so many tokens. Only what it takes round after round says whether to ask it so: after a rest it has
-        much to catch up on, and what it computes with is not in the caches."""
+    def drafted(self, num_tokens: int, seconds: float | None) -> None:
+        """The head took so long for so many tokens; None where they came with a verdict. Only what it takes round after round says whether
+        to ask it so: after a rest it has much to catch up on, and what it computes with is not in the caches."""
         is_steady, self._asked_at = self._round == self._asked_at + 1, self._round
+        if seconds is None:
+            return
         if not is_steady:
             self._times.waking.saw(num_tokens, seconds)
         if is_steady or seconds < self.drafting(num_tokens):  # an accident is not believed until the head is asked twice in a row
@@ -500,11 +503,13 @@ class Chooser:
             self._found[self._run].saw(saved, 2 * MEMORY)
             self._look_at[self._run] = self._round + self._look_pause
         self._compare_all(tokens, drafts, plan)
-        self._num_left = 0
+        if not self._is_looking or self._asking in (Asking.TRIAL, Asking.DRAFT):
+            self._num_left = 0  # else a stretch goes on after what was looked up
         if self._asking is not Asking.NOTHING:
             self._asked([draft for draft in drafts if draft.drafter == "draft-mtp"], plan, bool(seconds))
         else:
-            self._wake_at = self._round if self._is_promising else self._next_question
+            self._is_worth_it &= self._is_looking  # what was looked up for this round does not change that
+            self._wake_at = self._round if self._is_promising or self._is_worth_it else self._next_question
 
     @property
     def _next_question(self) -> float:
@@ -520,7 +525,7 @@ class Chooser:
         is_worth_it = asking is not Asking.SIGN and bool(of_head)
         if is_worth_it:
             if is_typical and plan.parts == tuple(of_head):
-                self._num_left = STRETCH * (NUM_STRETCHES if asking is Asking.DRAFT else 1)
+                self._num_left, self._stretch = STRETCH * (NUM_STRETCHES if asking is Asking.DRAFT else 1), self._wanted
                 needed = self._steady(self._wanted[0]) / max(self._resting, 1e-9) - 1  # right ones, a round, to be as good as rest
                 self._needed = self._lacking = STRETCH * (1 + TOO_FEW * needed)
             if asking is Asking.DRAFT:
@@ -529,7 +534,9 @@ class Chooser:
             self._pause = max(self._pause, min(2 * self._pause, self._last_pause))
             of_all.pause = max(of_all.pause, min(LONGER * of_all.pause, self._last_pause))
         of_all.num_unasked, self._sign_at = 0, self._round + self._pause
-        self._wake_at = self._round if is_worth_it or self._is_promising else self._next_question
+        if not (asking is Asking.SIGN and self._is_looking):  # beside what was looked up
+            self._is_worth_it = is_worth_it and asking is Asking.DRAFT
+        self._wake_at = self._round if is_worth_it or self._is_worth_it or self._is_promising else self._next_question
 
     @property
     def _look_pause(self) -> int:

@@ -29,9 +29,10 @@ TOLD_AFTER = CHUNK * 3 // 2
 
 @dataclass(slots=True)
 class _Drafter:
-    """A drafter as this sequence sees it: `life` is the one it has told of its lease, and of that its first `num_told` tokens; of those
-    after it tells with the next question, for one message costs less than one every round. None: it is not known what the drafter
-    knows, for nobody waited for its answer, and it is told no more."""
+    """A drafter as this sequence sees it: `life` is the one it has told of its lease, and of that its first `num_told` tokens (of some of
+    them the head has heard from the target decoder, which drafted after them); of those after it tells with the next question, for one
+    message costs less than one every round. None: it is not known what the drafter knows, for nobody waited for its answer, and it is told
+    no more."""
 
     mailbox: Mailbox
     life: int
@@ -128,13 +129,13 @@ class Drafting:
         """How many tokens, if any, the head is to draft as soon as it is known what this round at `position` brings, and Propose's floor:
         where it has been asked, and is certain to be asked for the next. `room` is what the next round has at least."""
         head = self._drafters.get(HEAD)
-        if self._is_resting or head is None or head.num_told != position or head.life != head.mailbox.life:
+        if self._is_resting or head is None or head.num_told != position or head.life != head.mailbox.life or head.mailbox.is_closed:
             return 0, 0.0
         if self._is_first_best:
             limit, floor = self._params.limit(HEAD) if len(self._drafters) == 1 else 0, 0.0
         else:
             limit, floor = self._chooser.will_go_on or (0, 0.0)
-        return max(0, min(limit, room)), floor
+        return (limit, floor) if limit <= room else (0, 0.0)
 
     def _look_ups(self, is_repeated: bool) -> list[DrafterName]:
         """Those who look up, and may find something that follows two tokens that have stood before or not, in order of asking."""
@@ -166,8 +167,8 @@ class Drafting:
             return plan
         began, is_there = self._trace.clock(), self._next is not None
         head = await self._asked_head(question, limit, floor)
-        if head is not None and head.is_typical and not is_there:
-            chooser.drafted(max(1, len(head.tokens)), (self._trace.clock() - began) / 1e9)
+        if head is not None and head.is_typical:
+            chooser.drafted(max(1, len(head.tokens)), None if is_there else (self._trace.clock() - began) / 1e9)
         if head is not None and head.tokens:
             plan = await self._with_head(head, question)
         self._seconds = (self._trace.clock() - began) / 1e9

@@ -1,4 +1,5 @@
-"""The MTP drafter: owns the MTP head and drafts with it, all sequences that ask together as one batch.
+"""The MTP drafter: drafts with the MTP head, all sequences that ask together as one batch. Where they need not ask, the target decoder
+does, with a head of its own over the same weights and caches.
 
 A sequence's cache rows are exact once the target's hidden row and the token have gone in. Drafting runs ahead with the
 head's own outputs; what is accepted of it is computed again with the target's hidden rows, in the same pass as the next

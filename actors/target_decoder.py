@@ -16,7 +16,7 @@ from ..core.errors import InternalBug, LeaseLost, PositionLost, WorkFailed
 from ..core.messages import Forget, Freeze, Mail, Prefill, Verify
 from ..core.speculation import Draft, num_alike
 from ..core.trace import Trace
-from ..core.vocabulary import Verdict
+from ..core.vocabulary import TokenLogprob, Verdict
 from ..kernels.backend import F32
 from ..kernels.model.drafts import Following
 from ..kernels.model.memory import SequenceMemory, SequencePool
@@ -27,6 +27,10 @@ from .mtp_drafter import HeadDrafts
 logger = logging.getLogger("forerun")
 
 R = TypeVar("R")
+#: What is chosen for a sequence's rows, from the logits [R, V] of all, and the log probabilities that are wanted of it.
+Chosen = tuple[tuple[int, ...], tuple[TokenLogprob, ...]]
+#: Drafts behind a verify, when they are there.
+LaterDrafts = Callable[[], list[Draft | None]]
 
 
 class Target(Protocol):
@@ -62,13 +66,11 @@ class TargetDecoder(Actor):
     def is_quick(self, message: Mail[Any]) -> bool:
         if not isinstance(message, Verify) or self._pool.num_used > 1:
             return False
-        return self._executor.is_inline(self._seconds([message]))
+        is_inline, num_rows = self._executor.is_inline, len(message.tokens)
+        return is_inline(self._target.seconds(num_rows)) and is_inline(self._drafting_seconds(num_rows, message.next_limit))
 
-    def _seconds(self, verifies: Sequence[Verify]) -> float:
-        """About how long these take, with the drafts after them."""
-        seconds = self._target.seconds(sum(len(message.tokens) for message in verifies))
-        num_drafting = sum(len(message.tokens) + message.next_limit for message in verifies if message.next_limit)
-        return seconds + self._drafts.head.seconds(num_drafting) if self._drafts is not None and num_drafting else seconds
+    def _drafting_seconds(self, num_rows: int, num_drafts: int) -> float:
+        return self._drafts.head.seconds(num_rows + num_drafts) if self._drafts is not None and num_drafts else 0.0
 
     async def handle(self, batch: list[Envelope]) -> None:
         verifies: list[tuple[Envelope, Verify, Rows]] = []
@@ -119,57 +121,72 @@ class TargetDecoder(Actor):
 
     async def _verify(self, verifies: list[tuple[Envelope, Verify, Rows]]) -> None:
         envelopes, messages, batch = zip(*verifies, strict=True)
-        num_rows, clock = sum(len(rows.tokens) for rows in batch), self._trace.clock
         asks = [Ask(message.choosing, message.position + 1, message.tokens[1:], message.num_right) for message in messages]
+        following = self._following(messages, batch)
+        # Where logits come to the host, a device would have made the drafts before.
+        is_early = not any(ask.how.needs_host or ask.how.num_logprobs is not None for ask in asks)
 
-        def work() -> tuple[list[Verdict], list[Draft | None], int]:
+        def verify() -> tuple[list[Chosen], LaterDrafts]:
             logits = self._target.verify(batch)[0]
             choices = Choices(logits, asks)
-            begun = self._begin_drafts(messages, batch, choices)
-            verdicts, began = _verdicts(logits, choices), clock()
-            return verdicts, begun(), clock() - began
+            begun = self._begin_drafts(following, choices) if is_early else None
+            return _chosen(logits, choices), begun or (lambda: self._begin_drafts(following, choices)())
 
+        num_rows, clock = sum(len(rows.tokens) for rows in batch), self._trace.clock
         began, num_prepared = clock(), self._target.num_prepared
-        verdicts, drafts, drafting = await self._do(work, self._seconds(messages), envelopes)
-        seconds, is_typical = (clock() - began - drafting) / 1e9, self._target.num_prepared == num_prepared
-        for envelope, verdict, draft in zip(envelopes, verdicts, drafts, strict=True):
-            if draft is not None:
-                self._trace.count("drafting us", drafting // 1000, envelope.message.flow)
-            envelope.answer(Verdict(verdict.choices, verdict.logprobs, num_rows, seconds, len(verifies), is_typical, draft))
+        chosen, draft = await self._do(verify, self._target.seconds(num_rows), envelopes)
+        said = num_rows, (clock() - began) / 1e9, len(batch), self._target.num_prepared == num_prepared
+        drafted = {each.index for each in following}
+        for i, envelope in enumerate(envelopes):
+            if i not in drafted:
+                envelope.answer(Verdict(*chosen[i], *said))
+        if following:
+            began, of_those = clock(), [envelopes[each.index] for each in following]
+            num_drafts = sum(each.wanted.limit for each in following)
+            drafts = await self._do(draft, self._drafting_seconds(num_rows, num_drafts), of_those)
+            for each, envelope, one in zip(following, of_those, drafts, strict=True):
+                self._trace.count("drafting us", (clock() - began) // 1000, envelope.message.flow)
+                envelope.answer(Verdict(*chosen[each.index], *said, one))
 
-    def _begin_drafts(self, messages: Sequence[Verify], batch: Sequence[Rows], choices: Choices) -> Callable[[], list[Draft | None]]:
-        """What is to be drafted after a verify; None where nothing is, or the head is not where the verify began. A head that fails
-        costs its drafts alone, and is asked no more."""
-        found: list[Draft | None] = [None] * len(batch)
+    def _following(self, messages: Sequence[Verify], batch: Sequence[Rows]) -> list[Following]:
+        """The drafts that are to be made behind these verifies: not where the head is elsewhere."""
         drafts = self._drafts
         if drafts is None:
-            return lambda: found
-        following = [
+            return []
+        return [
             Following(rows.memory, i, drafts.wanted(message.choosing, message.next_limit, message.next_floor))
             for i, (message, rows) in enumerate(zip(messages, batch, strict=True))
             if message.next_limit and rows.memory.num_head_rows == message.position + 1
         ]
-        if not following:
-            return lambda: found
-        begun = self._guarded(lambda: drafts.after(following, choices))
+
+    def _begin_drafts(self, following: Sequence[Following], choices: Choices) -> LaterDrafts:
+        """A head that fails costs its drafts alone, and is asked no more."""
+        drafts, nothing = self._drafts, list[Draft | None]([None] * len(following))
+        if drafts is None or not following:
+            return lambda: nothing
+
+        def guarded(work: Callable[[], R]) -> R | None:
+            try:
+                return work()
+            except (InternalBug, AssertionError):
+                raise
+            except Exception:
+                logger.exception("the target decoder's MTP head failed")
+                self._drafts = None
+                return None
+
+        begun = guarded(lambda: drafts.after(following, choices))
 
         def draft() -> list[Draft | None]:
-            if begun is not None and (made := self._guarded(begun)) is not None:
-                for each, one in zip(following, made, strict=True):
-                    ask, chosen = choices.asks[each.index], choices.read()[each.index]
-                    each.memory.num_head_rows = ask.position + num_alike(ask.ahead, chosen) + 1
-                    found[each.index] = one
-            return found
+            found = guarded(begun) if begun is not None else None
+            if found is None:
+                return nothing
+            for each in following:
+                ask, chosen = choices.asks[each.index], choices.read()[each.index]
+                each.memory.num_head_rows = ask.position + num_alike(ask.ahead, chosen) + 1
+            return [*found]
 
         return draft
-
-    def _guarded(self, work: Callable[[], R]) -> R | None:
-        try:
-            return work()
-        except Exception:
-            logger.exception("the target decoder's MTP head failed")
-            self._drafts = None
-            return None
 
     async def _prefill(self, envelope: Envelope, message: Prefill, rows: Rows) -> None:
         ask = Ask(message.choosing, message.position + len(message.tokens))
@@ -178,7 +195,7 @@ class TargetDecoder(Actor):
             logits = self._target.prefill(rows, message.is_last)
             if message.is_kept:
                 rows.memory.keep()
-            return Verdict(()) if logits is None else _verdicts(logits, Choices(logits, [ask]))[0]
+            return Verdict(()) if logits is None else Verdict(*_chosen(logits, Choices(logits, [ask]))[0])
 
         envelope.start()
         envelope.answer(await self._do(work, self._target.seconds(len(rows.tokens)), [envelope]))
@@ -203,12 +220,11 @@ class TargetDecoder(Actor):
             raise
 
 
-def _verdicts(logits: F32, choices: Choices) -> list[Verdict]:
-    """What is chosen for each sequence, from the logits [R, V] of all."""
-    verdicts, start = list[Verdict](), 0
+def _chosen(logits: F32, choices: Choices) -> list[Chosen]:
+    found, start = list[Chosen](), 0
     for ask, chosen in zip(choices.asks, choices.read(), strict=True):
         rows, num_top = logits[start : start + ask.num_rows], ask.how.num_logprobs
         start += ask.num_rows
         said = () if num_top is None else tuple(logprobs(row, token, num_top) for row, token in zip(rows, chosen, strict=True))
-        verdicts.append(Verdict(tuple(chosen), said))
-    return verdicts
+        found.append((tuple(chosen), said))
+    return found

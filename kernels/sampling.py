@@ -84,7 +84,7 @@ class DeviceChoices(Protocol):
 class DeviceLogits(Protocol):
     """Logits [R, V] that a device has, and chooses from itself."""
 
-    def begin(self, how: Sequence[SamplingParams] | None, positions: Sequence[int]) -> DeviceChoices:
+    def choose_tokens(self, how: Sequence[SamplingParams] | None, positions: Sequence[int]) -> DeviceChoices:
         """The token of each row at its position, biases and penalties left out; with None the highest of each row."""
         ...
 
@@ -96,7 +96,7 @@ class DeviceLogits(Protocol):
 @dataclass(frozen=True, slots=True)
 class Ask:
     """The tokens at `position`... of one sequence, from 1 + len(ahead) rows, each but the first after one token more of `ahead`. With
-    `num_right`, so many of `ahead` are chosen whatever the logits say, and what follows is not."""
+    `num_right`, so many of `ahead` are chosen whatever the logits say, and the one after them is not."""
 
     how: Choosing
     position: int
@@ -116,7 +116,7 @@ class Choices:
         self._chosen: list[list[int]] | None = None
         self.on_device: DeviceChoices | None = None  # of all rows, right for those asks that need no host
         if not isinstance(logits, np.ndarray) and not all(ask.how.needs_host for ask in asks):
-            self.on_device = logits.begin(*_drawn_how(asks))
+            self.on_device = logits.choose_tokens(*_drawn_how(asks))
 
     def read(self) -> list[list[int]]:
         if self._chosen is None:

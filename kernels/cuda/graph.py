@@ -54,7 +54,7 @@ class _Graphs:
         self, kind: str, num_rows: int, num_spans: int, end: int, build: Callable[[Recorded], None], *, is_wide: bool = False,
         has_tokens: bool = True,
     ) -> Recorded:  # fmt: skip
-        """A program for such a batch that sees up to `end` positions; `has_tokens`: which the host knows."""
+        """A program for such a batch that sees up to `end` positions; `has_tokens`: the host tells it those of its rows."""
         parts = 1
         while parts * PART < end and not is_wide:
             parts *= 2
@@ -276,7 +276,7 @@ class CudaHead(HeadBase):
     def draft_after(self, batch: Sequence[Following], choices: Choices) -> Callable[[], list[Drafted]]:
         """Behind the verify, before anybody has read what it chose."""
         chosen = choices.on_device
-        if chosen is None or any(each.wanted.choosing.needs_host for each in batch):
+        if chosen is None or any(each.wanted.choosing.needs_host or choices.asks[each.index].how.needs_host for each in batch):
             return super().draft_after(batch, choices)
         assert isinstance(chosen, DeviceTokens)
         asks, wanted = [choices.asks[each.index] for each in batch], [each.wanted for each in batch]
@@ -350,13 +350,13 @@ class CudaHead(HeadBase):
         ):  # fmt: skip
             p.buffer(name, shape, dtype)
         r = RoundStruct(
-            catch_up=p.address("spans"), draft=p.address("draft spans"), tokens=p.address("drafts"), choices=p.address("tokens"),
-            drafted=p.address("drafted"), picked=p.address("picked"), draws=p.address("draws"), limits=p.address("limits"),
-            draft_span_of=p.address("draft span of"), shares=p.address("shares"), sure=p.address("sure"), span_of=p.address("span of"),
+            draft=p.address("draft spans"), tokens=p.address("drafts"), drafted=p.address("drafted"), draws=p.address("draws"),
+            limits=p.address("limits"), draft_span_of=p.address("draft span of"), shares=p.address("shares"), sure=p.address("sure"),
             depth=num_steps, sequences=num,
         )  # fmt: skip
         if is_after:
-            r.verified, r.num_right = p.address("verified"), p.address("num_right")
+            r.catch_up, r.span_of, r.choices = p.address("spans"), p.address("span of"), p.address("tokens")
+            r.verified, r.num_right, r.picked = p.address("verified"), p.address("num_right"), p.address("picked")
             p.step("follow", (-(-num // 32),), 32, r)
         p.steps = build_drafts(p, draft, self, self._weights, r, tokens=p.address("tokens"), picked=p.address("picked"), how=how)
         p.buffers |= {f"drafting {name}": buffer for name, buffer in draft.buffers.items()}

@@ -52,7 +52,7 @@ class DeviceRows:
         if self._run != self._recorded.num_runs:
             raise InternalBug("these rows have been written over")
 
-    def begin(self, how: Sequence[SamplingParams] | None, positions: Sequence[int]) -> DeviceTokens:
+    def choose_tokens(self, how: Sequence[SamplingParams] | None, positions: Sequence[int]) -> DeviceTokens:
         """Of logits, the token of each row at its position, chosen where they are; with None the highest of each row."""
         self._check()
         if how is None:

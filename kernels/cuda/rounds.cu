@@ -1,12 +1,12 @@
 /* The bookkeeping of drafts and rounds that never leave the device. */
 #include "forerun.cuh"
 
-/* Rounds on the device: `depth` drafts for each sequence. Its spans stand side by side: of the trunk's verify, of the head's catching up
+/* Rounds on the device, and drafts behind a verify of the host's: `depth` drafts for each sequence. Its spans stand side by side: of the trunk's verify, of the head's catching up
  * (the rows of the last verify, each with the token after it), of the head's drafting row. */
 struct Round {
     Span *verify, *catch_up, *draft;
     int *tokens;           /* [sequences, depth + 1]: the last token, then the drafts */
-    int *choices;          /* [sequences, depth + 1]: of the verify; the tokens that the head catches up with */
+    int *choices;          /* [sequences, depth + 1], behind a verify of the host's [rows]: the tokens that the head catches up with */
     int *drafted;          /* [sequences]: the head's newest choice; token of the drafting row */
     int *picked;           /* [sequences]: row of the catching up that drafting goes on from */
     int *report;           /* [sequences, depth + 2]: drafts accepted, then the tokens of the round */
@@ -14,7 +14,7 @@ struct Round {
     int *draft_span_of;    /* whose the drafting rows are */
     Draw *draws;           /* [sequences]: of the next draft; or null */
     float *shares, *sure;  /* [sequences, depth]: how sure the head was of its drafts; [sequences]: of the newest. Or null */
-    const int *verified;   /* [rows]: the tokens whose rows `choices` follow, where a verify is caught up with that was not a round */
+    const int *verified;   /* [rows]: behind a verify of the host's, the tokens whose rows `choices` follow */
     const int *num_right;  /* [sequences]: of its drafts, those that count as right whatever was chosen; -1: those that are */
     int *span_of;          /* whose the rows of the catching up are */
     const float *rates;    /* synthetic: how often the i-th draft is accepted once those before it are; or null */

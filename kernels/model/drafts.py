@@ -73,6 +73,12 @@ class Following:
         return rows, replace(self.wanted, choosing=self.wanted.choosing.then(tokens))
 
 
+def following(batch: Sequence[Following], choices: Choices) -> tuple[list[MtpRows], list[Wanted]]:
+    """What to draft, once it is known what the verify brings."""
+    rows, wanted = zip(*(each.after(choices) for each in batch), strict=True)
+    return list(rows), list(wanted)
+
+
 @dataclass(frozen=True, slots=True)
 class Drafted:
     """Tokens, and how probable the head held each."""

@@ -83,7 +83,9 @@ class SequenceMemory:
 
     max_chunk = CHUNK
     given: GivenRows | None = None  # what its prompt has in place of tokens
-    num_head_rows = 0  # of the MTP head's cache that are done with: exact, or given up
+    #: Of the MTP head's cache, rows that are done with: exact, or given up. Whoever has the head draft moves it on: the MTP drafter, and
+    #: the target decoder where a verify begins just before it, as none does while the drafter has anything to do for the sequence.
+    num_head_rows = 0
 
     def __init__(self, config: ModelConfig, arena: Arena, table: list[int], capacity: int, max_rows: int, store: StoreName) -> None:
         self.capacity, self.table = capacity, table

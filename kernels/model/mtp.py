@@ -16,7 +16,7 @@ from ...core.errors import InternalBug
 from ...core.vocabulary import Choosing
 from ..backend import F32, Backend, MatrixMaker
 from ..sampling import Ask, Choices, choose_rows
-from .drafts import Drafted, Following, MtpRows, Wanted, draft_by_guesses
+from .drafts import Drafted, Following, MtpRows, Wanted, draft_by_guesses, following
 from .trunk import LayerGraph
 from .weights import AttentionWeights, ModelWeights, MtpWeights
 
@@ -91,12 +91,7 @@ class HeadBase(ABC):
 
     def draft_after(self, batch: Sequence[Following], choices: Choices) -> Callable[[], list[Drafted]]:
         """`draft` after what a verify brings. What is returned has the drafts; a device is at work on them by then."""
-
-        def draft() -> list[Drafted]:
-            rows, wanted = zip(*(each.after(choices) for each in batch), strict=True)
-            return self.draft(rows, wanted)
-
-        return draft
+        return lambda: self.draft(*following(batch, choices))
 
     def seconds(self, num_rows: int) -> float:
         """About how long drafting so many rows takes."""

@@ -214,7 +214,7 @@ def test_rounds_on_the_device_say_what_single_rows_say(cuda: CudaBackend, checkp
         for token in text[:num_tokens]:
             logits = trunk.verify([Rows(sequence.memory, len(all_tokens) - 1, (all_tokens[-1],))])[0]
             assert isinstance(logits, DeviceRows)
-            chosen = logits.begin(None, []).read()
+            chosen = logits.choose_tokens(None, []).read()
             assert chosen == [int(np.asarray(logits)[0].argmax())]
             assert rates is not None or token == chosen[0]
             all_tokens.append(token)

@@ -18,7 +18,7 @@ from tests.checkpoints import prompt
 from tests.conftest import ALL_BACKENDS
 
 GREEDY, DRAWN = SamplingParams(), SamplingParams(temperature=0.9, seed=7, top_k=30)
-PENALISED = SamplingParams(temperature=0.0, presence_penalty=0.5)
+PENALISED = SamplingParams(temperature=0.0, presence_penalty=0.5, logit_bias=((11, 100.0), (12, 99.8)))
 
 
 @pytest.fixture
@@ -27,9 +27,15 @@ def layout() -> str:
 
 
 @pytest.mark.parametrize("backend", [*ALL_BACKENDS, "cuda"], indirect=True)
-@pytest.mark.parametrize("hows", [(GREEDY,) * 4, (DRAWN,) * 4, (GREEDY, DRAWN, PENALISED, DRAWN)], ids=["greedy", "drawn", "mixed"])
-def test_drafts_behind_a_verify(weights: ModelWeights, backend: AnyBackend, hows: tuple[SamplingParams, ...]) -> None:
-    """Of four sequences one wants no draft; of the others two drafts of three are right, none, and as many as it is said."""
+@pytest.mark.parametrize(
+    "hows",
+    [(GREEDY,) * 4, (DRAWN,) * 4, (GREEDY, DRAWN, PENALISED, DRAWN), (PENALISED, DRAWN, GREEDY, DRAWN)],
+    ids=["greedy", "drawn", "mixed", "penalised"],
+)
+@pytest.mark.parametrize("is_greedy", [False, True])
+def test_drafts_behind_a_verify(weights: ModelWeights, backend: AnyBackend, hows: tuple[SamplingParams, ...], is_greedy: bool) -> None:
+    """Of four sequences one wants no draft; of the others two drafts of three are right, none, and as many as it is said. `is_greedy`: the
+    drafts are the likeliest tokens, however the target chooses."""
     trunk, head, lengths = make_trunk(weights, backend), make_head(weights, backend), (20, 23, 26, 29)
 
     def begin() -> list[SequenceMemory]:
@@ -60,7 +66,7 @@ def test_drafts_behind_a_verify(weights: ModelWeights, backend: AnyBackend, hows
         chosen = verify(begin(), [tuple(each) for each in right], None).read()
         right = [[*each, found[-1]] for each, found in zip(right, chosen, strict=True)]
     drafts = [(*right[0][:2], right[0][2] + 1), (right[1][0] + 1, 5), (7,), (right[3][0] + 1, right[3][1], 9)]
-    wanted = [Wanted(choosing(i), 3) for i in range(4)]
+    wanted = [Wanted(Choosing(GREEDY) if is_greedy else choosing(i), 3) for i in range(4)]
     for forced in (None, 1, 3):
         memories = begin()
         choices = verify(memories, drafts, forced)

@@ -19,7 +19,7 @@ from forerun.core.errors import PositionLost
 from forerun.core.protocol import CHUNK, chunk_ends
 from forerun.core.vocabulary import Choosing, SamplingParams
 from forerun.kernels.backend import F32
-from forerun.kernels.model.drafts import Drafted, Following, MtpRows, Wanted, draft_by_guesses
+from forerun.kernels.model.drafts import Drafted, Following, MtpRows, Wanted, draft_by_guesses, following
 from forerun.kernels.model.memory import HiddenRows, SequenceMemory
 from forerun.kernels.model.pages import Arena, KeyValues
 from forerun.kernels.model.prefix import Checkpoint
@@ -189,11 +189,7 @@ class FakeHead:
         return draft_by_guesses(self, batch, wanted)
 
     def draft_after(self, batch: Sequence[Following], choices: Choices) -> Callable[[], list[Drafted]]:
-        def draft() -> list[Drafted]:
-            rows, wanted = zip(*(each.after(choices) for each in batch), strict=True)
-            return self.draft(rows, wanted)
-
-        return draft
+        return lambda: self.draft(*following(batch, choices))
 
     def seconds(self, num_rows: int) -> float:
         return 0.001 * num_rows

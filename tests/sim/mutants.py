@@ -83,7 +83,7 @@ MUTANTS = [
     Mutant("garbage drafts", "what was rejected is not rolled back", "core/protocol.py",
            "self._num_computed += num_accepted + 1", "self._num_computed += len(drafts) + 1"),
     Mutant("late drafts", "a drafter counts a token twice after a draft that came too late", "actors/mtp_drafter.py",
-           "sequence.behind += tokens[num_known:]", "sequence.behind += tokens"),
+           "behind += tokens[end - position :]", "behind += tokens"),
     Mutant("rollback", "memory goes on from its newest row, whatever position was asked for", "tests/sim/fakes.py",
            "        state = self.states[position - self.first]\n", "        state = self.states[-1]\n"),
     Mutant("hidden rows", "rows are overwritten before the drafter reads them", "tests/sim/fakes.py",

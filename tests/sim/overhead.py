@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import anyio
 import numpy as np
 from forerun.actors.engine import EngineParams, run_engine
 from forerun.core.speculation import SpeculationParams, parse_spec_type
-from forerun.kernels.model.drafts import Drafted, MtpRows, Wanted
+from forerun.kernels.model.drafts import Drafted, Following, MtpRows, Wanted
 from forerun.kernels.model.memory import MemoryParams, SequenceMemory
 from forerun.kernels.model.pages import Arena
 from forerun.kernels.model.recurrent import StoreName
+from forerun.kernels.sampling import Choices
 
 from tests.sim.fakes import NUM_TOKEN_IDS, FakeMaker, FakeModel
 
@@ -50,6 +51,9 @@ class Instant:
 
     def draft(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> list[Drafted]:
         return [Drafted((0,) * each.limit, (1.0,) * each.limit) for each in wanted]
+
+    def draft_after(self, batch: Sequence[Following], choices: Choices) -> Callable[[], list[Drafted]]:
+        return lambda: self.draft((), [each.wanted for each in batch])
 
     def mark(self, rows: Any, num_marked: int, choosing: Any) -> tuple[bool, ...]:
         return (True,) * num_marked

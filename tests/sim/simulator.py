@@ -46,11 +46,11 @@ from forerun.core.errors import (
     RequestFailed,
     SavedSequenceError,
 )
-from forerun.core.messages import Mail, Propose
+from forerun.core.messages import Mail, Propose, Verify
 from forerun.core.protocol import ENDS
 from forerun.core.speculation import DRAFTERS, Draft, DrafterName, SpeculationParams
 from forerun.core.trace import Event, Notice, Subscription, Trace
-from forerun.core.vocabulary import FinishReason, SamplingParams
+from forerun.core.vocabulary import FinishReason, SamplingParams, Verdict
 from forerun.kernels.model.memory import MemoryParams
 from trio.testing import MockClock
 
@@ -191,7 +191,7 @@ def raising(event: Event) -> None:
 
 
 class Spoilt(Envelope):
-    """A question to a drafter whose answer is garbage, or the answer to the question before."""
+    """A question to a drafter, or a verify, whose draft is garbage, or the draft of the question before."""
 
     __slots__ = ("_former", "_rng")
 
@@ -201,11 +201,17 @@ class Spoilt(Envelope):
         self._rng, self._former = rng, former
 
     def answer(self, value: object) -> None:
-        assert isinstance(value, Draft)
+        if isinstance(value, Draft):
+            value = self._spoilt(value)
+        elif isinstance(value, Verdict) and value.draft is not None:
+            value = replace(value, draft=self._spoilt(value.draft))
+        super().answer(value)
+
+    def _spoilt(self, draft: Draft) -> Draft:
         garbage = tuple(self._rng.randrange(-2, NUM_TOKEN_IDS + 2) for _ in range(self._rng.randrange(80)))
         tokens = self._rng.choice([garbage, *self._former[-3:]])
-        self._former.append(value.tokens)
-        super().answer(Draft(value.drafter, tokens))
+        self._former.append(draft.tokens)
+        return Draft(draft.drafter, tokens)
 
 
 @dataclass
@@ -255,11 +261,10 @@ class Simulation:
         async def faulty(batch: list[Envelope]) -> None:
             for i in range(len(batch)):
                 how = self._count(actor.name)
-                if isinstance(batch[i].message, Propose):
-                    if self.rng.random() < self.plan.spoilt_drafts:
-                        batch[i] = Spoilt(batch[i], self.rng, self._former)
-                    if self.rng.random() < self.plan.late_drafts:
-                        await anyio.sleep(self.rng.random() * 10)
+                if isinstance(batch[i].message, Propose | Verify) and self.rng.random() < self.plan.spoilt_drafts:
+                    batch[i] = Spoilt(batch[i], self.rng, self._former)
+                if isinstance(batch[i].message, Propose) and self.rng.random() < self.plan.late_drafts:
+                    await anyio.sleep(self.rng.random() * 10)
                 if how == "before":
                     raise Crash
                 if how == "stuck":

@@ -59,9 +59,9 @@ class Text:
         tokens = tuple(future[i] if ok else -1 for i, ok in enumerate(is_right))
         return Draft(name, tokens, (confidence,) * length)
 
-    def round(self, look_up: Right | None, head: Right | None) -> Plan:
+    def round(self, look_up: Right | None, head: Right | None, run: int = 0) -> Plan:
         future, chooser = [self.rng.randrange(1000) for _ in range(64)], self.chooser
-        is_resting = chooser.rests(0 if look_up is not None else None)
+        is_resting = chooser.rests(run if look_up is not None else None)
         wanted, drafts, plan, num_head = chooser.goes_on, list[Draft](), Plan((), 0.0), 0
         if wanted is not None:
             assert head is not None
@@ -128,6 +128,23 @@ def test_what_is_mostly_right_is_used_and_as_long_as_pays(seed: int) -> None:
     short = [len(dear.round(often, None).tokens) for _ in range(200)][100:]
     assert sum(long) / len(long) > 2 * sum(short) / len(short)
     assert cheap.num_tokens / cheap.seconds > 3
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_repetition_does_not_put_a_head_to_rest_that_was_worth_it_before(seed: int) -> None:
+    def always(_: int, __: int) -> float:
+        return 1.0
+
+    def often(_: int, __: int) -> float:
+        return 0.7
+
+    text, rests = Text(seed, flat, head_cost=0.1), list[bool]()
+    for number in range(800):
+        is_repeated = number % 40 >= 36
+        text.round(always if is_repeated else None, often, run=100 if is_repeated else 0)
+        if number >= 400 and number % 40 < 4:
+            rests.append(text.chooser.num_rests > 0)
+    assert sum(rests) < 0.1 * len(rests)
 
 
 @pytest.mark.parametrize("seed", range(5))
