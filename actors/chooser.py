@@ -503,8 +503,8 @@ class Chooser:
             self._found[self._run].saw(saved, 2 * MEMORY)
             self._look_at[self._run] = self._round + self._look_pause
         self._compare_all(tokens, drafts, plan)
-        if not self._is_looking or self._asking in (Asking.TRIAL, Asking.DRAFT):
-            self._num_left = 0  # else a stretch goes on after what was looked up
+        if not self._is_looking or self._asking in (Asking.TRIAL, Asking.DRAFT) or _num_looked_up(plan, tokens) > self._stretch[0]:
+            self._num_left = 0  # else a stretch goes on, that was interrupted for little
         if self._asking is not Asking.NOTHING:
             self._asked([draft for draft in drafts if draft.drafter == "draft-mtp"], plan, bool(seconds))
         else:

@@ -147,8 +147,8 @@ class Observe(Mail[None]):
 class Propose(Mail[Draft]):
     """Sequence to a drafter, at most once a round, or twice, if no draft came with a verdict: what follows `ahead`, of which the first
     token stands at `position` and the others are drafted? At most `limit` tokens, chosen as the target will choose where the drafter has
-    logits of its own; it may stop where all it has drafted is less likely to be right than `floor`. `since` are the tokens before `position`
-    of which the drafter has not been told, as by a Commit."""
+    logits of its own; it may stop where all it has drafted is less likely to be right than `floor`. `since` are the tokens before
+    `position` of which the drafter has not been told, as by a Commit."""
 
     lease: int
     position: int
