@@ -63,10 +63,13 @@ LONG_RUN = 3
 #: and at last, and its tokens so many standard deviations more often right than in other texts: only rounds in a row say both.
 TRIAL_SHARE, SLACK, SPREAD = 0.25, 0.05, 0.2
 #: Some rounds of rest are measured, though the head seems to be worth it, where it is not known what they take and what is done besides
-#: verifying is more than a share of it; and again after so many others, unless the head brings more than so many times as much.
-UNSURE, REST_AGE, CLEARLY = 0.05, 500, 1.25
+#: verifying is more than a share of it; and again after so many others, or, where the head brings more than so many times as much, after up
+#: to so many times as many, the fewer measurements say so the sooner.
+UNSURE, REST_AGE, CLEARLY, OLD = 0.05, 500, 1.25, 4
 #: Rounds after which they say nothing of a stretch: a machine has its moods.
 REST_FRESH = 32
+#: Another number of tokens that seems to bring more than such a share of the best one's is tried, after so many measurements of others.
+DOUBT, RARELY = 0.93, 4
 #: Rounds for which one with questions may make others slower, and rounds of rest that are measured together, at most.
 AFTER, NUM_MEASURED = 8, 64
 #: Rounds for which it is remembered what a head that is always right would bring.
@@ -396,7 +399,9 @@ class Chooser:
                 wanted, self._trial_at = 0, self._round + 2 * AFTER
                 self._sign_at = self._trial_at
             elif wanted:
-                self._asking = Asking.DRAFT
+                other = self._doubtful(wanted, limit)
+                self._asking = Asking.TRIAL if other else Asking.DRAFT
+                wanted, floor = (other, 0.0) if other else (wanted, floor)
             elif self._round >= self._trial_at and not self._is_looking:
                 wanted, floor = self._best_limit(without, limit, is_hoping=True)
                 self._is_hopeful = wanted > 0
@@ -417,11 +422,26 @@ class Chooser:
         times = self._times
         if times.num_unmeasured <= times.rest_age:
             return False
-        *_, (rate, _) = self._rates_of_head(num_tokens)
-        is_clear = rate > CLEARLY * self._rate_at_rest if times.resting(1) else self.overhead(1) <= UNSURE * self._experience.verify(1)
+        if times.resting(1):
+            *_, (rate, _) = self._rates_of_head(num_tokens)
+            is_old = times.num_unmeasured > REST_AGE * min(times.resting.num_measured(1), OLD)
+            is_clear = rate > CLEARLY * self._rate_at_rest and not is_old
+        else:
+            is_clear = self.overhead(1) <= UNSURE * self._experience.verify(1)
         if not is_clear:
             times.rest_age = times.num_unmeasured + REST_AGE  # whether they come to be measured or not
         return not is_clear
+
+    def _doubtful(self, wanted: int, limit: int) -> int:
+        """Another number of tokens that may be as good, and has not been measured for long, where it can be now; 0: none. What seems to be
+        worse by an accident would never be tried."""
+        times = self._times
+        if times.num_unmeasured >= REST_FRESH // 2:
+            return 0
+        rates = [rate for rate, _ in self._rates_of_head(limit)]
+        least = DOUBT * rates[wanted - 1]
+        others = [i for i, rate in enumerate(rates, 1) if i != wanted and rate > least and times.steady.num_since(i) >= RARELY]
+        return max(others, key=lambda i: rates[i - 1], default=0)
 
     def _begin_trial(self, num_tokens: int) -> None:
         """The more it will have lost, should its rounds take what they are held to take, the later is the next one."""

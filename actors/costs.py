@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections import defaultdict, deque
 from statistics import median
@@ -81,6 +82,10 @@ class Costs:
 
     def num_measured(self, size: int) -> int:
         return self._means[size][1] if size in self._means else 0
+
+    def num_since(self, size: int) -> float:
+        """Measurements of others since the last of this size."""
+        return self._clock - self._means[size][2] if size in self._means else math.inf
 
     def __call__(self, size: int) -> float:
         """0 before anything was measured."""
