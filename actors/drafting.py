@@ -23,7 +23,7 @@ R = TypeVar("R")
 
 HEAD: DrafterName = "draft-mtp"
 #: Tokens after which a drafter is told what stands though it is not asked, at most: while the head can still read their hidden rows, of
-#: which there are two chunks and the longest round, and one more round may be computed before it does.
+#: which there are two chunks and the longest round, and one more round may be computed before it does. The head is told while rounds rest.
 TOLD_AFTER = CHUNK * 3 // 2
 
 
@@ -298,11 +298,15 @@ class Drafting:
         """The tokens before `position` do."""
         if self._told:
             await self._hear_marks()
+        told = list[int]()
         for name, drafter in self._drafters.items():
+            if name == HEAD and not self._is_resting:  # others draft: it would learn for nothing, and does what it can when it is asked
+                continue
             if drafter.num_told is not None and position - drafter.num_told >= self._told_after:
-                wants_marks = name == HEAD and self._is_resting and self._chooser.wants_marks()
+                wants_marks = name == HEAD and self._chooser.wants_marks()
                 await self._tell(drafter, flow, lease, self._marked if wants_marks else None)
-        told = [drafter.num_told for drafter in self._drafters.values() if drafter.num_told is not None]
+            if drafter.num_told is not None:
+                told.append(drafter.num_told)
         self._tell_at = min(told, default=position) + self._told_after
 
     async def _hear_marks(self, is_late: bool = False) -> None:

@@ -193,10 +193,13 @@ class MtpDrafter(Actor):
         if start + len(behind) != position:
             raise InternalBug(f"asked to draft from {position}, but {start + len(behind)} are known")
         behind.clear()
-        try:
-            hidden = memory.hidden.before(start, len(tokens))
-        except PositionLost:  # the rows stay as they are in the cache: worse drafts, no harm
-            memory.num_head_rows = position
-            return None
-        memory.num_head_rows = start + len(tokens)
-        return MtpRows(memory, start, tokens, hidden)
+        # Rows whose hidden rows are gone stay as they are in the cache: somewhat worse drafts, no harm.
+        num_lost = max(0, min(memory.hidden.first + 1, position) - start) if memory.hidden.first else 0
+        start, tokens = start + num_lost, tokens[num_lost:]
+        if tokens:
+            with suppress(PositionLost):
+                rows = MtpRows(memory, start, tokens, memory.hidden.before(start, len(tokens)))
+                memory.num_head_rows = start + len(tokens)
+                return rows
+        memory.num_head_rows = position
+        return None
