@@ -135,7 +135,8 @@ class Chooser:
         self._is_hopeful = has_head
         self._is_looking, self._is_promising = False, False  # this round; the head, by its last sign
         self._asking, self._asked_at = Asking.NOTHING, -2  # in this round; the round in which it was, last
-        self._wanted, self._is_worth_it = (0, 0.0), False  # what for, as head_limit has said; it was, when it was asked last
+        self._wanted = 0, 0.0  # what the head is asked for this round, as `head_limit` has said
+        self._is_worth_it = False  # it was, when it was asked last
         # Of a stretch: what the head is asked for, rounds left, tokens that STRETCH of them must bring, and those which lack; what came of
         # the rounds that are over, and the seconds they took.
         self._stretch, self._num_left, self._needed, self._lacking = (0, 0.0), 0, 0.0, 0.0
@@ -516,14 +517,15 @@ class Chooser:
         if num_rows:
             self.rested(max(0, num_rows - len(plan.tokens) - 1), num_sequences - 1)  # of a plan that is no sense not all was verified
             self._experience.verify.saw(num_rows, seconds)
+        num_looked_up = _num_looked_up(plan, tokens)
         if self._is_looking:
-            saved = float(_num_looked_up(plan, tokens))
+            saved = float(num_looked_up)
             if saved and self._resting:
                 saved -= (self._seconds(len(plan.tokens), 0) - self._seconds(0, 0)) / self._resting
             self._found[self._run].saw(saved, 2 * MEMORY)
             self._look_at[self._run] = self._round + self._look_pause
         self._compare_all(tokens, drafts, plan)
-        if not self._is_looking or self._asking in (Asking.TRIAL, Asking.DRAFT) or _num_looked_up(plan, tokens) > self._stretch[0]:
+        if not self._is_looking or self._asking in (Asking.TRIAL, Asking.DRAFT) or num_looked_up > self._stretch[0]:
             self._num_left = 0  # else a stretch goes on, that was interrupted for little
         if self._asking is not Asking.NOTHING:
             self._asked([draft for draft in drafts if draft.drafter == "draft-mtp"], plan, bool(seconds))

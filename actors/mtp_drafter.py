@@ -91,7 +91,7 @@ class MtpDrafter(Actor):
 
     def __init__(self, mailbox: Mailbox, executor: Executor, head: DraftHead, pool: SequencePool, params: SpeculationParams) -> None:
         super().__init__(mailbox, executor)
-        self._head, self._drafts, self._pool = head, HeadDrafts(head, params), pool
+        self._drafts, self._pool = HeadDrafts(head, params), pool
         self._behind: dict[int, list[int]] = {}  # by lease: tokens that the target has computed, and the head has not
 
     @property
@@ -106,7 +106,7 @@ class MtpDrafter(Actor):
         num_behind = len(tokens) + len(self._behind.get(message.lease, ()))
         if isinstance(message, Commit) or num_behind >= CHUNK:
             return num_behind < CHUNK
-        return self._pool.num_used == 1 and self._executor.is_inline(self._head.seconds(num_behind + message.limit))
+        return self._pool.num_used == 1 and self._executor.is_inline(self._drafts.head.seconds(num_behind + message.limit))
 
     async def handle(self, batch: list[Envelope]) -> None:
         proposals: list[tuple[Envelope, Propose]] = []
@@ -142,7 +142,7 @@ class MtpDrafter(Actor):
                 wanted.append(self._drafts.wanted(message.choosing, message.limit, message.floor))
         if envelopes:
             num_rows = sum(each.limit - 1 + len(rows.tokens) for rows, each in zip(batch_rows, wanted, strict=True))
-            drafts = await self.compute(lambda: self._drafts.of(batch_rows, wanted), self._head.seconds(num_rows))
+            drafts = await self.compute(lambda: self._drafts.of(batch_rows, wanted), self._drafts.head.seconds(num_rows))
             for envelope, draft in zip(envelopes, drafts, strict=True):
                 envelope.answer(draft)
 
@@ -178,7 +178,7 @@ class MtpDrafter(Actor):
         if (is_chunk or len(behind) >= CHUNK) and (rows := self._catch_up(lease, position + len(tokens), ())) is not None:
             num_marked = min(NUM_MARKED, len(rows.tokens) - 1) if choosing is not None else 0
             how = self._drafts.how(choosing) if choosing is not None else GREEDY
-            return await self.compute(lambda: self._head.mark(rows, num_marked, how), self._head.seconds(len(rows.tokens)))
+            return await self.compute(lambda: self._drafts.head.mark(rows, num_marked, how), self._drafts.head.seconds(len(rows.tokens)))
         return ()
 
     def _catch_up(self, lease: int, position: int, next_token: tuple[int, ...]) -> MtpRows | None:

@@ -14,7 +14,7 @@ from ..core.actor import Actor, Executor
 from ..core.channel import Envelope, Mailbox
 from ..core.errors import InternalBug, LeaseLost, PositionLost, WorkFailed
 from ..core.messages import Forget, Freeze, Mail, Prefill, Verify
-from ..core.speculation import Draft, num_alike
+from ..core.speculation import Draft
 from ..core.trace import Trace
 from ..core.vocabulary import TokenLogprob, Verdict
 from ..kernels.backend import F32
@@ -144,8 +144,9 @@ class TargetDecoder(Actor):
             began, of_those = clock(), [envelopes[each.index] for each in following]
             num_drafts = sum(each.wanted.limit for each in following)
             drafts = await self._do(draft, self._drafting_seconds(num_rows, num_drafts), of_those)
+            microseconds = (clock() - began) // 1000
             for each, envelope, one in zip(following, of_those, drafts, strict=True):
-                self._trace.count("drafting us", (clock() - began) // 1000, envelope.message.flow)
+                self._trace.count("drafting us", microseconds, envelope.message.flow)
                 envelope.answer(Verdict(*chosen[each.index], *said, one))
 
     def _following(self, messages: Sequence[Verify], batch: Sequence[Rows]) -> list[Following]:
@@ -170,7 +171,7 @@ class TargetDecoder(Actor):
                 return work()
             except (InternalBug, AssertionError):
                 raise
-            except Exception:
+            except Exception:  # of a drafter, of which any costs its drafts alone; a bug of ours is none
                 logger.exception("the target decoder's MTP head failed")
                 self._drafts = None
                 return None
@@ -182,8 +183,8 @@ class TargetDecoder(Actor):
             if found is None:
                 return nothing
             for each in following:
-                ask, chosen = choices.asks[each.index], choices.read()[each.index]
-                each.memory.num_head_rows = ask.position + num_alike(ask.ahead, chosen) + 1
+                position, tokens = each.brought(choices)
+                each.memory.num_head_rows = position + len(tokens)
             return [*found]
 
         return draft

@@ -54,7 +54,8 @@ class Stage(NamedTuple):
 
 
 class Counter(NamedTuple):
-    """A figure at a time: "<actor> depth" (messages waiting), "slots used", "accepted" (drafts, by request and round)."""
+    """A figure at a time: "<actor> depth" (messages waiting), "slots used", "accepted" (drafts, by request and round),
+    "drafting us" (of drafts behind the round's verify)."""
 
     name: str
     flow: Flow | None

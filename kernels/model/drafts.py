@@ -65,11 +65,15 @@ class Following:
     index: int
     wanted: Wanted
 
+    def brought(self, choices: Choices) -> tuple[int, tuple[int, ...]]:
+        """Where these tokens begin, and they."""
+        ask, chosen = choices.asks[self.index], choices.read()[self.index]
+        return ask.position, tuple(chosen[: num_alike(ask.ahead, chosen) + 1])
+
     def after(self, choices: Choices) -> tuple[MtpRows, Wanted]:
         """The rows that bring its head up to them, and what is wanted then."""
-        ask, chosen = choices.asks[self.index], choices.read()[self.index]
-        tokens = tuple(chosen[: num_alike(ask.ahead, chosen) + 1])
-        rows = MtpRows(self.memory, ask.position, tokens, self.memory.hidden.before(ask.position, len(tokens)))
+        position, tokens = self.brought(choices)
+        rows = MtpRows(self.memory, position, tokens, self.memory.hidden.before(position, len(tokens)))
         return rows, replace(self.wanted, choosing=self.wanted.choosing.then(tokens))
 
 
