@@ -14,7 +14,7 @@ from ..core.messages import Commit, Forget, Mail, Observe, Propose, Resume
 from ..core.protocol import CHUNK
 from ..core.speculation import Draft, DrafterName, DrafterStatistics, SpeculationParams
 from ..core.trace import Flow, Trace
-from ..core.vocabulary import Choosing, SamplingParams, Verdict
+from ..core.vocabulary import Choosing, Promise, SamplingParams, Verdict
 from .chooser import AFTER, Chooser, Plan
 from .experience import Experience
 from .lookup.pairs import Pairs
@@ -88,11 +88,23 @@ class Drafting:
         self._told: list[Reply[tuple[bool, ...]]] = []  # what the head will say of tokens that it has been told of
         self._drafts: list[Draft] = []  # of this round
         self._plan = NOTHING
-        self._next: Draft | None = None  # of the head for the next round, which came with a verdict
+        self._next: Draft | None = None  # of the head for this round, made behind the last verify
+        self._coming: Promise[Draft | None] | None = None  # the same while it is made, for the next round
+        self._untold = 0  # tokens that the head is held to know of meanwhile
         self._began, self._seconds = 0, 0.0  # when this round did, and, where there are questions, the seconds of drafting and verifying
         self.statistics: dict[DrafterName, DrafterStatistics] = {name: DrafterStatistics() for name in mailboxes}
 
     # A round
+
+    async def hear_next(self) -> None:
+        """The draft that was to be made behind the last verify; before anything else of a round."""
+        self._next = None
+        if self._coming is not None:
+            coming, self._coming = self._coming, None
+            self._next = await coming.wait()
+            head = self._drafters[HEAD]
+            if self._next is None and head.num_told is not None and head.life == head.mailbox.life:
+                head.num_told -= self._untold
 
     def rests(self, position: int, last_token: int) -> bool:
         """Whether nothing is to be drafted this round, which goes on from `last_token` at `position`, and nobody to be asked."""
@@ -240,9 +252,10 @@ class Drafting:
 
     def settle(self, num_drafted: int, num_accepted: int, tokens: tuple[int, ...], verdict: Verdict) -> None:
         """The round brought `tokens`; of `num_drafted` draft tokens that were verified, `num_accepted` were right."""
-        self._next = verdict.draft
-        if self._next is not None and (told := self._drafters[HEAD].num_told) is not None:
-            self._drafters[HEAD].num_told = told + num_accepted + 1
+        self._coming = verdict.draft
+        if self._coming is not None and (told := self._drafters[HEAD].num_told) is not None:
+            self._untold = num_accepted + 1
+            self._drafters[HEAD].num_told = told + self._untold
         if self._is_resting:
             if verdict.num_rows > 1 or self._experience.num_others:
                 self._chooser.rested(verdict.num_rows - 1, verdict.num_sequences - 1)
@@ -334,7 +347,7 @@ class Drafting:
     async def forget(self, flow: Flow, lease: int) -> None:
         """Returns when no drafter works on the lease any more."""
         self._chooser.ended()
-        self._began, self._tell_at, self._next = 0, 0, None
+        self._began, self._tell_at, self._next, self._coming = 0, 0, None, None
         for reply in (*self._observed, *self._told):
             reply.abandon()
         self._observed.clear()

@@ -239,6 +239,7 @@ class Sequence:
     async def _propose(self) -> None:
         protocol = self.protocol
         await self._save()
+        await self._drafting.hear_next()
         self._flow = Flow(self._request.request_id, self._num_rounds + 1)
         if self._drafting.rests(protocol.position, protocol.last_token):
             self._plan = NOTHING

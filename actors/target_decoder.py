@@ -1,6 +1,6 @@
 """The target decoder: owns the trunk. Takes all that waits in its mailbox as one batch of rows; prefill chunks go one by one.
 
-Where a sequence knows already what it will ask the MTP head after its verify, the head drafts at once, and the draft goes with
+Where a sequence knows already what it will ask the MTP head after its verify, the head drafts at once, while the sequence takes up
 the verdict: one question a round instead of two. The head's weights are shared with the MTP drafter, which everybody else asks.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from ..core.actor import Actor, Executor
-from ..core.channel import Envelope, Mailbox
+from ..core.channel import Envelope, Mailbox, Reply
 from ..core.errors import InternalBug, LeaseLost, PositionLost, WorkFailed
 from ..core.messages import Forget, Freeze, Mail, Prefill, Verify
 from ..core.speculation import Draft
@@ -136,18 +136,16 @@ class TargetDecoder(Actor):
         began, num_prepared = clock(), self._target.num_prepared
         chosen, draft = await self._do(verify, self._target.seconds(num_rows), envelopes)
         said = num_rows, (clock() - began) / 1e9, len(batch), self._target.num_prepared == num_prepared
-        drafted = {each.index for each in following}
+        coming: dict[int, Reply[Draft | None]] = {each.index: envelopes[each.index].promise() for each in following}
         for i, envelope in enumerate(envelopes):
-            if i not in drafted:
-                envelope.answer(Verdict(*chosen[i], *said))
+            envelope.answer(Verdict(*chosen[i], *said, coming.get(i)))
         if following:
-            began, of_those = clock(), [envelopes[each.index] for each in following]
-            num_drafts = sum(each.wanted.limit for each in following)
-            drafts = await self._do(draft, self._drafting_seconds(num_rows, num_drafts), of_those)
+            began, num_drafts = clock(), sum(each.wanted.limit for each in following)
+            drafts = await self._do(draft, self._drafting_seconds(num_rows, num_drafts), [*coming.values()])
             microseconds = (clock() - began) // 1000
-            for each, envelope, one in zip(following, of_those, drafts, strict=True):
-                self._trace.count("drafting us", microseconds, envelope.message.flow)
-                envelope.answer(Verdict(*chosen[each.index], *said, one))
+            for (i, reply), one in zip(coming.items(), drafts, strict=True):
+                self._trace.count("drafting us", microseconds, messages[i].flow)
+                reply.set(one)
 
     def _following(self, messages: Sequence[Verify], batch: Sequence[Rows]) -> list[Following]:
         """The drafts that are to be made behind these verifies: not where the head is elsewhere."""
@@ -211,13 +209,13 @@ class TargetDecoder(Actor):
         else:
             envelope.answer(None)
 
-    async def _do(self, work: Callable[[], R], seconds: float, envelopes: Sequence[Envelope]) -> R:
+    async def _do(self, work: Callable[[], R], seconds: float, owed: Sequence[Envelope | Reply[Any]]) -> R:
         """Computes; should this actor die of it, those whose work it was are told so."""
         try:
             return await self.compute(work, seconds)
         except Exception:
-            for envelope in envelopes:
-                envelope.fail(WorkFailed("the target decoder failed working on this request"))
+            for each in owed:
+                each.fail(WorkFailed("the target decoder failed working on this request"))
             raise
 
 

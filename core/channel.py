@@ -128,6 +128,12 @@ class Envelope:
             self.reply.set(value)
             self.finish("ok")
 
+    def promise(self) -> Reply[Any]:
+        """The place of a further answer, which the actor that answers this message now still works on."""
+        reply: Reply[Any] = self._mailbox.new_reply()
+        reply.delivered(self)
+        return reply
+
     def fail(self, error: ForerunError) -> None:
         if self.reply is not None:
             self.reply.fail(error)
@@ -191,13 +197,16 @@ class Mailbox:
 
     async def post(self, message: Mail[R], undo: Callable[[R], None] | None = None) -> Reply[R]:
         """Delivers, and returns where the answer will appear; who does not wait for it abandons it. Cancelled: as `tell`, and abandoned."""
-        reply: Reply[R] = Reply(self._unanswered, undo, self._new_event)
+        reply: Reply[R] = self.new_reply(undo)
         try:
             await self._put(Envelope(message, reply, self, self._trace))
         except BaseException:
             reply.abandon()
             raise
         return reply
+
+    def new_reply(self, undo: Callable[[R], None] | None = None) -> Reply[R]:
+        return Reply(self._unanswered, undo, self._new_event)
 
     async def ask(self, message: Mail[R], undo: Callable[[R], None] | None = None) -> R:
         """Delivers and waits for the answer. Cancelled: the message may still be handled, and its envelope says `is_abandoned`; an
@@ -317,8 +326,9 @@ class Mailbox:
         for envelope in self._waiting:
             envelope.fail(error)
         self._waiting.clear()
-        for envelope in list(self._unanswered.values()):
-            envelope.fail(error)
+        for reply, envelope in list(self._unanswered.items()):
+            reply.fail(error)
+            envelope.finish(type(error).__name__)
 
     def statistics(self) -> MailboxStatistics:
         return MailboxStatistics(

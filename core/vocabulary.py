@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from enum import Enum
 from operator import index
 from pathlib import Path
-from typing import SupportsIndex, TypedDict, cast
+from typing import Protocol, SupportsIndex, TypedDict, TypeVar, cast
 
 from .checks import check_logit_bias, check_ranges, check_text
 from .embeddings import EmbeddingRows, Part
 from .errors import InvalidRequest
 from .speculation import Draft, DrafterName, Speculation
+
+R_co = TypeVar("R_co", covariant=True)
 
 
 class Message(TypedDict):
@@ -229,12 +231,20 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...]
 
 
+class Promise(Protocol[R_co]):
+    """What an actor still works on when it answers."""
+
+    async def wait(self) -> R_co:
+        """Once."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """The target's own choice for every row of a verify: `choices[i]` follows row i, and has `logprobs[i]` if they were wanted. The batch
     it was computed in had `num_rows` rows of `num_sequences` sequences and took `seconds`; these
     say nothing of the next such batch where it was not `is_typical`, for something had to be made ready first. `draft` is for the round
-    after, if it was asked for and could be made."""
+    after, if it was asked for: it is made while this round's tokens go to the reader, and None if it cannot be."""
 
     choices: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
@@ -242,7 +252,7 @@ class Verdict:
     seconds: float = 0.0
     num_sequences: int = 1
     is_typical: bool = True
-    draft: Draft | None = None
+    draft: Promise[Draft | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,7 +60,10 @@ MUTANTS = [
     Mutant("full mailbox", "what was told with a question that a newer one displaced counts as told", "actors/drafting.py",
            "                drafter.num_told = before\n", "                drafter.num_told = after\n"),
     Mutant("actor crash", "asks that a dead actor had are not ended", "core/channel.py",
-           "        for envelope in list(self._unanswered.values()):\n            envelope.fail(error)\n", ""),
+           "        for reply, envelope in list(self._unanswered.items()):\n            reply.fail(error)\n"
+           "            envelope.finish(type(error).__name__)\n", ""),
+    Mutant("device hang", "a draft that a dead actor had promised is waited for", "core/channel.py",
+           "            reply.fail(error)\n            envelope.finish", "            envelope.fail(error)\n            envelope.finish"),
     Mutant("actor crash", "memory keeps the leases of its former life", "kernels/model/memory.py",
            "        self._leases.clear()\n", ""),
     Mutant("actor crash", "a replay starts where the lost memory had been", "core/protocol.py",

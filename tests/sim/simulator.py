@@ -25,7 +25,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import anyio
 import trio
@@ -34,7 +34,7 @@ from forerun.actors.mtp_drafter import MtpDrafter
 from forerun.actors.ngram_drafter import NgramDrafter
 from forerun.actors.sequence import MAX_FRUITLESS_REPLAYS
 from forerun.core.actor import Actor
-from forerun.core.channel import Envelope
+from forerun.core.channel import Envelope, Reply
 from forerun.core.errors import (
     DeadlineExceeded,
     EngineClosed,
@@ -50,7 +50,7 @@ from forerun.core.messages import Mail, Propose, Verify
 from forerun.core.protocol import ENDS
 from forerun.core.speculation import DRAFTERS, Draft, DrafterName, SpeculationParams
 from forerun.core.trace import Event, Notice, Subscription, Trace
-from forerun.core.vocabulary import FinishReason, SamplingParams, Verdict
+from forerun.core.vocabulary import FinishReason, SamplingParams
 from forerun.kernels.model.memory import MemoryParams
 from trio.testing import MockClock
 
@@ -137,7 +137,8 @@ def make_plan(rng: random.Random) -> Plan:
                 save_at=rng.randint(1, 5) if has["save"] and rng.random() < 0.4 else math.inf,
             )
         )
-    types: tuple[DrafterName, ...] = tuple(name for name in DRAFTERS if rng.random() < (0.8 if name == "draft-mtp" else 0.25))
+    others = rng.choice([0.0, 0.25, 0.25])  # the head drafts behind verifies only where it is alone, or clearly the best
+    types: tuple[DrafterName, ...] = tuple(name for name in DRAFTERS if rng.random() < (0.8 if name == "draft-mtp" else others))
     names = ("tokenizer", "memory manager", "target decoder", "MTP drafter", *(f"{name} drafter" for name in types if name != "draft-mtp"))
     how = ("before", "within", "after", "stuck")
     crashes = {(rng.choice(names), rng.randint(1, 60)): rng.choice(how) for _ in range(rng.randint(1, 6) if has["crash"] else 0)}
@@ -190,6 +191,21 @@ def raising(event: Event) -> None:
     raise ZeroDivisionError
 
 
+@dataclass
+class SpoiltReply:
+    inner: Reply[Any]
+    spoilt: Callable[[Draft], Draft]
+
+    def set(self, value: Draft | None) -> None:
+        self.inner.set(self.spoilt(value) if value is not None else None)
+
+    def fail(self, error: ForerunError) -> None:
+        self.inner.fail(error)
+
+    async def wait(self) -> Draft | None:
+        return await self.inner.wait()
+
+
 class Spoilt(Envelope):
     """A question to a drafter, or a verify, whose draft is garbage, or the draft of the question before."""
 
@@ -203,9 +219,10 @@ class Spoilt(Envelope):
     def answer(self, value: object) -> None:
         if isinstance(value, Draft):
             value = self._spoilt(value)
-        elif isinstance(value, Verdict) and value.draft is not None:
-            value = replace(value, draft=self._spoilt(value.draft))
         super().answer(value)
+
+    def promise(self) -> Reply[Any]:
+        return cast("Reply[Any]", SpoiltReply(super().promise(), self._spoilt))
 
     def _spoilt(self, draft: Draft) -> Draft:
         garbage = tuple(self._rng.randrange(-2, NUM_TOKEN_IDS + 2) for _ in range(self._rng.randrange(80)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from anyio.lowlevel import checkpoint
 from forerun.actors.drafting import Drafting
+from forerun.core.actor import Threads
 from forerun.core.errors import InternalBug
 from forerun.core.outbox import CAPACITY, MERGED_TOKENS
 from forerun.kernels.model.mtp import HeadBase
@@ -495,6 +497,34 @@ async def test_where_it_will_be_asked_anyway_the_head_drafts_behind_the_verify(o
     assert found[0][0] == found[1][0]
     if choose == "first":
         assert found[0] == found[1]
+
+
+async def test_a_rounds_tokens_are_with_the_reader_while_the_head_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    draft_after, in_time = HeadBase.draft_after, list[bool]()
+    num_read, num_prompt = 0, 8
+
+    def slow(self: HeadBase, batch: Any, choices: Any) -> Any:
+        before, draft = choices.asks[0].position - num_prompt, draft_after(self, batch, choices)
+
+        def wait() -> Any:
+            until = time.monotonic() + 5
+            while num_read <= before and time.monotonic() < until:
+                time.sleep(0.001)
+            in_time.append(num_read > before)
+            return draft()
+
+        return wait
+
+    monkeypatch.setattr(HeadBase, "draft_after", slow)
+    monkeypatch.setattr(Threads, "is_inline", lambda *_: False)  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
+    async with (
+        forerun.open_engine("demo", spec_type="draft-mtp", choose="first") as engine,
+        engine.generate([*range(40, 40 + num_prompt)], max_tokens=40, ignore_eos=True) as stream,
+    ):
+        async for delta in stream:
+            num_read += len(delta.token_ids)
+    assert len(in_time) > 5
+    assert all(in_time)
 
 
 async def test_a_head_that_fails_behind_a_verify_costs_nothing_but_that_way(caplog: pytest.LogCaptureFixture) -> None:
