@@ -7,15 +7,20 @@ products.
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import anyio
 import numpy as np
 
+from .. import Result, open_engine
+from ..actors.model import Defaults, LoadedModel
 from ..core.errors import InvalidRequest
+from ..kernels.backend import Experts
 from ..kernels.cuda.device import SPAN, CudaDevice, SpanStruct
 from ..kernels.cuda.graph import CudaHead, CudaTrunk
 from ..kernels.cuda.matrices import UNITS, CudaBackend, CudaMatrix
@@ -32,6 +37,8 @@ from ..kernels.model.weights import DeltaWeights, ModelWeights
 #: Bytes that a graph of launches reads: many times the second-level cache.
 ENOUGH = 1_500_000_000
 RATES = (0.8, 0.7, 0.6)
+#: Of an answer.
+NUM_TOKENS = 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +191,20 @@ class Bench:
             name = f"{size} {kind}, {batch} sequences, {depth} drafts"
             self.figures.append(Figure(name, seconds, _bytes_of_round(weights, head, batch, depth), note))
 
+    def engine(self, size: str, kind: str, num_requests: Sequence[int]) -> None:
+        """Requests at once through the engine, greedy, with the acceptance of RATES; what must be recorded first is recorded before."""
+        config = PUBLISHED[size]
+        weights = synthetic_weights(config, kind, self.backend)
+        model = LoadedModel(size, weights, self.backend, None, Defaults(frozenset(), {"temperature": 0.0}))
+        for number in num_requests:
+            plain = 0.0
+            for spec_type in ("none", "draft-mtp"):
+                seconds, results = anyio.run(_answer, model, spec_type, number)
+                num_rounds, rate = sum(each.speculation.num_rounds for each in results) / number, number * NUM_TOKENS / seconds
+                plain = plain or rate
+                note = f"{rate:.0f} tokens/s" + (f", {rate / plain:.2f} of no drafts" if spec_type != "none" else "")
+                self.figures.append(Figure(f"{size} {kind}, {number} requests, {spec_type}: a round", seconds / num_rounds, 0, note))
+
     def prefill(self, size: str, kind: str, num_tokens: int) -> None:
         """A prompt, without and with the MTP head's rows; the limit is that of the products' arithmetic."""
         config = PUBLISHED[size]
@@ -211,6 +232,23 @@ class Bench:
         self.figures.append(Figure(f"{size} {kind}, prompt of {num_tokens}", seconds[False], limit * self.bandwidth, note))
 
 
+async def _answer(model: LoadedModel, spec_type: str, number: int) -> tuple[float, list[Result]]:
+    """The seconds that so many requests at once take, and what came of them."""
+    results, begun, rates = list[Result](), 0.0, RATES if spec_type != "none" else ()
+    async with open_engine(model, spec_type=spec_type, num_slots=number, prefix_bytes=0, choose="first", synth_rates=rates) as engine:
+
+        async def one(seed: int) -> None:
+            results.append(await engine.complete([1, 2, seed], max_tokens=NUM_TOKENS, ignore_eos=True, seed=seed))
+
+        for _ in range(2):
+            results.clear()
+            begun = time.perf_counter()
+            async with anyio.create_task_group() as group:
+                for seed in range(number):
+                    group.start_soon(one, seed)
+        return time.perf_counter() - begun, results
+
+
 def _prefill(trunk: CudaTrunk, head: CudaHead | None, memory: CudaSequence, tokens: Sequence[int]) -> None:
     for start in range(0, len(tokens), memory.max_chunk):
         chunk = tuple(tokens[start : start + memory.max_chunk])
@@ -220,7 +258,9 @@ def _prefill(trunk: CudaTrunk, head: CudaHead | None, memory: CudaSequence, toke
 
 
 def _count(value: object) -> int:
-    """Weights of all matrices in a part of a model."""
+    """Weights of all matrices in a part of a model that a row is multiplied with."""
+    if isinstance(value, Experts):
+        return value.num_used * sum(_count(each[0]) for each in (value.gate, value.up, value.down))
     if isinstance(value, CudaMatrix):
         return value.outputs * value.inputs
     if isinstance(value, list | tuple):
@@ -228,22 +268,25 @@ def _count(value: object) -> int:
     return sum(_count(getattr(value, name)) for name in getattr(value, "__dataclass_fields__", {}))
 
 
-def _bytes_of(value: object, seen: set[int]) -> int:
-    """Of all matrices in a part of a model, each counted once."""
+def _bytes_of(value: object, seen: set[int], rows: int) -> float:
+    """Of all matrices in a part of a model that so many rows read, each counted once; of experts as many as they use."""
     if isinstance(value, CudaMatrix):
         units = value.strips * value.units * {0: 1024, 1: 2048 + 64, 2: 2048 + 256 + 64}[value.format]
         return 0 if id(value) in seen or seen.add(id(value)) else units
     if isinstance(value, list | tuple):
-        return sum(_bytes_of(each, seen) for each in cast("Sequence[object]", value))
+        return sum(_bytes_of(each, seen, rows) for each in cast("Sequence[object]", value))
+    share = 1 - (1 - value.num_used / len(value.gate)) ** rows if isinstance(value, Experts) else 1.0
     fields = getattr(value, "__dataclass_fields__", {})
-    return sum(_bytes_of(getattr(value, name), seen) for name in fields if name not in ("embedding", "config", "mtp"))
+    return share * sum(_bytes_of(getattr(value, name), seen, rows) for name in fields if name not in ("embedding", "config", "mtp"))
 
 
 def _bytes_of_round(weights: ModelWeights, head: CudaHead, batch: int, depth: int) -> float:
     """The trunk once and the head's layer and vocabulary for every draft, and every state read and written."""
     c, seen = weights.config, set[int]()
-    trunk = _bytes_of(weights.layers, seen) + _bytes_of(weights.head, seen)
-    drafts = depth * (_bytes_of([weights.mtp.fc, weights.mtp.layer] if weights.mtp else [], seen) + _bytes_of(head.head, set()))
+    rows = batch * (depth + 1)
+    trunk = _bytes_of(weights.layers, seen, rows) + _bytes_of(weights.head, seen, rows)
+    layer = [weights.mtp.fc, weights.mtp.layer] if weights.mtp else []
+    drafts = depth * (_bytes_of(layer, seen, batch) + _bytes_of(head.head, set(), batch))
     return trunk + drafts + batch * 2 * 4 * c.num_delta * c.value_heads * c.key_dim * c.value_dim
 
 
@@ -273,11 +316,13 @@ def bench_cuda(write: Callable[[str], object], sizes: Sequence[str]) -> None:
         name, _, kind = size.partition(":")
         parts.append(lambda name=name, kind=kind: bench.rounds(name, kind, 1, (0, 3)))
         parts.append(lambda name=name, kind=kind: bench.prefill(name, kind, 8192))
+        parts.append(lambda name=name, kind=kind: bench.engine(name, kind, (1, 16)))
     if "0.8B:bf16" in sizes:
         parts.append(lambda: bench.rounds("0.8B", "bf16", 16, (0, 3)))
     for measure in parts:
-        begun = len(bench.figures)
+        begun, bench.backend = len(bench.figures), CudaBackend(device)  # which keeps what it has put together
         measure()
         for figure in bench.figures[begun:]:
             write(figure.line(bench.bandwidth) + "\n")
+        gc.collect()
         device.free()

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..model.config import ModelConfig
-from ..model.weights import AttentionWeights, DeltaWeights, DenseWeights, LayerWeights, ModelWeights, MtpWeights
+from ..backend import Experts
+from ..model.config import ModelConfig, MoeConfig
+from ..model.weights import AttentionWeights, DeltaWeights, DenseWeights, LayerWeights, ModelWeights, MoeWeights, MtpWeights
 from .matrices import BF16, Q4_K, Q8_0, UNITS, CudaBackend, CudaMatrix
 
 FORMATS = {"bf16": BF16, "q8_0": Q8_0, "q4_k": Q4_K}
 
 
 def synthetic_weights(config: ModelConfig, kind: str, backend: CudaBackend) -> ModelWeights:
-    """A dense model with an MTP head, all matrices of one of FORMATS."""
+    """A model with an MTP head, all matrices of one of FORMATS."""
     c, device, number, count = config, backend.device, FORMATS[kind], 0
 
     def matrix(outputs: int, inputs: int) -> CudaMatrix:
@@ -36,10 +37,23 @@ def synthetic_weights(config: ModelConfig, kind: str, backend: CudaBackend) -> M
     def ones(n: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
         return np.ones(n, np.float32)
 
-    def ffn() -> DenseWeights:
-        return DenseWeights(matrix(c.intermediate, c.hidden), matrix(c.intermediate, c.hidden), matrix(c.hidden, c.intermediate))
+    def dense(width: int) -> DenseWeights:
+        return DenseWeights(matrix(width, c.hidden), matrix(width, c.hidden), matrix(c.hidden, width))
 
-    def layer(is_full: bool) -> LayerWeights:
+    def each_of(moe: MoeConfig, outputs: int, inputs: int) -> list[CudaMatrix]:
+        """A matrix for every expert."""
+        whole, strips = matrix(moe.num_experts * outputs, inputs), outputs // 16
+        cuts = [slice(i * strips, (i + 1) * strips) for i in range(moe.num_experts)]
+        return [CudaMatrix(number, outputs, inputs, *(None if part is None else part[cut] for part in whole.parts)) for cut in cuts]
+
+    def ffn(moe: MoeConfig | None) -> DenseWeights | MoeWeights:
+        if moe is None:
+            return dense(c.intermediate)
+        gate, up, down = (each_of(moe, *shape) for shape in (*[(moe.intermediate, c.hidden)] * 2, (c.hidden, moe.intermediate)))
+        experts = Experts(gate, up, down, moe.num_used)
+        return MoeWeights(matrix(moe.num_experts, c.hidden), experts, dense(moe.shared_intermediate), matrix(1, c.hidden))
+
+    def layer(is_full: bool, moe: MoeConfig | None) -> LayerWeights:
         values, keys = c.value_heads * c.value_dim, c.kv_heads * c.head_dim
         if is_full:
             q, k, v = matrix(2 * c.heads * c.head_dim, c.hidden), matrix(keys, c.hidden), matrix(keys, c.hidden)
@@ -49,10 +63,10 @@ def synthetic_weights(config: ModelConfig, kind: str, backend: CudaBackend) -> M
             conv = rng.uniform(-0.5, 0.5, (c.conv_width, c.channels)).astype(np.float32)
             decay = -np.exp(rng.uniform(0, 2, c.value_heads)).astype(np.float32)
             mixer = DeltaWeights(qkv, z, b, a, conv, decay, ones(c.value_heads), ones(c.value_dim), matrix(c.hidden, values))
-        return LayerWeights(ones(c.hidden), mixer, ones(c.hidden), ffn())
+        return LayerWeights(ones(c.hidden), mixer, ones(c.hidden), ffn(moe))
 
     embedding = matrix(c.vocabulary, c.hidden)
-    layers = [layer(is_full) for is_full in c.is_full_attention]
+    layers = [layer(is_full, c.moe if is_moe else None) for is_full, is_moe in zip(c.is_full_attention, c.is_moe, strict=True)]
     head = embedding if c.is_tied else matrix(c.vocabulary, c.hidden)
-    mtp = MtpWeights(ones(c.hidden), ones(c.hidden), matrix(c.hidden, 2 * c.hidden), layer(True), ones(c.hidden))
+    mtp = MtpWeights(ones(c.hidden), ones(c.hidden), matrix(c.hidden, 2 * c.hidden), layer(True, c.moe), ones(c.hidden))
     return ModelWeights(c, embedding, layers, ones(c.hidden), head, mtp, count, "0" * 64)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-from .config import ModelConfig
+from .config import ModelConfig, MoeConfig
 from .pages import PAGE
 from .recurrent import StoreName
 
@@ -38,26 +38,28 @@ def memory_sizes(config: ModelConfig, max_rows: int, store: StoreName) -> Memory
 
 
 def _config(
-    hidden: int, intermediate: int, layers: int, heads: tuple[int, int], delta_heads: tuple[int, int], is_tied: bool
+    hidden: int, intermediate: int, layers: int, heads: tuple[int, int], delta_heads: tuple[int, int], is_tied: bool,
+    moe: MoeConfig | None = None,
 ) -> ModelConfig:  # fmt: skip
     """A published configuration: every fourth layer attends, heads of 256 and 128."""
     full = tuple(i % 4 == 3 for i in range(layers))
     return ModelConfig(
-        family="qwen3_5", vocabulary=248_320, hidden=hidden, intermediate=intermediate, is_full_attention=full, is_moe=(False,) * layers,
+        family="qwen3_5" if moe is None else "qwen3_5_moe", vocabulary=248_320, hidden=hidden, intermediate=intermediate,
+        is_full_attention=full, is_moe=(moe is not None,) * layers,
         heads=heads[0], kv_heads=heads[1], head_dim=256, rotary_dim=64, rope_theta=1e7, mrope_sections=(11, 11, 10),
         rms_eps=1e-6, key_heads=delta_heads[0], value_heads=delta_heads[1], key_dim=128, value_dim=128, conv_width=4,
-        context=262_144, is_tied=is_tied, num_mtp_layers=1, moe=None,
+        context=262_144, is_tied=is_tied, num_mtp_layers=1, moe=moe,
     )  # fmt: skip
 
 
-#: The family's published text configurations (Hugging Face, config.json); of the mixture of experts what decides about memory.
+#: The family's published text configurations (Hugging Face, config.json).
 PUBLISHED = {
     "0.8B": _config(1024, 3584, 24, (8, 2), (16, 16), True),
     "2B": _config(2048, 6144, 24, (8, 2), (16, 16), True),
     "4B": _config(2560, 9216, 32, (16, 4), (16, 32), True),
     "9B": _config(4096, 12288, 32, (16, 4), (16, 32), False),
     "27B": _config(5120, 17408, 64, (24, 4), (16, 48), False),
-    "35B-A3B": _config(2048, 1, 40, (16, 2), (16, 32), False),
+    "35B-A3B": _config(2048, 512, 40, (16, 2), (16, 32), False, MoeConfig(256, 8, 512, 512)),
 }
 
 

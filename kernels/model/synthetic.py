@@ -22,7 +22,7 @@ KINDS = ("F32", "F16", "BF16", "Q8_0")
 def size_of(text: str) -> tuple[ModelConfig, str]:
     """Of NAME:TYPE, as 0.8B:Q8_0. InvalidRequest when there is no such size, or no weights of it can be made."""
     name, _, kind = text.partition(":")
-    sizes = [each for each, config in PUBLISHED.items() if config.intermediate > 1]
+    sizes = [each for each, config in PUBLISHED.items() if config.moe is None]
     if name not in sizes or kind.upper() not in KINDS:
         known = f"{', '.join(sizes)}, then : and one of {', '.join(KINDS)}"
         raise InvalidRequest([("--size", f"{text!r:.50} is unknown; expected one of {known}")])
