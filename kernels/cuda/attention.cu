@@ -12,6 +12,8 @@
 #define SHARE_STRIDE (PART + 8)
 #define WARPS 8
 #define TILES ((HEAD_DIM / 8 + WARPS - 1) / WARPS) /* of 8 dimensions, that a warp has of the output */
+#define OWN (PART / WARPS)                         /* positions that a warp scores */
+#define EIGHTS (OWN / 8)
 
 /* Where the page of a position begins, of one head: of its keys [PAGE, HEAD_DIM], and of its values [HEAD_DIM, PAGE]. */
 __device__ __forceinline__ i64 page_at(const Span &s, int layer, i64 position, int kv) {
@@ -32,6 +34,9 @@ extern "C" __global__ void __launch_bounds__(128)
          const float *q_norm, const float *k_norm, const float *frequencies, float eps, u16 *queries) {
     __shared__ float turned[4][HEAD_DIM];
     int row = blockIdx.x, head = blockIdx.y * 4 + threadIdx.x / WARP, lane = threadIdx.x % WARP, kv = head - HEADS;
+    expect(q_norm, 4 * HEAD_DIM);
+    expect(k_norm, 4 * HEAD_DIM);
+    expect(frequencies, 4 * (ROTARY_DIM / 2));
     wait_for_previous();
     let_next_begin();
     if (head >= HEADS + KV_HEADS || span_of[row] < 0) return;
@@ -40,9 +45,12 @@ extern "C" __global__ void __launch_bounds__(128)
     const float *from = kv < 0 ? q + (i64)row * q_stride + head * 2 * HEAD_DIM : k + (i64)row * k_stride + kv * HEAD_DIM;
     const float *norm = kv < 0 ? q_norm : k_norm;
     float *own = turned[threadIdx.x / WARP], square = 0;
-    float x[HEAD_DIM / WARP];
+    float x[HEAD_DIM / WARP], its_value[HEAD_DIM / WARP];
 #pragma unroll
-    for (int i = 0; i < HEAD_DIM / WARP; i++) x[i] = from[lane + i * WARP], square = fmaf(x[i], x[i], square);
+    for (int i = 0; i < HEAD_DIM / WARP; i++) {
+        x[i] = from[lane + i * WARP], square = fmaf(x[i], x[i], square);
+        its_value[i] = kv < 0 ? 0.0f : v[(i64)row * v_stride + kv * HEAD_DIM + lane + i * WARP];
+    }
     float scale = rsqrtf(warp_sum(square) / HEAD_DIM + eps);
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / WARP; i++) own[lane + i * WARP] = x[i] * scale * norm[lane + i * WARP];
@@ -66,7 +74,8 @@ extern "C" __global__ void __launch_bounds__(128)
     }
     if (kv < 0) return;
     u16 *value = s.values + page + position % PAGE;
-    for (int i = lane; i < HEAD_DIM; i += WARP) value[(i64)i * PAGE] = (u16)to_halves(v[(i64)row * v_stride + kv * HEAD_DIM + i], 0);
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / WARP; i++) value[(i64)(lane + i * WARP) * PAGE] = (u16)to_halves(its_value[i], 0);
 }
 EXPORT(keys)
 
@@ -93,6 +102,11 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP, 1)
     const i64 last = s.position + last_row; /* position that any of the rows sees */
     const int num_parts = (int)(last / PART) + 1;
     if (!is_looped && (int)blockIdx.x >= num_parts) return;
+    for (i64 begin = (is_looped ? 0 : (i64)blockIdx.x) * PART, end = begin + PART; begin < end && begin <= last; begin += PAGE) {
+        i64 page = page_at(s, layer, begin, kv);
+        expect(s.keys + page, 2 * PAGE * HEAD_DIM);
+        expect(s.values + page, 2 * PAGE * HEAD_DIM);
+    }
     wait_for_previous();
     let_next_begin();
     const u16 *query[2];
@@ -112,29 +126,30 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP, 1)
         for (int i = 0; i < PART / PAGE; i++)
             pages[i] = start + i * PAGE <= last ? page_at(s, layer, start + i * PAGE, kv) : 0;
         __syncthreads();
-        float found[4][4];
-        const u16 *key[4];
-        for (int n = 0; n < 4; n++) {
-            i64 position = start + warp * 32 + n * 8 + group;
-            i64 page = warp < 2 ? pages[0] : warp < 4 ? pages[1] : warp < 6 ? pages[2] : pages[3]; /* two warps share a page */
+        float found[EIGHTS][4];
+        const u16 *key[EIGHTS];
+        const i64 own = start + warp * OWN, page = own <= last ? page_at(s, layer, own, kv) : 0;
+#pragma unroll
+        for (int n = 0; n < EIGHTS; n++) {
+            i64 position = own + n * 8 + group;
             key[n] = position <= last ? s.keys + page + position % PAGE * HEAD_DIM + quarter * 8 : nullptr;
             for (int i = 0; i < 4; i++) found[n][i] = 0;
         }
-#pragma unroll 4
+#pragma unroll
         for (int d = 0; d < HEAD_DIM; d += 32) {
             const uint4 zero = make_uint4(0, 0, 0, 0);
             uint4 a0 = query[0] ? *(const uint4 *)(query[0] + d) : zero, a1 = query[1] ? *(const uint4 *)(query[1] + d) : zero;
 #pragma unroll
-            for (int n = 0; n < 4; n++) {
+            for (int n = 0; n < EIGHTS; n++) {
                 uint4 b = key[n] ? *(const uint4 *)(key[n] + d) : zero;
                 multiply(found[n], a0.x, a1.x, a0.y, a1.y, b.x, b.y);
                 multiply(found[n], a0.z, a1.z, a0.w, a1.w, b.z, b.w);
             }
         }
 #pragma unroll
-        for (int n = 0; n < 4; n++)
+        for (int n = 0; n < EIGHTS; n++)
             for (int i = 0; i < 4; i++) {
-                int pair = group + i / 2 * 8, at = warp * 32 + n * 8 + quarter * 2 + i % 2, row = (first_pair + pair) / GROUP;
+                int pair = group + i / 2 * 8, at = warp * OWN + n * 8 + quarter * 2 + i % 2, row = (first_pair + pair) / GROUP;
                 bool is_seen = first_pair + pair < num_pairs && start + at <= s.position + row;
                 scores[pair * SCORE_STRIDE + at] = is_seen ? found[n][i] * (1.0f / sqrtf((float)HEAD_DIM)) : -INFINITE;
             }

@@ -101,7 +101,7 @@ __device__ __forceinline__ void gather(float (&parts)[EACH]) {
 
 /* Grid: (Hv * VALUE_DIM / COLUMNS, spans); 4 COLUMNS threads. x, b, a [rows, their stride], out [rows, Hv, dv]; conv [taps, channels]. A span
  * without rows moves its base over its log. */
-extern "C" __global__ void __launch_bounds__(4 * COLUMNS, 4)
+extern "C" __global__ void __launch_bounds__(4 * COLUMNS, 6)
     delta(const Span *spans, int layer, const float *x, int stride, const float *b, int b_stride, const float *a, int a_stride, const float *conv,
           const float *log_decay, const float *dt_bias, float *out) {
     __shared__ __align__(16) float q[ROWS_AT_ONCE][KEY_DIM], k[ROWS_AT_ONCE][KEY_DIM], v[ROWS_AT_ONCE][COLUMNS];
@@ -119,6 +119,20 @@ extern "C" __global__ void __launch_bounds__(4 * COLUMNS, 4)
     if (rows == 0) return;
     State state;
     state.load(base);
+    auto channel_of = [&](int which) { /* of the queries, keys and values that this block reads */
+        return which < KEY_DIM       ? key_head * KEY_DIM + which
+               : which < 2 * KEY_DIM ? KEYS + key_head * KEY_DIM + which - KEY_DIM
+                                     : 2 * KEYS + head * VALUE_DIM + first_column + which - 2 * KEY_DIM;
+    };
+    auto slot_of = [&](i64 position) {
+        return s.columns + ((i64)layer * s.column_slots + (position + s.column_slots) % s.column_slots) * CHANNELS;
+    };
+    const int known = CONV_WIDTH + min(WINDOW + replayed, s.column_slots); /* taps and columns of the log, which are there already */
+    for (int i = threadIdx.x; i < known * ((2 * KEY_DIM + COLUMNS) / 16); i += blockDim.x) {
+        int at = i % known - CONV_WIDTH, channel = channel_of(i / known * 16);
+        expect((at < 0 ? conv + (at + CONV_WIDTH) * CHANNELS : slot_of(max(start + at - WINDOW, (i64)0))) + channel);
+    }
+    if (threadIdx.x == 0) expect(log_decay + head), expect(dt_bias + head);
     wait_for_previous();
     let_next_begin();
     for (int block = 0; block < rows; block += ROWS_AT_ONCE) {
@@ -126,16 +140,13 @@ extern "C" __global__ void __launch_bounds__(4 * COLUMNS, 4)
         __syncthreads();
         if (threadIdx.x < WINDOW + count) { /* a column is of the log, of the rows that are being computed, or before the first: null */
             i64 position = start + block + (int)threadIdx.x - WINDOW;
-            float *slot = s.columns + ((i64)layer * s.column_slots + (position + s.column_slots) % s.column_slots) * CHANNELS;
-            float *row = (float *)x + (s.first_row + position - s.position) * stride;
+            float *slot = slot_of(position), *row = (float *)x + (s.first_row + position - s.position) * stride;
             sources[threadIdx.x] = position < 0 ? nullptr : position < s.position ? slot : row;
             if (threadIdx.x >= WINDOW) kept[threadIdx.x - WINDOW] = position >= s.position ? slot : nullptr;
         }
         __syncthreads();
         for (int which = threadIdx.x; which < 2 * KEY_DIM + COLUMNS; which += blockDim.x) {
-            int channel = which < KEY_DIM       ? key_head * KEY_DIM + which
-                          : which < 2 * KEY_DIM ? KEYS + key_head * KEY_DIM + which - KEY_DIM
-                                                : 2 * KEYS + head * VALUE_DIM + first_column + which - 2 * KEY_DIM;
+            int channel = channel_of(which);
             float columns[WINDOW + ROWS_AT_ONCE], taps[CONV_WIDTH];
 #pragma unroll
             for (int i = 0; i < WINDOW + ROWS_AT_ONCE; i++) columns[i] = i < WINDOW + count && sources[i] ? sources[i][channel] : 0.0f;

@@ -380,6 +380,12 @@ class RoundStruct(ctypes.Structure):
     )  # fmt: skip
 
 
+class AheadStruct(ctypes.Structure):
+    """Ahead of forerun.cuh."""
+
+    _fields_ = (("weights", c_void_p), ("bytes", c_int), ("is_spread", c_int))
+
+
 class MatrixStruct(ctypes.Structure):
     """Matrix of forerun.cuh."""
 

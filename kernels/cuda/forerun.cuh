@@ -17,7 +17,7 @@ typedef unsigned long long u64;
 #define ALL_LANES 0xffffffffu
 /* Positions of one page of keys and values (kernels/model/pages.py), and of one part of an attention. */
 #define PAGE 64
-#define PART 256
+#define PART 128
 /* Inputs of one scale of quantised rows. */
 #define QUANT 32
 #define INFINITE __uint_as_float(0x7f800000u)
@@ -73,6 +73,13 @@ struct Matrix {
 };
 enum { BF16, Q8_0, Q4_K };
 
+/* What a product knows of the launches after it. */
+struct Ahead {
+    const u8 *weights; /* that the next product begins with */
+    int bytes;         /* of them that may come into the second-level cache once this product's own are read */
+    int is_spread;     /* the next launch's blocks should find all multiprocessors free, not those that are free first */
+};
+
 #ifdef __CUDACC__
 #define SHARED(type, name)                          \
     extern __shared__ __align__(16) char shared_[]; \
@@ -80,7 +87,8 @@ enum { BF16, Q8_0, Q4_K };
 #define EXPORT(name)
 #if __CUDA_ARCH__ >= 900
 /* Programmatic dependent launch: a kernel may begin before the one before it has ended, and waits here before it touches what that one
- * writes or reads. */
+ * writes or reads. Every kernel lets the next begin once it has waited itself, no sooner: so what the one before the last wrote is there from
+ * the first instruction on, and blocks that have nothing to do yet do not take the memory's time from those that have. */
 __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 #else
@@ -99,6 +107,9 @@ __device__ __forceinline__ uint2 load_once(const uint2 *at) {
     asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at));
     return v;
 }
+
+/* A hint, which may be given before wait_for_previous, whatever is still written there: the 128 bytes around an address will be read. */
+__device__ __forceinline__ void expect(const void *at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
 /* Begins to copy 16 bytes into shared memory, or zeros; a thread's copies up to `end_of_copies` are a group, and it waits for all but its
  * newest N groups. */
@@ -162,16 +173,23 @@ __device__ __forceinline__ float block_sum(float x, float *scratch) {
     return warp_sum(threadIdx.x % WARP < blockDim.x / WARP ? scratch[threadIdx.x % WARP] : 0.0f);
 }
 
+/* The hint for so many bytes; by a block. */
+__device__ __forceinline__ void expect(const void *from, int bytes) {
+    for (int at = 128 * threadIdx.x; at < bytes; at += 128 * blockDim.x) expect((const char *)from + at);
+}
+
 /* Where input i stands in a quantised row: of 128 inputs, lane group c = i / 8 % 4 finds its 8 of each of the four blocks of 32 side by
  * side, as the 32 bytes it loads. */
 __device__ __forceinline__ int quant_place(int i) { return i / 128 * 128 + i / 8 % 4 * 32 + i / 32 % 4 * 8 + i % 8; }
 
-/* Writes n values from shared memory as a row for the next product; by a whole block of whole warps. n is a multiple of 4. */
-__device__ __forceinline__ void emit(const float *values, int n, const Rows &to, i64 row, int first = 0) {
+/* Writes n values from shared memory, times `factor`, as a row for the next product; by a whole block of whole warps. n is a multiple of 4;
+ * a thread reads fours of them that are its number and multiples of blockDim.x apart. */
+__device__ __forceinline__ void emit(const float *values, int n, const Rows &to, i64 row, int first = 0, float factor = 1.0f) {
     for (int start = 4 * (threadIdx.x / WARP * WARP); start < n; start += 4 * blockDim.x) {
         int at = start + 4 * (threadIdx.x % WARP);
         bool is_there = at < n;
         float4 v = is_there ? *(const float4 *)(values + at) : make_float4(0, 0, 0, 0);
+        v.x *= factor, v.y *= factor, v.z *= factor, v.w *= factor;
         if (to.floats && is_there) *(float4 *)(to.floats + row * n + at) = v;
         if (to.halves && is_there) {
             uint2 both = make_uint2(to_halves(v.x, v.y), to_halves(v.z, v.w));

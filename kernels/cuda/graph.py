@@ -30,11 +30,13 @@ from .recorded import DeviceRows, DeviceTokens, Recorded, as_rows, filters_of, p
 
 #: Shapes of batches that are kept recorded, for each kind of program; the longest unused is forgotten.
 MAX_RECORDED = 32
+#: Parts of an attention that a program has at least, so that a text is long before it needs another.
+MIN_PARTS = 8
 
 
 def rows_for(count: int) -> int:
-    """Rows of a program that computes so many: a few shapes for all batches there may be."""
-    return count if count <= 4 else -(-count // 8) * 8 if count <= 64 else -(-count // 32) * 32
+    """Rows of a program that computes so many: a few shapes for all batches. A product of 33 rows costs what one of 64 does."""
+    return 1 << (count - 1).bit_length() if count <= 64 else -(-count // 32) * 32
 
 
 def spans_for(count: int) -> int:
@@ -55,7 +57,7 @@ class _Graphs:
         has_tokens: bool = True,
     ) -> Recorded:  # fmt: skip
         """A program for such a batch that sees up to `end` positions; `has_tokens`: the host tells it those of its rows."""
-        parts = 1
+        parts = 1 if is_wide else MIN_PARTS  # those that there are not cost little
         while parts * PART < end and not is_wide:
             parts *= 2
         rows, spans = rows_for(num_rows), spans_for(num_spans)

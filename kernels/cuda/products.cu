@@ -10,6 +10,7 @@
 #include "forerun.cuh"
 
 #define WARPS 8
+#define READERS 264 /* blocks that read on: two for each multiprocessor of a large device */
 
 /* Where a product's rows stand: block rows `row`... of x that are below `end`. */
 struct Place {
@@ -19,8 +20,21 @@ struct Place {
 /* The s-th strip of a block, counted from its first; the last again where there is none. */
 __device__ __forceinline__ i64 strip_of(const Matrix &m, const Place &at, int s) { return min(s, (m.outputs + 15) / 16 - 1 - at.strip); }
 
+__device__ __forceinline__ void begin(const Ahead &ahead) {
+    wait_for_previous();
+    if (!ahead.is_spread) let_next_begin();
+}
+
+/* Where this product's weights have been read, the next one's follow: memory is not idle while others make its rows ready. By the last
+ * blocks, as many as there are at once. */
+__device__ __forceinline__ void read_on(const Ahead &ahead) {
+    const i64 blocks = (i64)gridDim.x * gridDim.y, readers = min(blocks, (i64)READERS), own = blocks - 1 - ((i64)blockIdx.y * gridDim.x + blockIdx.x);
+    if (own >= readers) return;
+    for (i64 at = 128 * (own * blockDim.x + threadIdx.x); at < ahead.bytes; at += 128 * readers * blockDim.x) expect(ahead.weights + at);
+}
+
 template <int STRIPS, int TILES>
-__device__ __forceinline__ void bf16_units(float (&sums)[STRIPS][TILES][4], const Matrix &m, const Rows &x, const Place &at) {
+__device__ __forceinline__ void bf16_units(float (&sums)[STRIPS][TILES][4], const Matrix &m, const Rows &x, const Place &at, const Ahead &ahead) {
     const int AHEAD = STRIPS * TILES > 4 ? 2 : 4, lane = threadIdx.x % WARP, group = lane / 4, part = lane % 4;
     const uint4 *tiles = m.tiles + ((i64)at.strip * m.units * 2) * WARP + lane;
     const u16 *rows[TILES];
@@ -38,7 +52,7 @@ __device__ __forceinline__ void bf16_units(float (&sums)[STRIPS][TILES][4], cons
 #pragma unroll
                 for (int half = 0; half < 2; half++)
                     if (unit + i < at.to) a[i][s][half] = load_once(tiles + ((strip_of(m, at, s) * m.units + unit + i) * 2 + half) * WARP);
-        if (!has_waited) wait_for_previous(), has_waited = true;
+        if (!has_waited) begin(ahead), has_waited = true;
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
             if (unit + i >= at.to) break;
@@ -79,7 +93,7 @@ __device__ __forceinline__ float4 four(const float *from, int at) {
 }
 
 template <int STRIPS, int TILES>
-__device__ __forceinline__ void q8_units(float (&sums)[STRIPS][TILES][4], const Matrix &m, const Rows &x, const Place &at) {
+__device__ __forceinline__ void q8_units(float (&sums)[STRIPS][TILES][4], const Matrix &m, const Rows &x, const Place &at, const Ahead &ahead) {
     const int AHEAD = 2, lane = threadIdx.x % WARP;
     const uint4 *tiles = m.tiles + ((i64)at.strip * m.units * 4) * WARP + lane;
     const uint4 *scales = m.scales + (i64)at.strip * m.units * 8 + lane / 4;
@@ -97,7 +111,7 @@ __device__ __forceinline__ void q8_units(float (&sums)[STRIPS][TILES][4], const 
                 for (int k = 0; k < 4; k++) a[i][s][k] = load_once(tiles + (((i64)s * m.units + unit + i) * 4 + k) * WARP);
                 w[i][s] = load_once(scales + ((i64)s * m.units + unit + i) * 8);
             }
-        if (!has_waited) wait_for_previous(), has_waited = true;
+        if (!has_waited) begin(ahead), has_waited = true;
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
             if (unit + i >= at.to) break;
@@ -128,7 +142,7 @@ __device__ __forceinline__ void q8_units(float (&sums)[STRIPS][TILES][4], const 
 }
 
 template <int STRIPS, int TILES>
-__device__ __forceinline__ void q4_units(float (&sums)[STRIPS][TILES][4], const Matrix &m, const Rows &x, const Place &at) {
+__device__ __forceinline__ void q4_units(float (&sums)[STRIPS][TILES][4], const Matrix &m, const Rows &x, const Place &at, const Ahead &ahead) {
     const int lane = threadIdx.x % WARP, group = lane / 4;
     const uint4 *tiles = m.tiles + ((i64)at.strip * m.units * 4) * WARP + lane;
     QuantRows rows[TILES];
@@ -146,8 +160,10 @@ __device__ __forceinline__ void q4_units(float (&sums)[STRIPS][TILES][4], const 
             for (int half = 0; half < 2; half++) w[s][half] = load_once(m.scales + (strips * 8 + group) * 2 + half);
             ends[s] = load_once(m.ends + strips * 8 + group);
         }
-        if (!has_waited) wait_for_previous(), has_waited = true;
+        if (!has_waited) begin(ahead), has_waited = true;
         if (unit >= at.to) break;
+        if (TILES == 1 && unit + 1 < at.to && lane < 16) /* others have no register left for it */
+            for (int s = 0; s < STRIPS; s++) expect((const u8 *)(tiles - lane + ((i64)s * m.units + unit + 1) * 4 * WARP) + 128 * lane);
 #pragma unroll
         for (int t = 0; t < TILES; t++)
 #pragma unroll
@@ -188,7 +204,7 @@ __device__ __forceinline__ void q4_units(float (&sums)[STRIPS][TILES][4], const 
  * into `gated`. */
 template <int FORMAT, int STRIPS, int TILES, bool GATED>
 __device__ __forceinline__ void product(const Matrix &m, const Rows &x, Place at, int out_row, float *out, int out_stride, const Rows &gated,
-                                        int split, int splits) {
+                                        int split, int splits, const Ahead &ahead) {
     __shared__ float4 found[WARPS * STRIPS * TILES * WARP];
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     float sums[STRIPS][TILES][4];
@@ -200,10 +216,11 @@ __device__ __forceinline__ void product(const Matrix &m, const Rows &x, Place at
             for (int i = 0; i < 4; i++) sums[s][t][i] = 0;
     at.from = (int)((i64)m.units * (split * WARPS + warp) / (splits * WARPS));
     at.to = (int)((i64)m.units * (split * WARPS + warp + 1) / (splits * WARPS));
-    if (FORMAT == BF16) bf16_units<STRIPS, TILES>(sums, m, x, at);
-    else if (FORMAT == Q8_0) q8_units<STRIPS, TILES>(sums, m, x, at);
-    else q4_units<STRIPS, TILES>(sums, m, x, at);
-    let_next_begin();
+    if (FORMAT == BF16) bf16_units<STRIPS, TILES>(sums, m, x, at, ahead);
+    else if (FORMAT == Q8_0) q8_units<STRIPS, TILES>(sums, m, x, at, ahead);
+    else q4_units<STRIPS, TILES>(sums, m, x, at, ahead);
+    if (ahead.is_spread) let_next_begin();
+    if (ahead.bytes) read_on(ahead);
 #pragma unroll
     for (int s = 0; s < STRIPS; s++)
 #pragma unroll
@@ -235,11 +252,12 @@ __device__ __forceinline__ void product(const Matrix &m, const Rows &x, Place at
 /* All rows. Grid: (strips / STRIPS * groups of 8 TILES rows, splits); what a split finds goes into a part of its own of `out`,
  * [splits, rows, out_stride]. */
 #define PRODUCT(NAME, FORMAT, STRIPS, TILES, GATED)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(WARPS *WARP) NAME(Matrix m, Rows x, float *out, int out_stride, Rows gated, int rows) {    \
+    extern "C" __global__ void __launch_bounds__(WARPS *WARP)                                                    \
+        NAME(Matrix m, Rows x, float *out, int out_stride, Rows gated, int rows, Ahead ahead) {                                             \
         int groups = (rows + 8 * TILES - 1) / (8 * TILES), row = blockIdx.x % groups * 8 * TILES;                                           \
         Place at = {(int)(blockIdx.x / groups) * STRIPS, row, rows, 0, 0};                                                                  \
         product<FORMAT, STRIPS, TILES, GATED>(m, x, at, row, out + (i64)blockIdx.y * rows * out_stride, out_stride, gated, blockIdx.y,      \
-                                              gridDim.y);                                                                                   \
+                                              gridDim.y, ahead);                                                                            \
     }                                                                                                                                       \
     EXPORT(NAME)
 PRODUCT(product_bf16_1, BF16, 1, 1, false)
@@ -268,7 +286,7 @@ PRODUCT(product_q4_k_2, Q4_K, 1, 2, false)
         if (FORMAT != BF16) own.scales += skipped * (FORMAT == Q8_0 ? 8 : 16);                                                              \
         if (FORMAT == Q4_K) own.ends += skipped * 8;                                                                                        \
         Place at = {(int)blockIdx.x * STRIPS, row, row + 1, 0, 0};                                                                          \
-        product<FORMAT, STRIPS, 1, GATED>(own, x, at, place, out, out_stride, gated, 0, 1);                                                 \
+        product<FORMAT, STRIPS, 1, GATED>(own, x, at, place, out, out_stride, gated, 0, 1, {});                                               \
     }                                                                                                                                       \
     EXPORT(NAME)
 EXPERT(expert_bf16, BF16, 1, false)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from ctypes import c_float, c_int, c_void_p
 from dataclasses import dataclass
 from math import lcm
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -15,11 +15,11 @@ from ..model.config import ModelConfig
 from ..model.inputs import frequencies
 from ..model.pages import PAGE
 from ..model.weights import AttentionWeights, DeltaWeights, DenseWeights, LayerWeights, MoeWeights
-from .device import DRAW, NOWHERE, Address, Array, RowsStruct, Step, columns_of
+from .device import DRAW, NOWHERE, Address, AheadStruct, Array, MatrixStruct, RowsStruct, Step, columns_of
 from .matrices import BF16, NAMES, Q4_K, Q8_0, STRIP, CudaMatrix, Packing, Stacked
 
 #: Positions of one part of an attention (PART of forerun.cuh), and pairs of row and head of one block (PAIRS, CHUNK_PAIRS of attention.cu).
-PART, PAIRS, CHUNK_PAIRS = 256, 16, 64
+PART, PAIRS, CHUNK_PAIRS = 128, 16, 64
 #: Shared memory of attend_chunk beside its pages.
 ATTEND_STATIC = 10_240
 #: Where the parts of a product are that the next norm adds to the residual, and how many there are.
@@ -29,6 +29,10 @@ MANY_BLOCKS, MAX_SPLITS = 264, 8
 #: Values of a row that one block makes ready, where rows are cut.
 SEGMENT = 1024
 WARPS = 8
+#: Bytes of a unit of a strip, and of the next product's weights that a product has fetched into the second-level cache; of smaller ones half
+#: as many.
+TILE_BYTES = {BF16: 1024, Q8_0: 2048, Q4_K: 2048}
+READ_ON, SMALL = 8 << 20, 32 << 20
 #: Strips of a block of wide.cu, stages of inputs that it has at once, and a strip's tiles of 512 bytes in a stage.
 WIDE_STRIPS, WIDE_STAGES = 8, 3
 WIDE_TILES = {BF16: 4, Q8_0: 2, Q4_K: 1}
@@ -144,7 +148,8 @@ class Program:
         self, kernel: str, grid: tuple[int, ...], m: CudaMatrix, x: Prepared, out: Address, stride: int, gated: RowsStruct, rows: int,
         shared: int = 0,
     ) -> None:  # fmt: skip
-        self.step(kernel, grid, 32 * WARPS, self.packing.struct(m), x.struct, out, stride, gated, rows, shared=shared)
+        ahead = () if shared else (AheadStruct(),)
+        self.step(kernel, grid, 32 * WARPS, self.packing.struct(m), x.struct, out, stride, gated, rows, *ahead, shared=shared)
 
     def products(self, stacked: Stacked, x: Prepared, name: str, rows: int) -> list[Column]:
         """Each matrix's columns."""
@@ -191,8 +196,8 @@ class Program:
         heads *= max(1, SEGMENT // 2 // (heads * c.value_dim))
         out = self.prepared(f"mixed {w.out.format}", values, rows, self.formats(w.out))
         self.step(
-            "gated_norm", (rows, -(-c.value_heads // heads)), 256, mixed, z.address, z.stride, self.packing.floats(w.norm),
-            c_float(c.rms_eps), c.value_dim, heads, values, out.struct, shared=4 * heads * c.value_dim,
+            "gated_norm", (rows, -(-c.value_heads // heads)), 32 * min(WARPS, heads), mixed, z.address, z.stride,
+            self.packing.floats(w.norm), c_float(c.rms_eps), c.value_dim, heads, values, out.struct, shared=4 * heads * c.value_dim,
         )  # fmt: skip
         return self.into_residual(w.out, out, rows)
 
@@ -333,6 +338,20 @@ class Program:
                 self.step("filter", (many, rows), 256, draws, *where, parts, many, pass_, histograms, edges)
             self.step("score", (many, rows), 256, draws, *where, parts, many, histograms, edges, scored)
         self.step("pick", (rows,), 32, draws, *where, parts, many, scored, tokens, shares)
+
+
+def look_ahead(steps: Sequence[Step]) -> None:
+    """Tells each product of a few rows what follows it, once all steps are there."""
+    weights = cast("MatrixStruct | None", None)
+    for step, after in zip(reversed(steps), (None, *reversed(steps)), strict=False):
+        ahead = step.arguments[-1]
+        if not isinstance(ahead, AheadStruct):
+            continue
+        if weights is not None:
+            size = -(-weights.outputs // STRIP) * weights.units * TILE_BYTES[weights.format]
+            ahead.weights, ahead.bytes = weights.tiles, min(size, READ_ON if size > SMALL else READ_ON // 2)
+        ahead.is_spread = int(after is not None and after.kernel == "delta")
+        weights = step.arguments[0]
 
 
 def _argument(value: Any) -> Any:

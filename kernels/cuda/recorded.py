@@ -15,7 +15,7 @@ from ...core.vocabulary import SamplingParams
 from ..backend import F32
 from .device import DRAW, SPAN, Array, Copy, DrawStruct, Kernels, SpanStruct
 from .memory import spans_array
-from .program import Column, Filters, Program
+from .program import Column, Filters, Program, look_ahead
 
 #: A span that fills up a batch.
 NOBODYS = np.frombuffer(bytes(SpanStruct(state_slots=1, column_slots=1, hidden_slots=1)), np.uint8)
@@ -135,6 +135,7 @@ class Recorded:
 
     def launch(self) -> None:
         if self._launch is None:
+            look_ahead(self.program.steps)
             overlap = not self.program.is_wide  # large blocks that wait keep the places of others
             self._launch = self._kernels.record(self.program.steps, self._inputs, self._outputs, overlap=overlap)
         self.num_runs += 1

@@ -27,7 +27,7 @@ from .device import SPAN, RoundStruct, Step
 from .graph import build_drafts, build_trunk
 from .matrices import CudaBackend
 from .memory import CudaSequence, spans_array
-from .program import PART, Program
+from .program import PART, Program, look_ahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +86,7 @@ class DeviceRounds:
         build_trunk(verify, weights)
         verify.step("accept", (-(-num // 32),), 32, r)
         steps += verify.steps
+        look_ahead(steps)
         self._run = backend.kernels(config).record(steps)
         self._device = device
 

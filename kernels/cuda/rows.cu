@@ -7,26 +7,23 @@ extern "C" __global__ void add_norm(float *x, const float *parts, int num_parts,
     SHARED(float, values);
     __shared__ float scratch[32];
     i64 row = blockIdx.x, rows = gridDim.x;
+    expect(weight, 4 * n);
+    expect(x + row * n, 4 * n);
     wait_for_previous();
     let_next_begin();
     float square = 0;
     for (int i = 4 * threadIdx.x; i < n; i += 4 * blockDim.x) {
-        float4 v = *(const float4 *)(x + row * n + i);
+        float4 v = *(const float4 *)(x + row * n + i), w = *(const float4 *)(weight + i);
+#pragma unroll 4
         for (int part = 0; part < num_parts; part++) {
             float4 more = *(const float4 *)(parts + (part * rows + row) * n + i);
             v.x += more.x, v.y += more.y, v.z += more.z, v.w += more.w;
         }
         if (num_parts) *(float4 *)(x + row * n + i) = v;
-        *(float4 *)(values + i) = v;
+        *(float4 *)(values + i) = make_float4(v.x * w.x, v.y * w.y, v.z * w.z, v.w * w.w);
         square += v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w);
     }
-    float scale = rsqrtf(block_sum(square, scratch) / n + eps);
-    for (int i = 4 * threadIdx.x; i < n; i += 4 * blockDim.x) {
-        float4 v = *(float4 *)(values + i), w = *(const float4 *)(weight + i);
-        *(float4 *)(values + i) = make_float4(v.x * scale * w.x, v.y * scale * w.y, v.z * scale * w.z, v.w * scale * w.w);
-    }
-    __syncthreads();
-    emit(values, n, to, row);
+    emit(values, n, to, row, 0, rsqrtf(block_sum(square, scratch) / n + eps));
 }
 EXPORT(add_norm)
 
@@ -35,14 +32,20 @@ extern "C" __global__ void pair_norm(const float *embedded, const float *hidden,
     SHARED(float, values);
     __shared__ float scratch[32];
     i64 row = blockIdx.x;
+    expect(w_e, 4 * n);
+    expect(w_h, 4 * n);
     wait_for_previous();
     let_next_begin();
+    float squares[2] = {};
+    for (int i = threadIdx.x; i < n; i += blockDim.x)
+        for (int which = 0; which < 2; which++) {
+            float value = (which ? hidden : embedded)[row * n + i];
+            squares[which] += value * value;
+            values[which * n + i] = value * (which ? w_h : w_e)[i];
+        }
     for (int which = 0; which < 2; which++) {
-        const float *from = (which ? hidden : embedded) + row * n, *w = which ? w_h : w_e;
-        float square = 0;
-        for (int i = threadIdx.x; i < n; i += blockDim.x) square += from[i] * from[i];
-        float scale = rsqrtf(block_sum(square, scratch) / n + eps);
-        for (int i = threadIdx.x; i < n; i += blockDim.x) values[which * n + i] = from[i] * scale * w[i];
+        float scale = rsqrtf(block_sum(squares[which], scratch) / n + eps);
+        for (int i = threadIdx.x; i < n; i += blockDim.x) values[which * n + i] *= scale;
     }
     __syncthreads();
     emit(values, 2 * n, to, row);
@@ -69,14 +72,19 @@ extern "C" __global__ void gated_norm(const float *mixed, const float *z, int st
     SHARED(float, values);
     i64 row = blockIdx.x;
     int first = blockIdx.y * heads * dv, lane = threadIdx.x % WARP, count = min(heads, n / dv - (int)blockIdx.y * heads);
+    expect(weight, 4 * dv);
     wait_for_previous();
     let_next_begin();
     for (int head = threadIdx.x / WARP; head < count; head += blockDim.x / WARP) {
         const float *from = mixed + row * n + first + head * dv, *gate = z + row * stride + first + head * dv;
         float square = 0;
-        for (int i = lane; i < dv; i += WARP) square += from[i] * from[i];
+        for (int i = lane; i < dv; i += WARP) {
+            float value = from[i];
+            square += value * value;
+            values[head * dv + i] = value * weight[i] * silu(gate[i]);
+        }
         float scale = rsqrtf(warp_sum(square) / dv + eps);
-        for (int i = lane; i < dv; i += WARP) values[head * dv + i] = from[i] * scale * weight[i] * silu(gate[i]);
+        for (int i = lane; i < dv; i += WARP) values[head * dv + i] *= scale;
     }
     __syncthreads();
     emit(values, count * dv, to, row, first);

@@ -16,12 +16,13 @@ from forerun.core.vocabulary import Choosing, History, SamplingParams
 from forerun.kernels.backend import Experts
 from forerun.kernels.backends import make_head, make_memory, make_trunk
 from forerun.kernels.cuda.device import DRAW, NOWHERE, SPAN, SpanStruct
-from forerun.kernels.cuda.graph import CudaHead, CudaTrunk
+from forerun.kernels.cuda.graph import CudaHead, CudaTrunk, build_trunk
 from forerun.kernels.cuda.matrices import BF16, CudaBackend, CudaMatrix
 from forerun.kernels.cuda.memory import CudaSequence, spans_array
-from forerun.kernels.cuda.program import Column, Program
+from forerun.kernels.cuda.program import Column, Program, look_ahead
 from forerun.kernels.cuda.recorded import DeviceRows, filters_of, put_draw
 from forerun.kernels.cuda.rounds import DeviceRounds, Start
+from forerun.kernels.cuda.synthetic import FORMATS, synthetic_weights
 from forerun.kernels.formats.stored import BY_NAME, Stored, quantise
 from forerun.kernels.model.config import load_config
 from forerun.kernels.model.drafts import Drafted, MtpRows, Wanted, draft_by_guesses
@@ -294,6 +295,37 @@ def test_of_equal_tokens_at_the_edge_of_a_nucleus_all_stay(cuda: CudaBackend, co
     p.choose(Column(p.address("logits"), 8), 8, 64, p.address("tokens"), filters_of([how]))
     cuda.kernels(config).run(p.steps)
     assert set(cuda.device.to_host(p.buffers["tokens"]).tolist()) == {0, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize("layout", ["dense", "moe"])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_weights_made_on_the_device_make_a_model(cuda: CudaBackend, checkpoints: dict[str, Path], layout: str, kind: str) -> None:
+    """They keep rows in bounds, and their matrices are the ones that a model of this config has."""
+    backend = CudaBackend(cuda.device)
+    weights = synthetic_weights(load_config(checkpoints[layout]), kind, backend)
+    trunk, memory = make_trunk(weights, backend), alone(make_memory(weights.config, backend), 40, 3)
+    hidden, logits = trunk.verify([Rows(memory, 0, (1, 2, 3))])
+    assert np.isfinite(np.asarray(logits)).all()
+    assert 0.5 < np.sqrt(np.square(np.asarray(hidden)).mean()) < 2
+    assert len(np.unique(np.asarray(logits).argmax(1))) > 1
+    assert np.isfinite(np.asarray(make_head(weights, backend).last([MtpRows(memory, 1, (2, 3), None)]))).all()
+
+
+def test_a_product_knows_what_follows_it(cuda: CudaBackend, checkpoints: dict[str, Path]) -> None:
+    """Where the next product's weights are, and, before a delta net alone, that its blocks are to be spread."""
+    weights = load(checkpoints["dense"], cuda)
+    p = Program(weights.config, cuda.packing, 4, 1, 1)
+    for name, shape in (("spans", (SPAN.itemsize,)), ("span of", (4,)), ("tokens", (4,))):
+        p.buffer(name, shape, np.uint8 if name == "spans" else np.int32)
+    build_trunk(p, weights)
+    look_ahead(p.steps)
+    kernels = [step.kernel for step in p.steps]
+    products = [i for i, kernel in enumerate(kernels) if kernel.startswith(("product", "gated_bf16"))]
+    aheads = [p.steps[i].arguments[-1] for i in products]
+    assert [ahead.weights for ahead in aheads] == [*(p.steps[i].arguments[0].tiles for i in products[1:]), None]
+    assert [bool(ahead.is_spread) for ahead in aheads] == [kernels[i + 1] == "delta" for i in products]
+    assert kernels.count("delta") == weights.config.num_delta == sum(ahead.is_spread for ahead in aheads)
+    assert all(ahead.bytes > 0 for ahead in aheads[:-1])
 
 
 @pytest.mark.parametrize("temperatures", [(0.0, 0.0, 0.0), (0.0, 0.8, 1.2)])
