@@ -33,8 +33,6 @@ class Mutant:
 MUTANTS = [
     Mutant("cancellation", "a lease is not given back", "actors/sequence.py",
            "await self._to.memory.ask(Release(self._flow, self._held))", "pass"),
-    Mutant("cancellation", "memory is lent to who has left", "actors/memory_manager.py",
-           "for each in [each for each in self._queue if each[0].is_abandoned]:", "for each in list[tuple[Envelope, Admit, float]]():"),
     Mutant("pre-emption", "revoked memory is another's before its owner lets go", "kernels/model/memory.py",
            "        self._revoked.add(lease)\n", "        self.release(lease)\n"),
     Mutant("cancellation", "a drafter is not told to forget", "actors/drafting.py",
