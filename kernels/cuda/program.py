@@ -29,8 +29,8 @@ MANY_BLOCKS, MAX_SPLITS = 264, 8
 #: Values of a row that one block makes ready, where rows are cut.
 SEGMENT = 1024
 WARPS = 8
-#: Bytes of a unit of a strip, and of the next product's weights that a product has fetched into the second-level cache; of smaller ones half
-#: as many.
+#: Bytes of a unit of a strip, and of the next product's weights that a product has fetched into the second-level cache: half as many where
+#: those are small.
 TILE_BYTES = {BF16: 1024, Q8_0: 2048, Q4_K: 2048}
 READ_ON, SMALL = 8 << 20, 32 << 20
 #: Strips of a block of wide.cu, stages of inputs that it has at once, and a strip's tiles of 512 bytes in a stage.
