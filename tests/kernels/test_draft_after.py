@@ -28,11 +28,16 @@ def layout() -> str:
 
 @pytest.mark.parametrize("backend", [*ALL_BACKENDS, "cuda"], indirect=True)
 @pytest.mark.parametrize(
-    "hows",
-    [(GREEDY,) * 4, (DRAWN,) * 4, (GREEDY, DRAWN, PENALISED, DRAWN), (PENALISED, DRAWN, GREEDY, DRAWN)],
-    ids=["greedy", "drawn", "mixed", "penalised"],
+    ("hows", "is_greedy"),
+    [
+        ((GREEDY,) * 4, False),
+        ((DRAWN,) * 4, True),
+        ((DRAWN,) * 4, False),
+        ((GREEDY, DRAWN, PENALISED, DRAWN), True),
+        ((PENALISED, DRAWN, GREEDY, DRAWN), False),
+    ],
+    ids=["greedy", "drawn, greedy drafts", "drawn", "mixed, greedy drafts", "penalised"],
 )
-@pytest.mark.parametrize("is_greedy", [False, True])
 def test_drafts_behind_a_verify(weights: ModelWeights, backend: AnyBackend, hows: tuple[SamplingParams, ...], is_greedy: bool) -> None:
     """Of four sequences one wants no draft; of the others two drafts of three are right, none, and as many as it is said. `is_greedy`: the
     drafts are the likeliest tokens, however the target chooses."""
@@ -61,21 +66,20 @@ def test_drafts_behind_a_verify(weights: ModelWeights, backend: AnyBackend, hows
         ]
         return Choices(trunk.verify(rows)[0], asks)
 
-    right = [list[int]() for _ in lengths]
+    memories, others, right = begin(), begin(), [list[int]() for _ in lengths]  # each verify goes back to where they begin
     for _ in range(3):  # what they choose
-        chosen = verify(begin(), [tuple(each) for each in right], None).read()
+        chosen = verify(memories, [tuple(each) for each in right], None).read()
         right = [[*each, found[-1]] for each, found in zip(right, chosen, strict=True)]
     drafts = [(*right[0][:2], right[0][2] + 1), (right[1][0] + 1, 5), (7,), (right[3][0] + 1, right[3][1], 9)]
     wanted = [Wanted(Choosing(GREEDY) if is_greedy else choosing(i), 3) for i in range(4)]
     for forced in (None, 1, 3):
-        memories = begin()
         choices = verify(memories, drafts, forced)
         following = [Following(memories[i], i, wanted[i]) for i in (0, 1, 3)]
         found = head.draft_after(following, choices)()
         numbers = [num_alike(ahead, chosen) for ahead, chosen in zip(drafts, choices.read(), strict=True)]
         assert [numbers[i] for i in (0, 1, 3)] == [2, 0, forced or 0]
 
-        others, expected = begin(), list[Drafted]()
+        expected = list[Drafted]()
         again = verify(others, drafts, forced).read()
         assert again == choices.read()
         for i in (0, 1, 3):
