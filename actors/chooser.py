@@ -56,7 +56,10 @@ LAST_MARK_PAUSE = 7
 LOOK_PAUSE, LOOKING_SHARE = 64, 0.015
 #: Rounds for which the head is asked as in the one before, without another thought: to think takes as long as half a token of a small
 #: model. After so many, so many times at most, a stretch ends if less than a share of the drafted tokens that it needs were right.
-STRETCH, NUM_STRETCHES, TOO_FEW = 8, 8, 0.6
+STRETCH, NUM_STRETCHES, TOO_FEW, LEAST_NEEDED = 8, 8, 0.6, 0.2
+#: Rounds of a new sequence in which the head is not asked where others look up: a repetition, if there is one, often begins after one or
+#: two tokens, and what the head drafts beyond them is had for less.
+FIRST_SILENT = 2
 #: The class of a run of repeated tokens that ends it.
 LONG_RUN = 3
 #: A head that is not worth it is tried for a stretch, if it would be were its rounds so much shorter than they are held to be, at first
@@ -125,10 +128,10 @@ class Chooser:
         self._num_other_rows = self._num_others = experience.num_others  # of late, in a batch
         self._is_company_known = False
         self._pause = round(self._of_head.pause)
-        # The round this is, the one until which the head need not be thought of, and those from which look-ups are asked, and it is for a
-        # sign, or for a trial, should there be hope.
-        self._round = 0
-        self._wake_at: float = 0 if has_head else math.inf
+        # The round this is, those until which the head is not asked, and need not be thought of, and those from which look-ups are asked,
+        # and it is for a sign, or for a trial, should there be hope.
+        self._round, self._silent_until = 0, FIRST_SILENT if has_look_ups else 0
+        self._wake_at: float = self._silent_until if has_head else math.inf
         self._look_at = [0 if has_look_ups else math.inf] * NUM_RUN_CLASSES
         self._sign_at: float = max(FIRST_PAUSE, self._pause - self._of_head.num_unasked) if has_head else math.inf
         self._trial_at: float = 0
@@ -391,9 +394,11 @@ class Chooser:
     def head_limit(self, plan: Plan, limit: int) -> tuple[int, float]:
         """How many tokens the head should be asked for, when without it `plan` is the best, and the likelihood below which another is not
         worth it. One token, now and then, to see whether it has become worth it."""
+        self._asking = Asking.NOTHING
+        if self._round < self._silent_until:
+            return 0, 0.0
         without = max(self._rate_together(plan.expected, len(plan.tokens), 0), self._rate_at_rest)
         ceiling, wanted, floor = self._best_of_head(limit), 0, 0.0
-        self._asking = Asking.NOTHING
         if ceiling > HEAD_MARGIN * without:
             wanted, floor = self._best_limit(HEAD_MARGIN * without, limit)
             if wanted and self._is_rest_unsure(wanted):
@@ -549,6 +554,7 @@ class Chooser:
             if is_typical and plan.parts == tuple(of_head):
                 self._num_left, self._stretch = STRETCH * (NUM_STRETCHES if asking is Asking.DRAFT else 1), self._wanted
                 needed = self._steady(self._wanted[0]) / max(self._resting, 1e-9) - 1  # right ones, a round, to be as good as rest
+                needed = max(needed, LEAST_NEEDED)  # what it takes may have been guessed too low
                 self._needed = self._lacking = STRETCH * (1 + TOO_FEW * needed)
             if asking is Asking.DRAFT:
                 of_all.pause = max(of_all.pause / LONGER, FIRST_PAUSE)

@@ -90,7 +90,8 @@ class Drafting:
         self._plan = NOTHING
         self._next: Draft | None = None  # of the head for this round, made behind the last verify
         self._coming: Promise[Draft | None] | None = None  # the same while it is made, for the next round
-        self._untold = 0  # tokens that the head is held to know of meanwhile
+        self._untold = self._waited = 0  # tokens that the head is held to know of meanwhile; nanoseconds that the reader was waited for
+        self._is_wary = False  # the target died of a draft behind a verify of this sequence
         self._began, self._seconds = 0, 0.0  # when this round did, and, where there are questions, the seconds of drafting and verifying
         self.statistics: dict[DrafterName, DrafterStatistics] = {name: DrafterStatistics() for name in mailboxes}
 
@@ -101,8 +102,15 @@ class Drafting:
         self._next = None
         if self._coming is not None:
             coming, self._coming = self._coming, None
-            self._next = await coming.wait()
-            head = self._drafters[HEAD]
+            try:
+                self._next = await coming.wait()
+            except ForerunError:
+                self._is_wary = True
+                raise
+            head, seconds = self._drafters[HEAD], self._next.seconds if self._next is not None else 0.0
+            if self._began:
+                self._began += max(0, self._waited - round(1e9 * seconds))
+            self._waited = 0
             if self._next is None and head.num_told is not None and head.life == head.mailbox.life:
                 head.num_told -= self._untold
 
@@ -141,7 +149,14 @@ class Drafting:
         """How many tokens, if any, the head is to draft as soon as it is known what this round at `position` brings, and Propose's floor:
         where it has been asked, and is certain to be asked for the next. `room` is what the next round has at least."""
         head = self._drafters.get(HEAD)
-        if self._is_resting or head is None or head.num_told != position or head.life != head.mailbox.life or head.mailbox.is_closed:
+        if (
+            self._is_resting
+            or self._is_wary
+            or head is None
+            or head.num_told != position
+            or head.life != head.mailbox.life
+            or head.mailbox.is_closed
+        ):
             return 0, 0.0
         if self._is_first_best:
             limit, floor = self._params.limit(HEAD) if len(self._drafters) == 1 else 0, 0.0
@@ -282,7 +297,9 @@ class Drafting:
 
     def waited(self, nanoseconds: int) -> None:
         """This round did, for a reader: that is none of what it takes."""
-        if self._began:
+        if self._coming is not None:  # and is drafted meanwhile
+            self._waited = nanoseconds
+        elif self._began:
             self._began += nanoseconds
 
     # What stands
@@ -347,7 +364,7 @@ class Drafting:
     async def forget(self, flow: Flow, lease: int) -> None:
         """Returns when no drafter works on the lease any more."""
         self._chooser.ended()
-        self._began, self._tell_at, self._next, self._coming = 0, 0, None, None
+        self._began, self._waited, self._tell_at, self._next, self._coming = 0, 0, 0, None, None
         for reply in (*self._observed, *self._told):
             reply.abandon()
         self._observed.clear()

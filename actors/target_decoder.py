@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from ..core.actor import Actor, Executor
@@ -15,7 +16,7 @@ from ..core.channel import Envelope, Mailbox, Reply
 from ..core.errors import InternalBug, LeaseLost, PositionLost, WorkFailed
 from ..core.messages import Forget, Freeze, Mail, Prefill, Verify
 from ..core.speculation import Draft
-from ..core.trace import Trace
+from ..core.trace import Flow, Span, Trace
 from ..core.vocabulary import TokenLogprob, Verdict
 from ..kernels.backend import F32
 from ..kernels.model.drafts import Following
@@ -140,12 +141,15 @@ class TargetDecoder(Actor):
         for i, envelope in enumerate(envelopes):
             envelope.answer(Verdict(*chosen[i], *said, coming.get(i)))
         if following:
-            began, num_drafts = clock(), sum(each.wanted.limit for each in following)
+            began, computed, num_drafts = clock(), self.mailbox.computed_ns, sum(each.wanted.limit for each in following)
             drafts = await self._do(draft, self._drafting_seconds(num_rows, num_drafts), [*coming.values()])
-            microseconds = (clock() - began) // 1000
+            ended, computed = clock(), self.mailbox.computed_ns - computed
             for (i, reply), one in zip(coming.items(), drafts, strict=True):
-                self._trace.count("drafting us", microseconds, messages[i].flow)
-                reply.set(one)
+                request, number = messages[i].flow
+                self._trace.count("drafting us", (ended - began) // 1000, messages[i].flow)
+                if self._trace.is_on:  # as if the round that it is for had asked
+                    self._trace.record(Span(self.name, "Draft", Flow(request, number + 1), began, began, ended, "ok", computed))
+                reply.set(replace(one, seconds=(ended - began) / 1e9) if one is not None else None)
 
     def _following(self, messages: Sequence[Verify], batch: Sequence[Rows]) -> list[Following]:
         """The drafts that are to be made behind these verifies: not where the head is elsewhere."""

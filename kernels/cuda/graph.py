@@ -35,8 +35,8 @@ MIN_PARTS = 8
 
 
 def rows_for(count: int) -> int:
-    """Rows of a program that computes so many: a few shapes for all batches. A product of 33 rows costs what one of 64 does."""
-    return 1 << (count - 1).bit_length() if count <= 64 else -(-count // 32) * 32
+    """Rows of a program that computes so many: a few shapes for all batches."""
+    return 1 << (count - 1).bit_length() if count <= 16 else -(-count // 16) * 16 if count <= 64 else -(-count // 32) * 32
 
 
 def spans_for(count: int) -> int:

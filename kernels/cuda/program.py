@@ -36,8 +36,9 @@ READ_ON, SMALL = 8 << 20, 32 << 20
 #: Strips of a block of wide.cu, stages of inputs that it has at once, and a strip's tiles of 512 bytes in a stage.
 WIDE_STRIPS, WIDE_STAGES = 8, 3
 WIDE_TILES = {BF16: 4, Q8_0: 2, Q4_K: 1}
-#: Rows from which an attention loops over its parts, instead of leaving them all for a merge.
-LOOP_ROWS = 33
+#: Rows from which an attention loops over its parts, instead of leaving them all for a merge, and rows times parts beyond which it does:
+#: each takes a KiB a head.
+LOOP_ROWS, LOOP_PARTS = 33, 16_384
 
 
 @dataclass(slots=True)
@@ -68,7 +69,7 @@ class Program:
     def __init__(self, config: ModelConfig, packing: Packing, rows: int, num_spans: int, max_parts: int, *, is_wide: bool = False) -> None:
         self.config, self.packing, self.device, self.is_wide = config, packing, packing.device, is_wide
         self.rows, self.num_spans, self.max_parts = rows, num_spans, max_parts
-        self.is_looped = rows >= LOOP_ROWS
+        self.is_looped = rows >= LOOP_ROWS or rows * max_parts > LOOP_PARTS
         self.steps: list[Step] = []
         self.buffers: dict[str, Array] = {}
 

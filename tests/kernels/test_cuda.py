@@ -297,6 +297,19 @@ def test_of_equal_tokens_at_the_edge_of_a_nucleus_all_stay(cuda: CudaBackend, co
     assert set(cuda.device.to_host(p.buffers["tokens"]).tolist()) == {0, 2, 3, 4, 5}
 
 
+def test_parts_of_an_attention_one_after_another_have_the_same_bits(
+    cuda: CudaBackend, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where there are many rows, or no memory to leave all parts in."""
+    weights, tokens, found = load(checkpoints["dense"], cuda), tuple(prompt(300)), list[Any]()
+    for most in (10**6, 0):
+        monkeypatch.setattr("forerun.kernels.cuda.program.LOOP_PARTS", most)
+        trunk, memory = CudaTrunk(weights, cuda), alone(make_memory(weights.config, cuda), 400, 3)
+        trunk.prefill(Rows(memory, 0, tokens), is_last=False)
+        found.append(np.asarray(trunk.verify([Rows(memory, 300, (1, 2, 3))])[1]))
+    assert np.array_equal(found[0], found[1])
+
+
 @pytest.mark.parametrize("layout", ["dense", "moe"])
 @pytest.mark.parametrize("kind", FORMATS)
 def test_weights_made_on_the_device_make_a_model(cuda: CudaBackend, checkpoints: dict[str, Path], layout: str, kind: str) -> None:

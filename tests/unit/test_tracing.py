@@ -84,6 +84,9 @@ def test_arrows_lead_from_draft_to_verify_to_delta_in_every_round(processor: Pro
     asked = {event.flow for event in events if isinstance(event, Span) and event.message == "Propose"}
     assert kinds["Verify", "delta"] == len(rounds)
     assert kinds["Propose", "Verify"] == len(asked)
+    behind = {event.flow for event in events if isinstance(event, Span) and event.message == "Draft"}
+    assert behind
+    assert kinds["Draft", "Verify"] + kinds["Draft", "Propose"] == len(behind & rounds)
     assert kinds["Encode", "Admit"] == kinds["Admit", "Prefill"] == 4
     alone = Counter(event.flow for event in events if isinstance(event, Span))
     assert len(ways) == sum(count - 1 for count in alone.values())  # every message has its place in a chain
