@@ -251,8 +251,8 @@ __device__ __forceinline__ void product(const Matrix &m, const Rows &x, Place at
 
 /* All rows. Grid: (strips / STRIPS * groups of 8 TILES rows, splits); what a split finds goes into a part of its own of `out`,
  * [splits, rows, out_stride]. */
-#define PRODUCT(NAME, FORMAT, STRIPS, TILES, GATED)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(WARPS *WARP)                                                    \
+#define PRODUCT(NAME, FORMAT, STRIPS, TILES, GATED)                                                                                         \
+    extern "C" __global__ void __launch_bounds__(WARPS *WARP)                                                                               \
         NAME(Matrix m, Rows x, float *out, int out_stride, Rows gated, int rows, Ahead ahead) {                                             \
         int groups = (rows + 8 * TILES - 1) / (8 * TILES), row = blockIdx.x % groups * 8 * TILES;                                           \
         Place at = {(int)(blockIdx.x / groups) * STRIPS, row, rows, 0, 0};                                                                  \
