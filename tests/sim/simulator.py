@@ -137,9 +137,8 @@ def make_plan(rng: random.Random) -> Plan:
                 save_at=rng.randint(1, 5) if has["save"] and rng.random() < 0.4 else math.inf,
             )
         )
-    types: tuple[DrafterName, ...] = tuple(name for name in DRAFTERS if rng.random() < (0.8 if name == "draft-mtp" else 0.25))
-    if len(requests) % 3 == 0:  # where it is alone, or clearly the best, the head drafts behind verifies
-        types = tuple(name for name in types if name == "draft-mtp")
+    others = rng.choice([0.0, 0.25, 0.25])  # the head drafts behind verifies only where it is alone, or clearly the best
+    types: tuple[DrafterName, ...] = tuple(name for name in DRAFTERS if rng.random() < (0.8 if name == "draft-mtp" else others))
     names = ("tokenizer", "memory manager", "target decoder", "MTP drafter", *(f"{name} drafter" for name in types if name != "draft-mtp"))
     how = ("before", "within", "after", "stuck")
     crashes = {(rng.choice(names), rng.randint(1, 60)): rng.choice(how) for _ in range(rng.randint(1, 6) if has["crash"] else 0)}
