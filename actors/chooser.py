@@ -55,7 +55,8 @@ LAST_MARK_PAUSE = 7
 #: Rounds that go by without a question to those who look up, at most, and no more than keep what is lost by it below a share of the time.
 LOOK_PAUSE, LOOKING_SHARE = 64, 0.015
 #: Rounds for which the head is asked as in the one before, without another thought: to think takes as long as half a token of a small
-#: model. After so many, so many times at most, a stretch ends if less than a share of the drafted tokens that it needs were right.
+#: model. After so many, so many times at most, a stretch ends if less than a share of the drafted tokens that it needs were right, of
+#: which it needs some a round, however little its rounds are held to take.
 STRETCH, NUM_STRETCHES, TOO_FEW, LEAST_NEEDED = 8, 8, 0.6, 0.2
 #: Rounds of a new sequence in which the head is not asked where others look up: a repetition, if there is one, often begins after one or
 #: two tokens, and what the head drafts beyond them is had for less.

@@ -286,7 +286,7 @@ PRODUCT(product_q4_k_2, Q4_K, 1, 2, false)
         if (FORMAT != BF16) own.scales += skipped * (FORMAT == Q8_0 ? 8 : 16);                                                              \
         if (FORMAT == Q4_K) own.ends += skipped * 8;                                                                                        \
         Place at = {(int)blockIdx.x * STRIPS, row, row + 1, 0, 0};                                                                          \
-        product<FORMAT, STRIPS, 1, GATED>(own, x, at, place, out, out_stride, gated, 0, 1, {});                                               \
+        product<FORMAT, STRIPS, 1, GATED>(own, x, at, place, out, out_stride, gated, 0, 1, {});                                             \
     }                                                                                                                                       \
     EXPORT(NAME)
 EXPERT(expert_bf16, BF16, 1, false)
