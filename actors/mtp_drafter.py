@@ -12,11 +12,12 @@ often than a draw of its own would: coupled noise (figures in kernels/EXPERIMENT
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
 from ..core.actor import Actor, Executor
+from ..core.begun import Begun
 from ..core.channel import Envelope, Mailbox
 from ..core.errors import InternalBug, LeaseLost, PositionLost
 from ..core.messages import Commit, Forget, Mail, Observe, Propose, Resume
@@ -44,7 +45,7 @@ class DraftHead(Protocol):
 
     def draft(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> list[Drafted]: ...
 
-    def draft_after(self, batch: Sequence[Following], choices: Choices) -> Callable[[], list[Drafted]]: ...
+    def draft_after(self, batch: Sequence[Following], choices: Choices) -> Begun[list[Drafted]]: ...
 
     def seconds(self, num_rows: int) -> float:
         """About how long so many rows take."""
@@ -70,11 +71,11 @@ class HeadDrafts:
         num_prepared = self.head.num_prepared
         return self._drafts(self.head.draft(batch, wanted), num_prepared)
 
-    def after(self, batch: Sequence[Following], choices: Choices) -> Callable[[], list[Draft]]:
+    def after(self, batch: Sequence[Following], choices: Choices) -> Begun[list[Draft]]:
         """Each one's after what a verify brings; see HeadBase.draft_after."""
         num_prepared = self.head.num_prepared
         begun = self.head.draft_after(batch, choices)
-        return lambda: self._drafts(begun(), num_prepared)
+        return Begun(begun.mark, lambda: self._drafts(begun.finish(), num_prepared))
 
     def _drafts(self, drafted: Sequence[Drafted], num_prepared: int) -> list[Draft]:
         is_typical, least = self.head.num_prepared == num_prepared, self._params.draft_n_min

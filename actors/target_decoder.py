@@ -7,11 +7,12 @@ the verdict: one question a round instead of two. The head's weights are shared 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from ..core.actor import Actor, Executor
+from ..core.begun import Begun, Mark
 from ..core.channel import Envelope, Mailbox, Reply
 from ..core.errors import InternalBug, LeaseLost, PositionLost, WorkFailed
 from ..core.messages import Forget, Freeze, Mail, Prefill, Verify
@@ -30,8 +31,8 @@ logger = logging.getLogger("forerun")
 R = TypeVar("R")
 #: What is chosen for a sequence's rows, from the logits [R, V] of all, and the log probabilities that are wanted of it.
 Chosen = tuple[tuple[int, ...], tuple[TokenLogprob, ...]]
-#: Drafts behind a verify, when they are there.
-LaterDrafts = Callable[[], list[Draft | None]]
+#: Drafts behind a verify.
+LaterDrafts = Begun[list[Draft | None]]
 
 
 class Target(Protocol):
@@ -39,6 +40,11 @@ class Target(Protocol):
 
     @property
     def num_prepared(self) -> int: ...
+
+    @property
+    def mark(self) -> Callable[[], Mark] | None:
+        """What marks all that was begun on a device; None where all is done when a call returns."""
+        ...
 
     def verify(self, batch: Sequence[Rows]) -> tuple[F32, F32]: ...
 
@@ -127,22 +133,23 @@ class TargetDecoder(Actor):
         # Where logits come to the host, a device would have made the drafts before.
         is_early = not any(ask.how.needs_host or ask.how.num_logprobs is not None for ask in asks)
 
-        def verify() -> tuple[list[Chosen], LaterDrafts]:
+        def verify() -> Begun[tuple[list[Chosen], LaterDrafts]]:
             logits = self._target.verify(batch)[0]
-            choices = Choices(logits, asks)
-            begun = self._begin_drafts(following, choices) if is_early else None
-            return _chosen(logits, choices), begun or (lambda: self._begin_drafts(following, choices)())
+            choices, mark = Choices(logits, asks), self._mark()
+            drafts = self._begin_drafts(following, choices) if is_early else None
+            return Begun(mark, lambda: (_chosen(logits, choices), drafts or self._begin_drafts(following, choices)))
 
         num_rows, clock = sum(len(rows.tokens) for rows in batch), self._trace.clock
         began, num_prepared = clock(), self._target.num_prepared
-        chosen, draft = await self._do(verify, self._target.seconds(num_rows), envelopes)
+        chosen, draft = await self._do(self._begin(verify), self._target.seconds(num_rows), ("verify", num_rows), envelopes)
         said = num_rows, (clock() - began) / 1e9, len(batch), self._target.num_prepared == num_prepared
         coming: dict[int, Reply[Draft | None]] = {each.index: envelopes[each.index].promise() for each in following}
         for i, envelope in enumerate(envelopes):
             envelope.answer(Verdict(*chosen[i], *said, coming.get(i)))
         if following:
             began, computed, num_drafts = clock(), self.mailbox.computed_ns, sum(each.wanted.limit for each in following)
-            drafts = await self._do(draft, self._drafting_seconds(num_rows, num_drafts), [*coming.values()])
+            seconds, kind = self._drafting_seconds(num_rows, num_drafts), ("drafts", num_rows, num_drafts)
+            drafts = await self._do(lambda: draft, seconds, kind, [*coming.values()])
             ended, computed = clock(), self.mailbox.computed_ns - computed
             for (i, reply), one in zip(coming.items(), drafts, strict=True):
                 request, number = messages[i].flow
@@ -166,7 +173,7 @@ class TargetDecoder(Actor):
         """A head that fails costs its drafts alone, and is asked no more."""
         drafts, nothing = self._drafts, list[Draft | None]([None] * len(following))
         if drafts is None or not following:
-            return lambda: nothing
+            return Begun(None, lambda: nothing)
 
         def guarded(work: Callable[[], R]) -> R | None:
             try:
@@ -181,7 +188,7 @@ class TargetDecoder(Actor):
         begun = guarded(lambda: drafts.after(following, choices))
 
         def draft() -> list[Draft | None]:
-            found = guarded(begun) if begun is not None else None
+            found = guarded(begun.finish) if begun is not None else None
             if found is None:
                 return nothing
             for each in following:
@@ -189,34 +196,46 @@ class TargetDecoder(Actor):
                 each.memory.num_head_rows = position + len(tokens)
             return [*found]
 
-        return draft
+        return Begun(begun.mark if begun is not None else None, draft)
 
     async def _prefill(self, envelope: Envelope, message: Prefill, rows: Rows) -> None:
         ask = Ask(message.choosing, message.position + len(message.tokens))
 
-        def work() -> Verdict:
+        def prefill() -> Begun[Verdict]:
             logits = self._target.prefill(rows, message.is_last)
             if message.is_kept:
                 rows.memory.keep()
-            return Verdict(()) if logits is None else Verdict(*_chosen(logits, Choices(logits, [ask]))[0])
+            if logits is None:
+                return Begun(self._mark(), lambda: Verdict(()))
+            choices = Choices(logits, [ask])
+            return Begun(self._mark(), lambda: Verdict(*_chosen(logits, choices)[0]))
 
         envelope.start()
-        envelope.answer(await self._do(work, self._target.seconds(len(rows.tokens)), [envelope]))
+        seconds, kind = self._target.seconds(len(rows.tokens)), ("prefill", len(rows.tokens))
+        envelope.answer(await self._do(self._begin(prefill), seconds, kind, [envelope]))
 
     async def _freeze(self, envelope: Envelope, message: Freeze) -> None:
         try:
             memory = self._pool[message.lease]
             memory.check(message.position, 0, is_chunk=False)
-            await self._do(lambda: self._target.freeze(memory, message.position), self._target.seconds(message.position), [envelope])
+            freeze: Begun[None] = Begun(None, lambda: self._target.freeze(memory, message.position))
+            await self._do(lambda: freeze, self._target.seconds(message.position), "freeze", [envelope])
         except (LeaseLost, PositionLost) as error:
             envelope.fail(error)
         else:
             envelope.answer(None)
 
-    async def _do(self, work: Callable[[], R], seconds: float, owed: Sequence[Envelope | Reply[Any]]) -> R:
+    def _mark(self) -> Mark | None:
+        return self._target.mark() if self._target.mark is not None else None
+
+    def _begin(self, work: Callable[[], Begun[R]]) -> Callable[[], Begun[R]]:
+        """Begins work where it stands if a device does it; where not, all of it is for the executor."""
+        return work if self._target.mark is not None else lambda: Begun(None, lambda: work().finish())
+
+    async def _do(self, begin: Callable[[], Begun[R]], seconds: float, kind: Hashable, owed: Sequence[Envelope | Reply[Any]]) -> R:
         """Computes; should this actor die of it, those whose work it was are told so."""
         try:
-            return await self.compute(work, seconds)
+            return await self.follow(begin(), seconds, kind)
         except Exception:
             for each in owed:
                 each.fail(WorkFailed("the target decoder failed working on this request"))

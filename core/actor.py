@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Hashable
 from typing import Any, Protocol, TypeVar
 
 import anyio
-from anyio.lowlevel import checkpoint_if_cancelled
+from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 from anyio.to_thread import run_sync
 
+from .begun import Begun, Mark
 from .channel import Envelope, Mailbox
 from .errors import ActorStuck, InternalBug
 from .messages import Mail
@@ -20,6 +21,10 @@ T = TypeVar("T")
 #: Estimated seconds of arithmetic above which work leaves the event loop for a worker thread. A thread hop costs as much as
 #: two channel hops, so shorter work is faster, and fairer to others, in place (measured in kernels/EXPERIMENTS.md).
 INLINE_SECONDS = 0.005
+
+#: Seconds before the expected end of work elsewhere from which on an actor looks whether it is done. A loop that sleeps wakes up to a
+#: millisecond late, and a thread that slept runs Python several times slower at first (measured in kernels/EXPERIMENTS.md).
+LOOK_SECONDS = 0.002
 
 #: More than the actors can use at a time, those included that a stuck device keeps.
 MAX_THREADS = 64
@@ -64,6 +69,25 @@ class InPlace:
         return work()
 
 
+class Watch:
+    """Waits for what goes on elsewhere: asleep for most of the time that the last work of its kind took, then looking again and again,
+    while others have their turns, so that this thread is awake when it is done."""
+
+    def __init__(self) -> None:
+        self._expected: dict[Hashable, float] = {}
+        self.look: Callable[[], Awaitable[None]] = checkpoint  # between two looks
+
+    async def __call__(self, mark: Mark, kind: Hashable) -> None:
+        expected, began = self._expected.get(kind), anyio.current_time()
+        await anyio.sleep(max(0.0, (expected or 0.0) - LOOK_SECONDS))
+        is_late = mark.is_done()
+        while not mark.is_done():
+            await (self.look() if expected is not None else anyio.sleep(LOOK_SECONDS))
+        took = anyio.current_time() - began
+        # One that took long for once does not let the next be found late.
+        self._expected[kind] = took if expected is None else expected / 2 if is_late else min(took, expected + LOOK_SECONDS)
+
+
 class Actor(ABC):
     """Takes all waiting messages as one batch. What is wrong with one message is answered to that one; an exception that
     leaves `handle` ends this life of the actor, and its supervisor begins another."""
@@ -75,6 +99,7 @@ class Actor(ABC):
         self.mailbox = mailbox
         self._executor = executor
         self._work: dict[anyio.CancelScope, float] = {}  # under way at the executor, and the seconds it is allowed
+        self._watch = Watch()
         self._is_handling = False
         self.wake_at = math.inf  # anyio time at which `handle` is called, with nothing, if nothing arrives before
         self.num_steps = 0  # of progress, counted for the watchdog, which reads the clock so that nobody else must
@@ -138,26 +163,45 @@ class Actor(ABC):
         """Has `work` done by the executor, which `seconds` tells how long it may take. Cancelled: the work is finished first, so
         that an owner never sees its memory half written; only a supervisor that ends the actor's life leaves it behind, with all
         the memory it had."""
+        if self._executor.is_inline(seconds):
+            return self._timed(work)
+        await checkpoint_if_cancelled()  # an actor that is to end begins nothing that nobody would leave
+        return await self._guarded(lambda: self._executor(work, seconds), seconds)
+
+    async def follow(self, begun: Begun[T], seconds: float, kind: Hashable) -> T:
+        """The result of what goes on elsewhere, once it is there; of what has not been begun, `compute`. Work of a `kind` takes as long as
+        the last of it did. Cancelled: as `compute`."""
+        mark = begun.mark
+        if mark is None:
+            return await self.compute(begun.finish, seconds)
+        if self._executor.is_inline(seconds):
+            self._timed(mark.wait)
+        else:
+            await self._guarded(lambda: self._watch(mark, kind), seconds)
+        return begun.finish()
+
+    def _timed(self, work: Callable[[], T]) -> T:
         clock = self.mailbox.clock
         began = clock() if clock is not None else 0
         try:
-            return await self._compute(work, seconds)
+            return work()
         finally:
             if clock is not None:
                 self.mailbox.computed_ns += clock() - began
 
-    async def _compute(self, work: Callable[[], T], seconds: float) -> T:
-        if self._executor.is_inline(seconds):
-            return work()
-        await checkpoint_if_cancelled()  # an actor that is to end begins nothing that nobody would leave
+    async def _guarded(self, wait: Callable[[], Awaitable[T]], seconds: float) -> T:
+        clock = self.mailbox.clock
+        began = clock() if clock is not None else 0
         self.num_steps += 1
         with anyio.CancelScope(shield=True) as scope:
             self._work[scope] = max(self.patience_seconds, ALLOWED_FACTOR * seconds)
             try:
-                return await self._executor(work, seconds)
+                return await wait()
             finally:
                 del self._work[scope]
                 self.num_steps += 1
+                if clock is not None:
+                    self.mailbox.computed_ns += clock() - began
         await checkpoint_if_cancelled()  # a closing engine: nothing has failed
         raise ActorStuck(f"the {self.name} left work behind")
 

@@ -23,7 +23,7 @@ from ..core.errors import InvalidRequest
 from ..kernels.backend import Experts
 from ..kernels.cuda.device import SPAN, CudaDevice, SpanStruct
 from ..kernels.cuda.graph import CudaHead, CudaTrunk
-from ..kernels.cuda.matrices import UNITS, CudaBackend, CudaMatrix
+from ..kernels.cuda.matrices import UNIT_BYTES, UNITS, CudaBackend, CudaMatrix
 from ..kernels.cuda.memory import CudaMemory, CudaSequence, spans_array
 from ..kernels.cuda.program import Column, Program
 from ..kernels.cuda.rounds import DeviceRounds, Start
@@ -108,12 +108,11 @@ class Bench:
     def _matrix(self, kind: str, outputs: int, inputs: int) -> CudaMatrix:
         number, strips = FORMATS[kind], outputs // 16
         units = inputs // UNITS[number]
-        tiles = self.device.random(strips * units * (1024 if kind == "bf16" else 2048), 1.0 if kind == "bf16" else None)
+        of_tiles, of_scales, of_ends = (strips * units * size for size in UNIT_BYTES[number])
+        tiles = self.device.random(of_tiles, 1.0 if kind == "bf16" else None)
         m = CudaMatrix(number, outputs, inputs, tiles.reshape(strips, units, -1))
-        if kind == "q8_0":
-            m.scales = self.device.random(strips * units * 64, 0.01)
-        if kind == "q4_k":
-            m.scales, m.ends = self.device.random(strips * units * 256, 0.01), self.device.random(strips * units * 64, 0.01)
+        m.scales = self.device.random(of_scales, 0.01) if of_scales else None
+        m.ends = self.device.random(of_ends, 0.01) if of_ends else None
         return m
 
     def _fill(self, p: Program) -> None:
@@ -271,8 +270,8 @@ def _count(value: object) -> int:
 def _bytes_of(value: object, seen: set[int], rows: int) -> float:
     """Of all matrices in a part of a model that so many rows read, each counted once; of experts as many as they use."""
     if isinstance(value, CudaMatrix):
-        units = value.strips * value.units * {0: 1024, 1: 2048 + 64, 2: 2048 + 256 + 64}[value.format]
-        return 0 if id(value) in seen or seen.add(id(value)) else units
+        size = value.strips * value.units * sum(UNIT_BYTES[value.format])
+        return 0 if id(value) in seen or seen.add(id(value)) else size
     if isinstance(value, list | tuple):
         return sum(_bytes_of(each, seen, rows) for each in cast("Sequence[object]", value))
     share = 1 - (1 - value.num_used / len(value.gate)) ** rows if isinstance(value, Experts) else 1.0

@@ -17,12 +17,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ...core.begun import Mark
 from ..model.config import ModelConfig
 
 #: An array of a device: CuPy's, or NumPy's where a CPU plays the device.
 Array = Any
 FOLDER = Path(__file__).parent
-SOURCES = ("products", "wide", "rows", "delta", "attention", "sampling", "rounds")
+SOURCES = ("products", "batch", "wide", "rows", "delta", "attention", "sampling", "rounds")
 #: Without contraction of a * b + c, an expression has the same bits in every kernel it stands in; fused ones are written so.
 OPTIONS = ("--std=c++17", "--fmad=false")
 
@@ -35,6 +36,12 @@ def sizes_of(config: ModelConfig) -> dict[str, int]:
         "CONV_WIDTH": c.conv_width, "NUM_DELTA": max(c.num_delta, 1), "COLUMNS": columns_of(c), "HEADS": c.heads, "KV_HEADS": c.kv_heads,
         "HEAD_DIM": c.head_dim, "ROTARY_DIM": c.rotary_dim, "MROPE_H": c.mrope_sections[1], "MROPE_W": c.mrope_sections[2],
     }  # fmt: skip
+
+
+def text_of(source: str) -> str:
+    """A source with the headers of this folder in the place of their #include: what a compiler keeps goes by all of it."""
+    text = (FOLDER / source).read_text()
+    return re.sub(r'^#include "(\w+\.cuh)"$', lambda found: text_of(found[1]), text, flags=re.MULTILINE)
 
 
 def definitions(text: str, sizes: dict[str, int]) -> list[str]:
@@ -104,8 +111,8 @@ class Device(Protocol):
         """Until all that was launched has been computed."""
         ...
 
-    def mark(self) -> Callable[[], None]:
-        """What waits until all that was launched before this call has been computed; it may do so while others launch and record."""
+    def mark(self) -> Mark:
+        """Of all that was launched before this call."""
         ...
 
     def shared(self, num_bytes: int) -> npt.NDArray[np.uint8]:
@@ -160,6 +167,17 @@ PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 DEFAULT_SHARED = 48 * 1024
 
 
+class CudaMark:
+    def __init__(self, event: Any) -> None:
+        self._event = event
+
+    def is_done(self) -> bool:
+        return bool(self._event.done)
+
+    def wait(self) -> None:
+        self._event.synchronize()
+
+
 class CudaDevice:
     """An NVIDIA device through CuPy. OSError where there is no CuPy, or no device. All work is on one stream."""
 
@@ -212,9 +230,9 @@ class CudaDevice:
         with self.using():
             self.stream.synchronize()
 
-    def mark(self) -> Callable[[], None]:
+    def mark(self) -> Mark:
         with self.using():
-            return self.stream.record().synchronize
+            return CudaMark(self.stream.record())
 
     def shared(self, num_bytes: int) -> npt.NDArray[np.uint8]:
         with self.using() as cupy:
@@ -288,9 +306,8 @@ class CudaKernels:
 
     def __init__(self, device: CudaDevice, sizes: dict[str, int]) -> None:
         self._device = device
-        options = (*OPTIONS, f"-I{FOLDER}")
-        self._texts = [(FOLDER / f"{name}.cu").read_text() for name in SOURCES]
-        self._modules = [device.cupy.RawModule(code=text, options=(*options, *definitions(text, sizes))) for text in self._texts]
+        self._texts = [text_of(f"{name}.cu") for name in SOURCES]
+        self._modules = [device.cupy.RawModule(code=text, options=(*OPTIONS, *definitions(text, sizes))) for text in self._texts]
         self._functions: dict[str, Any] = {}
         self.num_recorded = 0
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ...core.begun import Begun
 from ...core.errors import InternalBug
 from ..backend import F32
 from ..model.drafts import Drafted, Following, MtpRows, Wanted, draft_by_guesses
@@ -176,11 +177,14 @@ def build_drafts(
 class CudaTrunk(TrunkBase):
     def __init__(self, weights: ModelWeights, backend: CudaBackend) -> None:
         self.weights, self.config, self.operations_per_second = weights, weights.config, backend.operations_per_second
-        self._graphs = _Graphs(weights, backend)
+        self._graphs, self.mark = _Graphs(weights, backend), backend.device.mark
 
     @property
     def num_prepared(self) -> int:
         return self._graphs.kernels.num_recorded
+
+    def seconds(self, num_rows: int) -> float:
+        return super().seconds(1 + num_rows // 16)  # weights are read once for all of them
 
     def logits(self, hidden: F32) -> F32:
         return self._graphs.product(self.weights.head, hidden)
@@ -199,7 +203,6 @@ class CudaTrunk(TrunkBase):
         self._seek(memory, rows.position)
         span = memory.span(rows.position, 0, len(rows.tokens))
         recorded = self._run("chunk", [rows], [span])
-        recorded.wait()
         return as_rows(recorded, "hidden", len(rows.tokens), self.config.hidden)
 
     def _run(self, kind: str, batch: Sequence[Rows], spans: Sequence[SpanStruct]) -> Recorded:
@@ -256,6 +259,9 @@ class CudaHead(HeadBase):
     def num_prepared(self) -> int:
         return self._graphs.kernels.num_recorded
 
+    def seconds(self, num_rows: int) -> float:
+        return super().seconds(1 + num_rows // 16)
+
     def forward(self, batch: Sequence[MtpRows]) -> F32:
         return self._run(batch, "all", list(range(sum(len(rows.tokens) for rows in batch))))
 
@@ -275,7 +281,7 @@ class CudaHead(HeadBase):
                 found |= zip(some, draft([batch[i] for i in some], [wanted[i] for i in some]), strict=True)
         return [found[i] for i in range(len(batch))]
 
-    def draft_after(self, batch: Sequence[Following], choices: Choices) -> Callable[[], list[Drafted]]:
+    def draft_after(self, batch: Sequence[Following], choices: Choices) -> Begun[list[Drafted]]:
         """Behind the verify, before anybody has read what it chose."""
         chosen = choices.on_device
         if chosen is None or any(each.wanted.choosing.needs_host or choices.asks[each.index].how.needs_host for each in batch):
@@ -292,7 +298,7 @@ class CudaHead(HeadBase):
             told["verified"][start + 1 : start + ask.num_rows] = ask.ahead
         self._device.put(recorded.program.buffers["tokens"][: starts[-1]], chosen.on_device)
         recorded.launch()
-        return partial(self._read, recorded, wanted)
+        return Begun(recorded.mark, partial(self._read, recorded, wanted))
 
     def _draft(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> list[Drafted]:
         *starts, num_rows = accumulate((len(rows.tokens) for rows in batch), initial=0)

@@ -19,6 +19,8 @@ STRIP = 16
 #: Format number in products.cu, inputs of a unit, inputs that share a scale.
 BF16, Q8_0, Q4_K = range(3)
 UNITS = {BF16: 32, Q8_0: 128, Q4_K: 256}
+#: Bytes that a strip has of a unit: tiles, scales and ends.
+UNIT_BYTES = {BF16: (1024, 0, 0), Q8_0: (2048, 128, 0), Q4_K: (2048, 256, 64)}
 NAMES = {BF16: "bf16", Q8_0: "q8_0", Q4_K: "q4_k"}
 
 
@@ -51,7 +53,8 @@ class CudaBackend:
     """The kernels of this folder on one device. Matrices of types without kernels of their own are held as bfloat16."""
 
     name = "cuda"
-    operations_per_second = 1e12
+    #: Of one row. Fewer than a large device has: what takes it more than two milliseconds is waited for beside other work (actor.py).
+    operations_per_second = 4e11
 
     def __init__(self, device: Device) -> None:
         self.device = device

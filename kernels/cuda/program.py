@@ -16,7 +16,7 @@ from ..model.inputs import frequencies
 from ..model.pages import PAGE
 from ..model.weights import AttentionWeights, DeltaWeights, DenseWeights, LayerWeights, MoeWeights
 from .device import DRAW, NOWHERE, Address, AheadStruct, Array, MatrixStruct, RowsStruct, Step, columns_of
-from .matrices import BF16, NAMES, Q4_K, Q8_0, STRIP, CudaMatrix, Packing, Stacked
+from .matrices import BF16, NAMES, Q4_K, Q8_0, STRIP, UNIT_BYTES, CudaMatrix, Packing, Stacked
 
 #: Positions of one part of an attention (PART of forerun.cuh), and pairs of row and head of one block (PAIRS, CHUNK_PAIRS of attention.cu).
 PART, PAIRS, CHUNK_PAIRS = 128, 16, 64
@@ -29,10 +29,10 @@ MANY_BLOCKS, MAX_SPLITS = 264, 8
 #: Values of a row that one block makes ready, where rows are cut.
 SEGMENT = 1024
 WARPS = 8
-#: Bytes of a unit of a strip, and of the next product's weights that a product has fetched into the second-level cache: half as many where
-#: those are small.
-TILE_BYTES = {BF16: 1024, Q8_0: 2048, Q4_K: 2048}
+#: Bytes of the next product's weights that a product has fetched into the second-level cache: half as many where those are small.
 READ_ON, SMALL = 8 << 20, 32 << 20
+#: Rows up to which quantised weights are those of products.cu; strips of a block of batch.cu, and units that it has at once.
+FEW_ROWS, BATCH_STRIPS, BATCH_STAGES = 8, 2, 2
 #: Strips of a block of wide.cu, stages of inputs that it has at once, and a strip's tiles of 512 bytes in a stage.
 WIDE_STRIPS, WIDE_STAGES = 8, 3
 WIDE_TILES = {BF16: 4, Q8_0: 2, Q4_K: 1}
@@ -86,14 +86,15 @@ class Program:
     def prepared(self, name: str, width: int, rows: int, formats: set[int], keeps_floats: str | None = None) -> Prepared:
         """Rows of `width` for matrices of `formats`; `keeps_floats` names the buffer that has them in float32 as well."""
         struct = RowsStruct()
+        read = rows if rows <= FEW_ROWS or self.is_wide else 16 if rows <= 16 else -(-rows // 32) * 32  # batch.cu reads whole blocks
         if BF16 in formats:
             struct.halves_stride = -(-width // 32) * 32
-            struct.halves = self.device.address(self.buffer(f"{name} halves", (rows, struct.halves_stride), np.uint16))
+            struct.halves = self.device.address(self.buffer(f"{name} halves", (read, struct.halves_stride), np.uint16))
         if formats - {BF16}:
             stride = struct.quants_stride = -(-width // 256) * 256
-            struct.quants = self.device.address(self.buffer(f"{name} quants", (rows, stride), np.uint8))
-            struct.scales = self.device.address(self.buffer(f"{name} scales", (rows, stride // 32), np.float32))
-            struct.sums = self.device.address(self.buffer(f"{name} sums", (rows, stride // 32), np.float32))
+            struct.quants = self.device.address(self.buffer(f"{name} quants", (read, stride), np.uint8))
+            struct.scales = self.device.address(self.buffer(f"{name} scales", (read, stride // 32), np.float32))
+            struct.sums = self.device.address(self.buffer(f"{name} sums", (read, stride // 32), np.float32))
         if keeps_floats is not None:
             struct.floats = self.device.address(self.buffer(keeps_floats, (rows, width)))
         return Prepared(struct)
@@ -130,11 +131,23 @@ class Program:
         if self.is_wide:
             self._wide(f"wide_{NAMES[m.format]}", m, x, out, stride, RowsStruct(), rows, splits)
         else:
-            number = _tiles(rows, m.format)
-            strips = -(-m.strips // 2) if m.format == BF16 and number == 4 else m.strips
-            grid = strips * -(-rows // (8 * number)), splits
-            self._product(f"product_{NAMES[m.format]}_{number}", grid, m, x, out, stride, RowsStruct(), rows)
+            self._few(f"product_{NAMES[m.format]}", m, x, out, stride, RowsStruct(), rows, splits)
         return Column(out, stride)
+
+    def _few(
+        self, kernel: str, m: CudaMatrix, x: Prepared, out: Address, stride: int, gated: RowsStruct, rows: int, splits: int = 1
+    ) -> None:
+        """By products.cu, or batch.cu."""
+        if rows <= FEW_ROWS or m.format == BF16:
+            tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4
+            strips = 2 if kernel.startswith("gated") or tiles == 4 else 1
+            grid = -(-m.strips // strips) * -(-rows // (8 * tiles)), splits
+            self._product(f"{kernel}_{tiles}", grid, m, x, out, stride, gated, rows)
+        else:
+            tiles = 2 if rows <= 16 else 4
+            grid = -(-m.strips // BATCH_STRIPS) * -(-rows // (8 * tiles)), splits
+            shared = WARPS * BATCH_STRIPS * max(BATCH_STAGES * sum(UNIT_BYTES[m.format]), 512 * tiles)
+            self._product(f"batch_{NAMES[m.format]}_{tiles}", grid, m, x, out, stride, gated, rows, shared)
 
     def _wide(
         self, kernel: str, m: CudaMatrix, x: Prepared, out: Address, stride: int, gated: RowsStruct, rows: int, splits: int = 1
@@ -149,7 +162,7 @@ class Program:
         self, kernel: str, grid: tuple[int, ...], m: CudaMatrix, x: Prepared, out: Address, stride: int, gated: RowsStruct, rows: int,
         shared: int = 0,
     ) -> None:  # fmt: skip
-        ahead = () if shared else (AheadStruct(),)
+        ahead = () if self.is_wide else (AheadStruct(),)
         self.step(kernel, grid, 32 * WARPS, self.packing.struct(m), x.struct, out, stride, gated, rows, *ahead, shared=shared)
 
     def products(self, stacked: Stacked, x: Prepared, name: str, rows: int) -> list[Column]:
@@ -257,11 +270,11 @@ class Program:
         rows, width = self.rows, w.gate.outputs
         h = self.prepared(f"{name} {w.down.format}", width, rows, self.formats(w.down))
         if w.gate.format == w.up.format == w.down.format == BF16:
-            m, number = self.packing.gated([w.gate], [w.up], True), _tiles(rows, BF16)
+            m = self.packing.gated([w.gate], [w.up], True)
             if self.is_wide:
                 self._wide("wide_gated_bf16", m, u, NOWHERE, 0, h.struct, rows)
             else:
-                self._product(f"gated_bf16_{number}", (m.strips // 2 * -(-rows // (8 * number)),), m, u, NOWHERE, 0, h.struct, rows)
+                self._few("gated_bf16", m, u, NOWHERE, 0, h.struct, rows)
             return h
         gate, up = self.products(self.packing.stack(w.gate, w.up), u, f"gate up {name}", rows)
         self.swiglu(gate, up, width, rows, h)
@@ -287,24 +300,21 @@ class Program:
         width = experts.gate[0].outputs
         strips, h = experts.gate[0].strips, self.prepared(f"experts {down.format}", width, rows * used, self.formats(down))
         y = device.address(self.buffer("experts down", (rows * used, c.hidden)))
-        starts, order = NOWHERE, NOWHERE
-        if self.is_wide:
+        starts, order, is_grouped = NOWHERE, NOWHERE, self.is_wide or 2 * rows * used >= num_experts
+        if is_grouped:  # many rows: an expert's weights are read once for all that use it
             starts = device.address(self.buffer("starts", (num_experts + 1,), np.int32))
             order = device.address(self.buffer("order", (rows * used,), np.int32))
             self.step("group_rows", (1,), 1024, routes, rows, used, num_experts, starts, order, shared=4 * (num_experts + 1))
 
         def run(kernel: str, of: CudaMatrix, x: Prepared, each: int, out: Address, stride: int, gated: RowsStruct) -> None:
             """One of each expert's matrices, of so many strips; of rows u, or of one row for each expert used."""
-            is_shared = int(x is u)
+            struct, divisor, where = self.packing.struct(of), used if x is u else 1, (starts, order)
             if self.is_wide:
-                self.step(
-                    f"wide_{kernel}", (-(-each // WIDE_STRIPS), num_experts), 32 * WARPS, self.packing.struct(of), x.struct, starts, order,
-                    used if is_shared else 1, each, out, stride, gated, shared=_wide_bytes(of, 64),
-                )  # fmt: skip
+                grid, shared = (-(-each // WIDE_STRIPS), num_experts), _wide_bytes(of, 64)
+                self.step(f"wide_{kernel}", grid, 32 * WARPS, struct, x.struct, *where, divisor, each, out, stride, gated, shared=shared)
             else:
-                grid = each // 2 if "gated" in kernel else each, rows * used
-                struct = self.packing.struct(of)
-                self.step(kernel, grid, 32 * WARPS, struct, x.struct, routes, used, is_shared, out, stride, gated)
+                grid = each // 2 if "gated" in kernel else each, num_experts if is_grouped else rows * used
+                self.step(kernel, grid, 32 * WARPS, struct, x.struct, routes, used, *where, divisor, each, out, stride, gated)
 
         if is_gated:
             run("expert_gated_bf16", m, u, 2 * strips, NOWHERE, 0, h.struct)
@@ -349,7 +359,7 @@ def look_ahead(steps: Sequence[Step]) -> None:
         if not isinstance(ahead, AheadStruct):
             continue
         if weights is not None:
-            size = -(-weights.outputs // STRIP) * weights.units * TILE_BYTES[weights.format]
+            size = -(-weights.outputs // STRIP) * weights.units * UNIT_BYTES[weights.format][0]
             ahead.weights, ahead.bytes = weights.tiles, min(size, READ_ON if size > SMALL else READ_ON // 2)
         ahead.is_spread = int(after is not None and after.kernel == "delta")
         weights = step.arguments[0]
@@ -357,11 +367,6 @@ def look_ahead(steps: Sequence[Step]) -> None:
 
 def _argument(value: Any) -> Any:
     return c_void_p(value) if isinstance(value, Address) else c_int(value) if isinstance(value, int) else value
-
-
-def _tiles(rows: int, number: int) -> int:
-    """Rows, in eights, that a block of a product has; the scales of four eights of Q4_K do not fit into registers."""
-    return 1 if rows <= 8 else 2 if rows <= 16 or number == Q4_K else 4
 
 
 def _wide_bytes(m: CudaMatrix, rows: int) -> int:

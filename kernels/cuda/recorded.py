@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from ...core.begun import Mark
 from ...core.errors import InternalBug
 from ...core.vocabulary import SamplingParams
 from ..backend import F32
@@ -106,7 +107,7 @@ class Recorded:
         self._kernels, self._launch = kernels, cast("Callable[[], None] | None", None)
         self._told, self._wanted = dict[str, npt.NDArray[Any]](), dict[str, npt.NDArray[Any]]()
         self._inputs, self._outputs = list[Copy](), list[Copy]()
-        self._wait = cast("Callable[[], None] | None", None)
+        self.mark = cast("Mark | None", None)  # of its last run
         self._choosers: dict[Filters, Recorded] = {}
 
     def take(self, **fields: tuple[int, Any]) -> None:
@@ -140,7 +141,7 @@ class Recorded:
             self._launch = self._kernels.record(self.program.steps, self._inputs, self._outputs, overlap=overlap)
         self.num_runs += 1
         self._launch()
-        self._wait = self.device.mark()
+        self.mark = self.device.mark()
 
     def read(self, name: str) -> npt.NDArray[Any]:
         self.wait()
@@ -148,9 +149,9 @@ class Recorded:
 
     def wait(self) -> None:
         """Until its last run has been computed."""
-        if self._wait is not None:
-            self._wait()
-            self._wait = None
+        if self.mark is not None:
+            self.mark.wait()
+            self.mark = None
 
     def run(self, spans: Sequence[SpanStruct], tokens: Sequence[int]) -> None:
         """A program of rows; `take` was told of `spans`, `span of` and `tokens`. What is filled up belongs to no sequence."""

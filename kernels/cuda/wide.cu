@@ -234,8 +234,15 @@ extern "C" __global__ void group_rows(const float *routes, int rows, int used, i
     __syncthreads();
     for (int i = threadIdx.x; i < rows * used; i += blockDim.x) atomicAdd(&next[(int)routes[i / used * 2 * used + i % used] + 1], 1);
     __syncthreads();
-    if (threadIdx.x == 0)
-        for (int i = 0; i < experts; i++) next[i + 1] += next[i];
+    if (threadIdx.x < WARP) { /* how many before each: a lane has some of the experts, and what the lanes before it have */
+        int each = (experts + WARP - 1) / WARP, first = min(each * (int)threadIdx.x, experts), last = min(first + each, experts), own = 0, before = 0;
+        for (int i = first; i < last; i++) own += next[i + 1];
+        for (int lane = 0; lane < WARP; lane++) {
+            int count = __shfl_sync(ALL_LANES, own, lane);
+            if (lane < (int)threadIdx.x) before += count;
+        }
+        for (int i = first; i < last; i++) next[i + 1] = before += next[i + 1];
+    }
     __syncthreads();
     for (int i = threadIdx.x; i <= experts; i += blockDim.x) starts[i] = next[i];
     __syncthreads();

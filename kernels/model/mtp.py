@@ -7,11 +7,12 @@ token p + 1. A chained row takes the head's own output of the row before in plac
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 
 import numpy as np
 
+from ...core.begun import Begun
 from ...core.errors import InternalBug
 from ...core.vocabulary import Choosing
 from ..backend import F32, Backend, MatrixMaker
@@ -89,9 +90,9 @@ class HeadBase(ABC):
         """`last`, and what follows it."""
         return draft_by_guesses(self, batch, wanted)
 
-    def draft_after(self, batch: Sequence[Following], choices: Choices) -> Callable[[], list[Drafted]]:
-        """`draft` after what a verify brings. What is returned has the drafts; a device is at work on them by then."""
-        return lambda: self.draft(*following(batch, choices))
+    def draft_after(self, batch: Sequence[Following], choices: Choices) -> Begun[list[Drafted]]:
+        """`draft` after what a verify brings; a device is at work on it when this returns."""
+        return Begun(None, lambda: self.draft(*following(batch, choices)))
 
     def seconds(self, num_rows: int) -> float:
         """About how long drafting so many rows takes."""

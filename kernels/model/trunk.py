@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...core.begun import Mark
 from ..backend import F32, Backend, DeltaInputs, Matrix
 from .inputs import HasRows, Rotary, inputs_of
 from .memory import SequenceMemory
@@ -88,6 +89,8 @@ class TrunkBase(ABC):
 
     weights: ModelWeights
     operations_per_second: float
+    #: Marks what was begun on a device; None where all is done when a call returns.
+    mark: Callable[[], Mark] | None = None
 
     @property
     def num_prepared(self) -> int:

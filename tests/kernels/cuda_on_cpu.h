@@ -272,7 +272,8 @@ template <class T> static void matrix_product(T (&c)[4], const Operands &mine) {
 static inline void multiply(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
     on_cpu::matrix_product<float>(c, {{a0, a1, a2, a3}, {b0, b1}});
 }
-static inline void multiply(int (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
-    c[0] = c[1] = c[2] = c[3] = 0;
-    on_cpu::matrix_product<int>(c, {{a0, a1, a2, a3}, {b0, b1}});
+static inline void multiply_bytes(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+    int sums[4] = {0, 0, 0, 0};
+    on_cpu::matrix_product<int>(sums, {{a0, a1, a2, a3}, {b0, b1}});
+    for (int i = 0; i < 4; i++) c[i] = (float)sums[i];
 }

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from forerun.kernels.cuda.device import FOLDER, SOURCES, Address, Array, Copy, Step, definitions
+from forerun.core.begun import Mark
+from forerun.kernels.cuda.device import FOLDER, SOURCES, Address, Array, Copy, Step, definitions, text_of
 
 HEADER = Path(__file__).with_name("cuda_on_cpu.h")
 OPTIONS = ("-O1", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-fvisibility=hidden", "-w")
@@ -67,8 +68,11 @@ class HostDevice:
     def wait(self) -> None:
         pass
 
-    def mark(self) -> Callable[[], None]:
-        return self.wait
+    def is_done(self) -> bool:
+        return True
+
+    def mark(self) -> Mark:
+        return self
 
     def shared(self, num_bytes: int) -> npt.NDArray[np.uint8]:
         return np.zeros(num_bytes, np.uint8)
@@ -89,10 +93,9 @@ class HostDevice:
 
 
 def _build(source: str, sizes: dict[str, int]) -> Path:
-    text = (FOLDER / f"{source}.cu").read_text()
+    text = text_of(f"{source}.cu")
     defined = definitions(text, sizes)
-    shared = [(FOLDER / "forerun.cuh").read_text(), HEADER.read_text(), *OPTIONS]
-    key = hashlib.blake2b("\n".join([*shared, text, *defined]).encode(), digest_size=16).hexdigest()
+    key = hashlib.blake2b("\n".join([HEADER.read_text(), *OPTIONS, text, *defined]).encode(), digest_size=16).hexdigest()
     library = BUILT / f"{source}-{key}.so"
     if not library.exists():
         unfinished = library.with_suffix(f".{os.getpid()}")

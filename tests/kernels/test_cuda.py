@@ -100,9 +100,9 @@ def test_products_are_those_of_rounded_rows(cuda: CudaBackend, config: Any, kind
 
 @pytest.mark.parametrize("kind", ["BF16", "Q8_0", "Q4_K"])
 def test_a_row_has_the_same_bits_whatever_rows_stand_beside_it(cuda: CudaBackend, config: Any, kind: str) -> None:
-    m, x = cuda.matrix(stored(kind, 24, 512)), np.random.default_rng(2).normal(size=(35, 512)).astype(np.float32)
+    m, x = cuda.matrix(stored(kind, 40, 2560)), np.random.default_rng(2).normal(size=(70, 2560)).astype(np.float32)
     alone_ = np.concatenate([product(cuda, config, m, x[i : i + 1]) for i in range(len(x))])
-    for count in (3, 8, 9, 16, 17, 35):
+    for count in (3, 8, 9, 16, 17, 35, 49, 70):
         np.testing.assert_array_equal(product(cuda, config, m, x[:count]), alone_[:count])
     np.testing.assert_array_equal(product(cuda, config, m, x[20:33]), alone_[20:33])
 

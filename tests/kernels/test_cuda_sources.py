@@ -13,7 +13,7 @@ from itertools import product
 from typing import Any
 
 import pytest
-from forerun.kernels.cuda.device import FOLDER, OPTIONS, SOURCES, definitions, sizes_of
+from forerun.kernels.cuda.device import OPTIONS, SOURCES, definitions, sizes_of, text_of
 from forerun.kernels.model.sizes import PUBLISHED
 
 ARCHITECTURES = (80, 89, 90, 100, 120)
@@ -28,10 +28,9 @@ def nvrtc() -> Any:
 def compile_for(architecture: int, source: str) -> tuple[int, str]:
     """The result of the compiler, and what it says."""
     library, program, size = nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
-    text, header = ((FOLDER / name).read_bytes() for name in (f"{source}.cu", "forerun.cuh"))
-    strings = ctypes.c_char_p * 1
-    library.nvrtcCreateProgram(ctypes.byref(program), text, source.encode(), 1, strings(header), strings(b"forerun.cuh"))
-    sizes = definitions(text.decode(), sizes_of(PUBLISHED["27B"]))
+    text = text_of(f"{source}.cu")
+    library.nvrtcCreateProgram(ctypes.byref(program), text.encode(), source.encode(), 0, None, None)
+    sizes = definitions(text, sizes_of(PUBLISHED["27B"]))
     options = [option.encode() for option in (f"-arch=sm_{architecture}", "--ptxas-options=-v", *OPTIONS, *sizes)]
     code = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
     library.nvrtcGetProgramLogSize(program, ctypes.byref(size))

@@ -75,7 +75,7 @@ def test_drafts_behind_a_verify(weights: ModelWeights, backend: AnyBackend, hows
     for forced in (None, 1, 3):
         choices = verify(memories, drafts, forced)
         following = [Following(memories[i], i, wanted[i]) for i in (0, 1, 3)]
-        found = head.draft_after(following, choices)()
+        found = head.draft_after(following, choices).finish()
         numbers = [num_alike(ahead, chosen) for ahead, chosen in zip(drafts, choices.read(), strict=True)]
         assert [numbers[i] for i in (0, 1, 3)] == [2, 0, forced or 0]
 

@@ -17,6 +17,7 @@ import anyio
 import forerun
 import numpy as np
 from forerun.actors.model import Defaults, LoadedModel
+from forerun.core.begun import Mark
 from forerun.core.speculation import SpeculationOptions
 from forerun.kernels.cuda.device import Copy, Step
 from forerun.kernels.cuda.matrices import CudaBackend
@@ -29,8 +30,35 @@ NUM_TOKENS = 400
 RATES = (0.8, 0.7, 0.6)
 
 
+class IdleMark:
+    def __init__(self, end: float) -> None:
+        self._end = end
+
+    def is_done(self) -> bool:
+        return time.perf_counter() >= self._end
+
+    def wait(self) -> None:
+        time.sleep(max(0.0, self._end - time.perf_counter()))
+
+
+class IdleDevice(HostDevice):
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self._seconds, self._end = seconds, 0.0
+
+    def compile(self, sizes: dict[str, int]) -> Any:
+        return IdleKernels(self)
+
+    def launch(self) -> None:
+        self._end = max(self._end, time.perf_counter()) + self._seconds
+
+    def mark(self) -> Mark:
+        return IdleMark(self._end)
+
+
 class IdleKernels:
-    num_recorded = 0
+    def __init__(self, device: IdleDevice) -> None:
+        self._device, self.num_recorded = device, 0
 
     def run(self, steps: Sequence[Step]) -> None:
         pass
@@ -42,20 +70,7 @@ class IdleKernels:
         for array, bytes_ in outputs:
             if array.dtype == np.float32:  # how sure the head is
                 bytes_.view(np.float32)[:] = RATES[0]
-        return lambda: None
-
-
-class IdleDevice(HostDevice):
-    def __init__(self, seconds: float) -> None:
-        super().__init__()
-        self._seconds, self._end = seconds, 0.0
-
-    def compile(self, sizes: dict[str, int]) -> Any:
-        return IdleKernels()
-
-    def mark(self) -> Callable[[], None]:
-        self._end = end = max(self._end, time.perf_counter()) + self._seconds
-        return lambda: time.sleep(max(0.0, end - time.perf_counter()))
+        return self._device.launch
 
 
 async def measure(model: LoadedModel, spec_type: str, choose: str, at_once: int, temperature: float) -> str:
@@ -86,7 +101,9 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
         folder, backend = make("dense", Path(root) / "dense"), CudaBackend(IdleDevice(args.device_us / 1e6))
-        model = LoadedModel("dense", load(folder, backend), backend, None, Defaults.load(folder))
+        weights = load(folder, backend)
+        backend.operations_per_second = weights.num_parameters / (args.device_us / 1e6)  # as the engine shall expect it
+        model = LoadedModel("dense", weights, backend, None, Defaults.load(folder))
         for at_once in (1, 16):
             for spec_type, choose in (("none", "rate"), ("draft-mtp", "first"), ("draft-mtp", "rate")):
                 for temperature in (0.0, 0.8):

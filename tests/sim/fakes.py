@@ -15,6 +15,7 @@ from typing import Any, cast
 import numpy as np
 from forerun.actors.model import Defaults
 from forerun.actors.tokenizer import Vocabulary
+from forerun.core.begun import Begun, Mark
 from forerun.core.errors import PositionLost
 from forerun.core.protocol import CHUNK, chunk_ends
 from forerun.core.vocabulary import Choosing, SamplingParams
@@ -125,6 +126,9 @@ class FakeMemory(SequenceMemory):
 class FakeTarget:
     num_prepared = 0
 
+    def __init__(self, mark: Callable[[], Mark] | None = None) -> None:
+        self.mark = mark
+
     def verify(self, batch: Sequence[Rows]) -> tuple[F32, F32]:
         new: list[F32] = []
         for rows in batch:
@@ -160,6 +164,9 @@ class FakeHead:
 
     hidden, num_prepared = 2, 0
 
+    def __init__(self, mark: Callable[[], Mark] | None = None) -> None:
+        self._later = mark
+
     def last(self, batch: Sequence[MtpRows]) -> F32:
         out: list[tuple[int, int]] = []
         for rows in batch:
@@ -188,8 +195,11 @@ class FakeHead:
     def draft(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> list[Drafted]:
         return draft_by_guesses(self, batch, wanted)
 
-    def draft_after(self, batch: Sequence[Following], choices: Choices) -> Callable[[], list[Drafted]]:
-        return lambda: self.draft(*following(batch, choices))
+    def draft_after(self, batch: Sequence[Following], choices: Choices) -> Begun[list[Drafted]]:
+        if self._later is None:
+            return Begun(None, lambda: self.draft(*following(batch, choices)))
+        found = self.draft(*following(batch, choices))
+        return Begun(self._later(), lambda: found)
 
     def seconds(self, num_rows: int) -> float:
         return 0.001 * num_rows
@@ -230,12 +240,13 @@ class FakeModel:
     hidden: int = 2
     has_mtp: bool = True
     fingerprint: str = "f" * 64
+    mark: Callable[[], Mark] | None = None  # of a device that computes beside whoever began it
 
     def memory(self) -> FakeMaker:
         return FakeMaker()
 
     def target(self) -> Any:
-        return FakeTarget()
+        return FakeTarget(self.mark)
 
     def draft_head(self) -> Any:
-        return FakeHead()
+        return FakeHead(self.mark)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import anyio
 import numpy as np
 from forerun.actors.engine import EngineParams, run_engine
+from forerun.core.begun import Begun
 from forerun.core.speculation import SpeculationParams, parse_spec_type
 from forerun.kernels.model.drafts import Drafted, Following, MtpRows, Wanted
 from forerun.kernels.model.memory import MemoryParams, SequenceMemory
@@ -52,8 +53,8 @@ class Instant:
     def draft(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> list[Drafted]:
         return [Drafted((0,) * each.limit, (1.0,) * each.limit) for each in wanted]
 
-    def draft_after(self, batch: Sequence[Following], choices: Choices) -> Callable[[], list[Drafted]]:
-        return lambda: self.draft((), [each.wanted for each in batch])
+    def draft_after(self, batch: Sequence[Following], choices: Choices) -> Begun[list[Drafted]]:
+        return Begun(None, lambda: self.draft((), [each.wanted for each in batch]))
 
     def mark(self, rows: Any, num_marked: int, choosing: Any) -> tuple[bool, ...]:
         return (True,) * num_marked

@@ -103,6 +103,7 @@ class Plan:
     close_at: float
     is_cancelled: bool  # at close_at, from outside, and not closed
     latency: float  # seconds of a call to the device, on average
+    is_elsewhere: bool  # the device goes on while whoever asked it does other things
     is_inline: bool  # nothing waits for the device, and actors that have nothing to do are asked at once
     has_raising_observer: bool
 
@@ -183,6 +184,7 @@ def make_plan(rng: random.Random) -> Plan:
         latency=rng.choice([0.002, 0.002, 0.002, 1.0]) if storm is None else 0.002,
         has_raising_observer=rng.random() < 0.2,
         is_inline=rng.random() < 0.3,
+        is_elsewhere=rng.random() < 0.3,
     )
 
 
@@ -231,6 +233,20 @@ class Spoilt(Envelope):
         return Draft(draft.drafter, tokens)
 
 
+@dataclass(frozen=True)
+class SimulatedMark:
+    end: float
+    is_failing: bool
+
+    def is_done(self) -> bool:
+        if self.is_failing:
+            raise DeviceError
+        return anyio.current_time() >= self.end
+
+    def wait(self) -> None:
+        """In place nothing takes time."""
+
+
 @dataclass
 class Simulation:
     """One seed's run. `log` is all that was traced, and equal whenever the seed is."""
@@ -263,17 +279,30 @@ class Simulation:
         """Virtual latency before or after the work, and faults."""
         is_early, fault = self.rng.random() < 0.5, self.rng.random()
         early = work() if is_early else None
-        await anyio.sleep(min(self.rng.expovariate(1 / self.plan.latency), 4.0))  # within every actor's patience
+        await anyio.sleep(self._latency())
         if fault < self.plan.device_errors:
             raise DeviceError
-        if fault > 1 - self.plan.device_hangs and self._num_hangs < MAX_HANGS:
-            self._num_hangs += 1
+        if self._hangs(fault):
             await anyio.sleep(HANG_SECONDS * 3)
         return early if is_early else work()  # type: ignore[return-value]
+
+    def _latency(self) -> float:
+        return min(self.rng.expovariate(1 / self.plan.latency), 4.0)  # within every actor's patience
+
+    def _hangs(self, fault: float) -> bool:
+        is_one = fault > 1 - self.plan.device_hangs and self._num_hangs < MAX_HANGS
+        self._num_hangs += is_one
+        return is_one
+
+    def mark(self) -> SimulatedMark:
+        """Of what a device that goes on elsewhere has begun; what is looked at fails or hangs like what is called."""
+        fault = self.rng.random()
+        return SimulatedMark(math.inf if self._hangs(fault) else anyio.current_time() + self._latency(), fault < self.plan.device_errors)
 
     def instrument(self, actor: Actor) -> None:
         handle = actor.handle
         self._actors[actor.name] = actor
+        actor._watch.look = lambda: anyio.sleep(0.0005)  # pyright: ignore[reportPrivateUsage]  # in virtual time looking takes none
 
         async def faulty(batch: list[Envelope]) -> None:
             for i in range(len(batch)):
@@ -451,10 +480,11 @@ class Simulation:
         if plan.has_raising_observer:
             trace.attach(raising)
         params = replace(plan.params, executor=self, instrument=self.instrument, trace=trace)
+        model = FakeModel(mark=self.mark if plan.is_elsewhere else None)
         try:
             with anyio.fail_after(HANG_SECONDS):
                 with anyio.CancelScope() as scope:
-                    async with run_engine(FakeModel(), params) as self.engine, anyio.create_task_group() as group:
+                    async with run_engine(model, params) as self.engine, anyio.create_task_group() as group:
                         group.start_soon(self._watch, self.engine.trace())
                         for i in range(len(plan.requests)):
                             group.start_soon(self.request, i)

@@ -14,6 +14,7 @@ import pytest
 from anyio.lowlevel import checkpoint
 from forerun.actors.drafting import Drafting
 from forerun.core.actor import Threads
+from forerun.core.begun import Begun
 from forerun.core.errors import InternalBug
 from forerun.core.outbox import CAPACITY, MERGED_TOKENS
 from forerun.kernels.model.mtp import HeadBase
@@ -511,9 +512,9 @@ async def test_a_rounds_tokens_are_with_the_reader_while_the_head_drafts(monkeyp
             while num_read <= before and time.monotonic() < until:
                 time.sleep(0.001)
             in_time.append(num_read > before)
-            return draft()
+            return draft.finish()
 
-        return wait
+        return Begun(None, wait)
 
     monkeypatch.setattr(HeadBase, "draft_after", slow)
     monkeypatch.setattr(Threads, "is_inline", lambda *_: False)  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
