@@ -481,15 +481,22 @@ def test_experts_of_every_type(cuda: CudaBackend, checkpoints: dict[str, Path], 
     own = cuda.matrix(replace(router, raw=router.raw[:num_experts]))
     experts = Experts(matrices[0], matrices[1], matrices[2], used)
     w = MoeWeights(own, experts, DenseWeights(*map(cuda.matrix, shared)), cuda.matrix(gate))
-    for is_wide in (False, True):
-        p = Program(config, cuda.packing, rows, 1, 1, is_wide=is_wide)
+
+    def moe(x: Any, *, is_wide: bool = False) -> Any:
+        p = Program(config, cuda.packing, len(x), 1, 1, is_wide=is_wide)
         cuda.device.put(p.buffer("given", x.shape), x)
-        u = p.prepared("u", hidden, rows, p.formats(w.router, w.shared_gate, w.shared.gate, w.experts.gate[0]))
-        p.step("prepare", (rows,), 64, p.address("given"), NOWHERE, hidden, u.struct, shared=4 * hidden)
+        u = p.prepared("u", hidden, len(x), p.formats(w.router, w.shared_gate, w.shared.gate, w.experts.gate[0]))
+        p.step("prepare", (len(x),), 64, p.address("given"), NOWHERE, hidden, u.struct, shared=4 * hidden)
         p._moe(u, w)  # pyright: ignore[reportPrivateUsage]
+        assert any(step.kernel == "group_rows" for step in p.steps) == (len(x) > 1)  # experts are read once for all rows of several
         cuda.kernels(config).run(p.steps)
-        found = cuda.device.to_host(p.buffers["parts of 1"])[0]
+        return cuda.device.to_host(p.buffers["parts of 1"])[0]
+
+    together = moe(x)
+    for found in (together, moe(x, is_wide=True)):
         assert np.linalg.norm(found - wanted) < 0.03 * np.linalg.norm(wanted)
+    for row in range(3):
+        np.testing.assert_array_equal(moe(x[row : row + 1])[0], together[row])
 
 
 def test_where_chunks_end_leaves_no_trace(cuda: CudaBackend, checkpoints: dict[str, Path]) -> None:
