@@ -16,34 +16,29 @@ for nothing. Where it is not asked at all, it says now and then whether it would
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from ..core.speculation import Draft, DrafterName, num_alike
-from .costs import Costs, usual
+from ..core.speculation import Draft, num_alike
+from .costs import usual
 from .experience import (
     FIRST_PAUSE,
     MEMORY,
     NUM_RUN_CLASSES,
     OTHERS_WORD,
     SHORT_MEMORY,
-    UNSURPRISED,
-    UNTRIED,
     Belief,
     Experience,
-    Surprise,
-    Times,
     beliefs_by_run,
     run_class,
 )
+from .pace import AFTER, Pace
+from .trust import Trust
 
 #: By how much the head must promise more than what is there already, before it is asked.
 HEAD_MARGIN = 1.03
-#: How sure a drafter is, in classes.
-CLASSES = (0.2, 0.4, 0.6, 0.75, 0.9, 0.97)
 #: Rounds between two questions to a head that is not worth it, at last, unless asking would then take more than a share of the time, or
 #: trying. After a right answer that is a surprise it is asked again at once, if being right would make it worth it; where nothing would, it
 #: is asked only to measure it again, so many times more seldom.
@@ -63,9 +58,9 @@ STRETCH, NUM_STRETCHES, TOO_FEW, LEAST_NEEDED = 8, 8, 0.6, 0.2
 FIRST_SILENT = 2
 #: The class of a run of repeated tokens that ends it.
 LONG_RUN = 3
-#: A head that is not worth it is tried for a stretch, if it would be were its rounds so much shorter than they are held to be, at first
-#: and at last, and its tokens so many standard deviations more often right than in other texts: only rounds in a row say both.
-TRIAL_SHARE, SLACK, SPREAD = 0.25, 0.05, 0.2
+#: A head that is not worth it is tried for a stretch, if it would be were its rounds as short as may be hoped, and its tokens so many standard
+#: deviations more often right than in other texts: only rounds in a row say both.
+SPREAD = 0.2
 #: Some rounds of rest are measured, though the head seems to be worth it, where it is not known what they take and what is done besides
 #: verifying is more than a share of it; and again after so many others, or, where the head brings more than so many times as much, after up
 #: to so many times as many, the fewer measurements say so the sooner.
@@ -74,8 +69,8 @@ UNSURE, REST_AGE, CLEARLY, OLD = 0.05, 500, 1.25, 4
 REST_FRESH = 32
 #: Another number of tokens that seems to bring more than such a share of the best one's is tried, after so many measurements of others.
 DOUBT, RARELY = 0.93, 4
-#: Rounds for which one with questions may make others slower, and rounds of rest that are measured together, at most.
-AFTER, NUM_MEASURED = 8, 64
+#: Rounds of rest that are measured together, at most.
+NUM_MEASURED = 64
 #: Rounds for which it is remembered what a head that is always right would bring.
 CEILING_ROUNDS = 8
 #: Drafts in a row that were wrong from the start where most were right: the text has changed its nature, and whoever was not worth it
@@ -83,8 +78,6 @@ CEILING_ROUNDS = 8
 NUM_MISSES = 2
 #: How likely it is to do so, in one round.
 CHANGE = 0.02
-#: Tokens that another sequence in the batch gains by each of its rows, about.
-OTHERS_GAIN = 0.7
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +93,6 @@ class Plan:
     @property
     def tokens(self) -> tuple[int, ...]:
         return tuple(token for part in self.parts for token in part.tokens)
-
-
-#: A drafter, the place in its draft, and how sure it was, in classes.
-Key = tuple[str, int, int]
 
 
 class Asking(Enum):
@@ -123,11 +112,8 @@ class Chooser:
     def __init__(self, experience: Experience, has_look_ups: bool = True, has_head: bool = True, is_drawn: bool = False) -> None:
         self._experience, self._has_head, self._is_drawn = experience, has_head, is_drawn
         self._of_head = experience.head[is_drawn]
-        self._beliefs: dict[Key, Belief] = {}
-        self._surprises: dict[str, Surprise] = {}  # of each drafter, of late
+        self.pace, self._trust = Pace(experience, is_drawn), Trust(experience)
         self._first_guesses = [Belief() for _ in range(64)]  # of the head, by position, however sure it was
-        self._num_other_rows = self._num_others = experience.num_others  # of late, in a batch
-        self._is_company_known = False
         self._pause = round(self._of_head.pause)
         # The round this is, those until which the head is not asked, and need not be thought of, and those from which look-ups are asked,
         # and it is for a sign, or for a trial, should there be hope.
@@ -156,102 +142,18 @@ class Chooser:
 
     # What is expected
 
-    def _seconds(self, num_drafts: int, num_head: int) -> float:
-        """Of a round that verifies so many drafts, of which the head made so many."""
-        verify = self._experience.verify(round(self._num_other_rows) + num_drafts + 1)
-        return verify + (self.drafting(num_head) if num_head else 0.0) + self.overhead(1)
-
-    @property
-    def _has_company(self) -> bool:
-        return self._num_other_rows >= 0.5
-
-    @property
-    def _num_sequences(self) -> int:
-        """In a batch, this one among them."""
-        return 1 + round(self._num_others)
-
-    @property
-    def _times(self) -> Times:
-        return self._experience.times[self._has_company, self._is_drawn]
-
-    @property
-    def drafting(self) -> Costs:
-        """Of so many tokens of the head, in such company as there is."""
-        return self._times.drafting
-
-    @property
-    def overhead(self) -> Costs:
-        """Of a round, besides drafting and verifying."""
-        return self._times.overhead
-
-    @property
-    def _resting(self) -> float:
-        """Seconds of a round in which nobody is asked."""
-        return self._times.resting(1) or self._times.after(1) or self._seconds_together(0, 0)
-
-    @property
-    def _aftermath(self) -> float:
-        """Seconds that rounds take more, together, because there was one with questions before: it has filled the caches with other things
-        (figures in kernels/EXPERIMENTS.md)."""
-        after, resting = self._times.after(1), self._times.resting(1)
-        return AFTER * max(0.0, after - resting) if resting else 0.0
-
     @property
     def _last_pause(self) -> int:
-        asking = (self._times.waking(1) or self.drafting(1)) + self._aftermath
-        return max(LAST_PAUSE, round(asking / (ASKING_SHARE * max(self._resting, 1e-9))))
-
-    def _rate(self, expected: float, seconds: float) -> float:
-        return (expected + OTHERS_GAIN * self._num_other_rows) / seconds if seconds > 0 else expected
-
-    def _steady(self, num_tokens: int) -> float:
-        """Seconds of a round in which the head drafts so many tokens, one of many such rounds."""
-        steady = self._times.steady(num_tokens)
-        return steady * self._resting if steady else self._seconds_together(num_tokens, num_tokens)
-
-    def _hoped(self, num_tokens: int) -> float:
-        """As few as they may be."""
-        return self._steady(num_tokens) * (1 - max(SLACK, TRIAL_SHARE / (1 + self._times.steady.num_measured(num_tokens))))
-
-    def _seconds_together(self, num_drafts: int, num_head: int) -> float:
-        """As `_seconds`, of a round in which all sequences do the same. The head drafts for all of them at once, and what that takes they
-        share: whoever reckons with it alone is never the first."""
-        verify = self._experience.verify(self._num_sequences * (1 + num_drafts))
-        return verify + (self.drafting(num_head) if num_head else 0.0) + self.overhead(1)
-
-    def _rate_together(self, expected: float, num_drafts: int, num_head: int) -> float:
-        """Tokens per second of all, then."""
-        seconds = self._seconds_together(num_drafts, num_head)
-        return self._num_sequences * expected / seconds if seconds > 0 else expected
-
-    @property
-    def _rate_at_rest(self) -> float:
-        """The same in rounds in which nobody is asked."""
-        resting = self._resting
-        return self._num_sequences / resting if resting else 1.0
-
-    def _probabilities(self, draft: Draft, room: int, suffix: str = "") -> list[float]:
-        """How likely each token is right once those before it are."""
-        name, known = draft.drafter + suffix, dict[Key, float]()
-        factor = self._surprises.get(name, UNSURPRISED).factor(self._experience.trust.get(name, UNTRIED).share(1.0))
-        probabilities = list[float]()
-        for key, confidence in _keys(name, draft, room):
-            if (probability := known.get(key)) is None:
-                probability = known[key] = factor * self._probability(key, confidence)
-            probabilities.append(probability)
-        return probabilities
-
-    def _probability(self, key: Key, confidence: float) -> float:
-        before = self._experience.beliefs.get(key, UNTRIED).share(confidence)
-        return self._beliefs.get(key, UNTRIED).share(before)
+        asking = (self.pace.times.waking(1) or self.pace.drafting(1)) + self.pace.aftermath
+        return max(LAST_PAUSE, round(asking / (ASKING_SHARE * max(self.pace.resting, 1e-9))))
 
     def best(self, drafts: Sequence[Draft], num_head: int, room: int) -> Plan:
         """The best beginning of the best draft, of `room` tokens at most, or none. The head has drafted `num_head` tokens already."""
         if not drafts and not num_head:
-            return Plan((), self._rate_at_rest)
-        plan = Plan((), self._rate(1.0, self._seconds(0, num_head)))
+            return Plan((), self.pace.rate_at_rest)
+        plan = Plan((), self.pace.rate(1.0, self.pace.seconds(0, num_head)))
         for draft in drafts:
-            other = self._cut((draft,), self._probabilities(draft, room), num_head, room)
+            other = self._cut((draft,), self._trust.probabilities(draft, room), num_head, room)
             plan = other if other.rate > plan.rate else plan
         return plan
 
@@ -265,15 +167,15 @@ class Chooser:
 
     def extended(self, plan: Plan, tails: Sequence[Draft], num_head: int, room: int) -> Plan:
         """`plan`, or better, with one of the drafts that go on where it ends."""
-        start = self._probabilities(plan.parts[0], room)
+        start = self._trust.probabilities(plan.parts[0], room)
         for tail in tails:
-            longer = self._cut((plan.parts[0], tail), start + self._probabilities(tail, room - len(start), " tail"), num_head, room)
+            longer = self._cut((plan.parts[0], tail), start + self._trust.probabilities(tail, room - len(start), " tail"), num_head, room)
             plan = max(plan, longer, key=lambda each: each.rate)
         return plan
 
     def _cut(self, parts: tuple[Draft, ...], probabilities: list[float], num_head: int, room: int) -> Plan:
-        verify, others = self._experience.verify, round(self._num_other_rows)
-        fixed, gain = self._seconds(0, num_head) - verify(others + 1), OTHERS_GAIN * self._num_other_rows
+        verify, others = self._experience.verify, round(self.pace.num_other_rows)
+        fixed, gain = self.pace.seconds(0, num_head) - verify(others + 1), self.pace.others_gain
         expected, reach, best, length, most, whole = 1.0, 1.0, 0.0, 0, 1.0, 1.0
         tried = probabilities[: max(0, min(room, verify.reach - 1 - others))]
         for i, (probability, taken) in enumerate(zip(tried, verify.curve(others + 2, others + 2 + len(tried)), strict=True), 1):
@@ -334,7 +236,7 @@ class Chooser:
 
     def _learn(self) -> None:
         """What has been seen in the stretch that is over."""
-        times, by_size = self._times, defaultdict[int, list[float]](list)
+        times, by_size = self.pace.times, defaultdict[int, list[float]](list)
         for (head, _), seconds in zip(self._came, self._took, strict=False):
             by_size[len(head.tokens) if head is not None else 0].append(seconds)
         for size, several in by_size.items():
@@ -352,26 +254,19 @@ class Chooser:
             if self.num_rests and (self.num_rests == AFTER or len(self._took) == NUM_MEASURED):
                 self._measure_rest()
         else:
-            verify = self._experience.verify(1 + round(self._num_other_rows))
-            self._times.num_unmeasured += 1
-            self._times.overhead.saw(1, min(seconds - work, verify) if verify else seconds - work)
+            verify = self._experience.verify(1 + round(self.pace.num_other_rows))
+            self.pace.times.num_unmeasured += 1
+            self.pace.times.overhead.saw(1, min(seconds - work, verify) if verify else seconds - work)
 
     def _measure_rest(self) -> None:
         """Rounds of rest are over: the first ones of a row, or some after them."""
-        times, seconds = self._times, usual(self._took)
+        times, seconds = self.pace.times, usual(self._took)
         if self.num_rests <= AFTER:
             times.after.saw(1, seconds)
         elif len(self._took) >= AFTER // 2 and seconds > 0:
             times.resting.saw(1, seconds)
             times.newest_rest, times.num_unmeasured, times.rest_age = seconds, 0, REST_AGE
         self._took.clear()
-
-    def rested(self, num_other_rows: int, num_others: int) -> None:
-        """Beside so many rows of so many others."""
-        newest, self._is_company_known = 0.3 if self._is_company_known else 1.0, True
-        self._num_other_rows += newest * (num_other_rows - self._num_other_rows)
-        self._num_others += newest * (num_others - self._num_others)
-        self._experience.num_others = self._num_others if self._num_others > 0.01 else 0.0
 
     def looks(self) -> bool:
         """Whether to ask those who look up this round, as `rests` has found."""
@@ -388,9 +283,9 @@ class Chooser:
         if seconds is None:
             return
         if not is_steady:
-            self._times.waking.saw(num_tokens, seconds)
-        if is_steady or seconds < self.drafting(num_tokens):  # an accident is not believed until the head is asked twice in a row
-            self.drafting.saw(num_tokens, seconds)
+            self.pace.times.waking.saw(num_tokens, seconds)
+        if is_steady or seconds < self.pace.drafting(num_tokens):  # an accident is not believed until the head is asked twice in a row
+            self.pace.drafting.saw(num_tokens, seconds)
 
     def head_limit(self, plan: Plan, limit: int) -> tuple[int, float]:
         """How many tokens the head should be asked for, when without it `plan` is the best, and the likelihood below which another is not
@@ -398,7 +293,7 @@ class Chooser:
         self._asking = Asking.NOTHING
         if self._round < self._silent_until:
             return 0, 0.0
-        without = max(self._rate_together(plan.expected, len(plan.tokens), 0), self._rate_at_rest)
+        without = max(self.pace.rate_together(plan.expected, len(plan.tokens), 0), self.pace.rate_at_rest)
         ceiling, wanted, floor = self._best_of_head(limit), 0, 0.0
         if ceiling > HEAD_MARGIN * without:
             wanted, floor = self._best_limit(HEAD_MARGIN * without, limit)
@@ -415,7 +310,7 @@ class Chooser:
                 if wanted:
                     self._asking = Asking.TRIAL
                     self._begin_trial(wanted)
-        elif ceiling <= HEAD_MARGIN * self._rate_at_rest:
+        elif ceiling <= HEAD_MARGIN * self.pace.rate_at_rest:
             self._is_hopeful = False
         if not wanted and limit > 0 and self._must_see(without, ceiling):
             self._asking, wanted = Asking.SIGN, 1
@@ -426,15 +321,15 @@ class Chooser:
 
     def _is_rest_unsure(self, num_tokens: int) -> bool:
         """Whether to measure some rounds of rest before the head drafts so many tokens: what it seems to gain may be an error of theirs."""
-        times = self._times
+        times = self.pace.times
         if times.num_unmeasured <= times.rest_age:
             return False
         if times.resting(1):
             *_, (rate, _) = self._rates_of_head(num_tokens)
             is_old = times.num_unmeasured > REST_AGE * min(times.resting.num_measured(1), OLD)
-            is_clear = rate > CLEARLY * self._rate_at_rest and not is_old
+            is_clear = rate > CLEARLY * self.pace.rate_at_rest and not is_old
         else:
-            is_clear = self.overhead(1) <= UNSURE * self._experience.verify(1)
+            is_clear = self.pace.overhead(1) <= UNSURE * self._experience.verify(1)
         if not is_clear:
             times.rest_age = times.num_unmeasured + REST_AGE  # whether they come to be measured or not
         return not is_clear
@@ -442,7 +337,7 @@ class Chooser:
     def _doubtful(self, wanted: int, limit: int) -> int:
         """Another number of tokens that may be as good, and has not been measured for long, where it can be now; 0: none. What seems to be
         worse by an accident would never be tried."""
-        times = self._times
+        times = self.pace.times
         if times.num_unmeasured >= REST_FRESH // 2:
             return 0
         rates = [rate for rate, _ in self._rates_of_head(limit)]
@@ -453,8 +348,8 @@ class Chooser:
     def _begin_trial(self, num_tokens: int) -> None:
         """The more it will have lost, should its rounds take what they are held to take, the later is the next one."""
         *_, (rate, taken) = self._rates_of_head(num_tokens)
-        lost = STRETCH * taken * max(0.0, 1 - rate / self._rate_at_rest) + self._aftermath
-        self._trial_at = self._round + max(LAST_PAUSE, round(lost / (TRYING_SHARE * max(self._resting, 1e-9))))
+        lost = STRETCH * taken * max(0.0, 1 - rate / self.pace.rate_at_rest) + self.pace.aftermath
+        self._trial_at = self._round + max(LAST_PAUSE, round(lost / (TRYING_SHARE * max(self.pace.resting, 1e-9))))
 
     def _best_limit(self, least: float, limit: int, is_hoping: bool = False) -> tuple[int, float]:
         """The number of tokens that promises most, if more than `least` tokens per second, and how likely another must be."""
@@ -463,15 +358,15 @@ class Chooser:
             if rate > best:
                 best, wanted, more = rate, i, taken - before
             before = taken
-        return wanted, best * more / self._num_sequences if wanted > 1 else 0.0
+        return wanted, best * more / self.pace.num_sequences if wanted > 1 else 0.0
 
     def _rates_of_head(self, limit: int, is_hoping: bool = False) -> Iterator[tuple[float, float]]:
         """Tokens per second with so many tokens of the head, and what those rounds take: as it is held to be likely, or as it may be."""
-        expected, reach, num_sequences = 1.0, 1.0, self._num_sequences
+        expected, reach, num_sequences = 1.0, 1.0, self.pace.num_sequences
         for i in range(1, limit + 1):
             reach *= self._first_guess(i - 1, is_hoping)
             expected += reach
-            taken = self._hoped(i) if is_hoping else self._steady(i)
+            taken = self.pace.hoped(i) if is_hoping else self.pace.steady(i)
             yield num_sequences * expected / taken if taken > 0 else expected, taken
 
     def _first_guess(self, i: int, is_hoping: bool = False) -> float:
@@ -494,7 +389,7 @@ class Chooser:
             is_due, self._sign_at = False, self._trial_at
         if not is_due and not self._is_promising:
             return False
-        alone = self._rate_at_rest
+        alone = self.pace.rate_at_rest
         if is_due and ceiling <= HEAD_MARGIN * alone:
             if self._pause >= HOPELESS * self._last_pause:
                 return True
@@ -506,8 +401,8 @@ class Chooser:
         """Tokens per second, were all right that the head can draft."""
         until, former, ceiling = self._ceiling
         if self._round >= until or limit != former:
-            steady = [self._steady(i + 1) for i in range(limit)]
-            ceiling = max((self._num_sequences * (i + 2) / s if s > 0 else i + 2.0 for i, s in enumerate(steady)), default=0.0)
+            steady = [self.pace.steady(i + 1) for i in range(limit)]
+            ceiling = max((self.pace.num_sequences * (i + 2) / s if s > 0 else i + 2.0 for i, s in enumerate(steady)), default=0.0)
             self._ceiling = self._round + (CEILING_ROUNDS if self._experience.verify(1) else 0), limit, ceiling
         return ceiling
 
@@ -521,13 +416,14 @@ class Chooser:
         self._round += 1
         self._of_head.num_unasked += 1
         if num_rows:
-            self.rested(max(0, num_rows - len(plan.tokens) - 1), num_sequences - 1)  # of a plan that is no sense not all was verified
+            num_other_rows = max(0, num_rows - len(plan.tokens) - 1)  # of a plan that is no sense not all was verified
+            self.pace.was_beside(num_other_rows, num_sequences - 1)
             self._experience.verify.saw(num_rows, seconds)
         num_looked_up = _num_looked_up(plan, tokens)
         if self._is_looking:
             saved = float(num_looked_up)
-            if saved and self._resting:
-                saved -= (self._seconds(len(plan.tokens), 0) - self._seconds(0, 0)) / self._resting
+            if saved and self.pace.resting:
+                saved -= (self.pace.seconds(len(plan.tokens), 0) - self.pace.seconds(0, 0)) / self.pace.resting
             self._found[self._run].saw(saved, 2 * MEMORY)
             self._look_at[self._run] = self._round + self._look_pause
         self._compare_all(tokens, drafts, plan)
@@ -554,7 +450,7 @@ class Chooser:
         if is_worth_it:
             if is_typical and plan.parts == tuple(of_head):
                 self._num_left, self._stretch = STRETCH * (NUM_STRETCHES if asking is Asking.DRAFT else 1), self._wanted
-                needed = self._steady(self._wanted[0]) / max(self._resting, 1e-9) - 1  # right ones, a round, to be as good as rest
+                needed = self.pace.steady(self._wanted[0]) / max(self.pace.resting, 1e-9) - 1  # right ones, a round, to be as good as rest
                 needed = max(needed, LEAST_NEEDED)  # what it takes may have been guessed too low
                 self._needed = self._lacking = STRETCH * (1 + TOO_FEW * needed)
             if asking is Asking.DRAFT:
@@ -570,8 +466,8 @@ class Chooser:
     @property
     def _look_pause(self) -> int:
         """Rounds until the next question, when those of late have not been worth what they took."""
-        e, resting = self._experience, self._resting
-        cost = max(e.looking(1), e.verify(1) + self.overhead(1) - resting) + self._aftermath
+        e, resting = self._experience, self.pace.resting
+        cost = max(e.looking(1), e.verify(1) + self.pace.overhead(1) - resting) + self.pace.aftermath
         lost = cost - self._found[self._run].share(e.found[self._run].share(1.0)) * resting
         return round(min(LOOK_PAUSE, lost / (LOOKING_SHARE * resting))) if lost > 0 and resting else 0
 
@@ -588,7 +484,7 @@ class Chooser:
             self._num_unmarked = self._mark_pause
         for is_right in marks:
             self._guessed(0, is_right)
-        if marks and self._best_limit(HEAD_MARGIN * self._rate_at_rest, limit)[0]:
+        if marks and self._best_limit(HEAD_MARGIN * self.pace.rate_at_rest, limit)[0]:
             self._wake_at = self._round
 
     def ended(self) -> None:
@@ -596,9 +492,8 @@ class Chooser:
         for found, before in zip(self._found, self._experience.found, strict=True):
             if found.num_trials:
                 before.saw(found.num_right / found.num_trials)
-        for name, surprise in self._surprises.items():
-            self._experience.trust.setdefault(name, Belief()).saw(surprise.factor(1.0))
-        self._found, self._surprises = beliefs_by_run(), {}  # should it go on, in other memory, that is not counted twice
+        self._trust.ended()
+        self._found = beliefs_by_run()  # should it go on, in other memory, that is not counted twice
         if self._came:
             self._learn()
         self._num_left = self.num_rests = 0
@@ -610,7 +505,7 @@ class Chooser:
             return
         likely = self._first_guess(0)
         for draft in drafts:
-            num_right = self._compare(draft, tokens)
+            num_right = self._trust.compare(draft, tokens)
             for i in range(min(num_right + 1, len(draft.tokens), len(tokens)) if draft.drafter == "draft-mtp" else 0):
                 self._guessed(i, i < num_right)
             if draft.drafter == "draft-mtp" and self._asking is Asking.SIGN:
@@ -621,14 +516,17 @@ class Chooser:
         by_chance = (1 - self._usual) ** NUM_MISSES
         if self._num_misses == NUM_MISSES and by_chance < CHANGE:
             self._pause, self._is_promising, self._has_changed = FIRST_PAUSE, self._has_head, True
-            self._doubt(plan.parts[0].drafter, by_chance / (by_chance + CHANGE))
+            kept = by_chance / (by_chance + CHANGE)
+            self._trust.doubt(plan.parts[0].drafter, kept)
+            for belief in self._first_guesses:  # the head may have become better than it was known to be
+                belief.num_right, belief.num_trials = belief.num_right * kept, belief.num_trials * kept
             self._sign_at = min(self._sign_at, self._round + FIRST_PAUSE) if self._has_head else math.inf
         if plan.tokens:
             self._hits.saw(not is_miss)
             self._has_changed &= is_miss
             self._usual = self._usual if is_miss else self._hits.share(0.5)
         if len(plan.parts) > 1 and tuple(tokens[: len(plan.parts[0].tokens)]) == plan.parts[0].tokens:
-            self._compare(plan.parts[1], tokens[len(plan.parts[0].tokens) :], " tail")
+            self._trust.compare(plan.parts[1], tokens[len(plan.parts[0].tokens) :], " tail")
 
     def _compare_stretch(self, came: list[tuple[Draft, tuple[int, ...]]]) -> None:
         """The same of a stretch's rounds, all at once."""
@@ -640,46 +538,9 @@ class Chooser:
             if reached:
                 self._guessed(i, sum(1 for right in num_right if right > i) / reached, reached)
         for head, tokens in came[::STRETCH]:
-            self._compare(head, tokens)
+            self._trust.compare(head, tokens)
         self._hits.saw(sum(1 for right in num_right if right) / len(came), number=len(came))
         self._usual, self._num_misses, self._has_changed = self._hits.share(0.5), 0, False
-
-    def _doubt(self, drafter: DrafterName, kept: float) -> None:
-        """So much of what was known of a drafter is true still; the head may have become better than it was known to be."""
-        for (name, _, _), belief in self._beliefs.items():
-            if name == drafter:
-                belief.num_right *= kept
-        for belief in self._first_guesses:
-            belief.num_right, belief.num_trials = belief.num_right * kept, belief.num_trials * kept
-
-    def _compare(self, draft: Draft, tokens: Sequence[int], suffix: str = "") -> int:
-        """Returns how many were right."""
-        name = draft.drafter + suffix
-        mine, all_beliefs = self._beliefs, self._experience.beliefs
-        if (surprise := self._surprises.get(name)) is None:
-            surprise = self._surprises[name] = Surprise()
-        num_judged, num_right = min(len(draft.tokens), len(tokens)), num_alike(draft.tokens, tokens)
-        keys, i = _keys(name, draft, min(num_right + 1, num_judged)), 0
-        while i < len(keys):
-            key, confidence = keys[i]
-            is_right, start, i = i < num_right, i, i + 1
-            while i < num_right and keys[i][0] == key:
-                i += 1
-            surprise.saw(is_right, self._probability(key, confidence), i - start)
-            if key not in mine:
-                mine[key] = Belief()
-                all_beliefs.setdefault(key, Belief())
-            mine[key].saw(is_right, number=i - start)
-            all_beliefs[key].saw(is_right, 8 * MEMORY, i - start)
-        return num_right
-
-
-def _keys(name: str, draft: Draft, number: int) -> list[tuple[Key, float]]:
-    """Under which it is known how often each of its first tokens was right, and how sure the drafter is."""
-    number = min(number, len(draft.tokens))
-    sure = draft.confidences[:number] + (0.5,) * (number - len(draft.confidences))  # of a draft that may be anything
-    return [((name, i if i < 2 else 2, bisect_left(CLASSES, confidence)), confidence) for i, confidence in enumerate(sure)]
-
 
 def _num_looked_up(plan: Plan, tokens: Sequence[int]) -> int:
     """How many of the tokens that came had been looked up, and verified."""

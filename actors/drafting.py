@@ -15,9 +15,10 @@ from ..core.protocol import CHUNK
 from ..core.speculation import Draft, DrafterName, DrafterStatistics, SpeculationParams
 from ..core.trace import Flow, Trace
 from ..core.vocabulary import Choosing, Promise, SamplingParams, Verdict
-from .chooser import AFTER, Chooser, Plan
+from .chooser import Chooser, Plan
 from .experience import Experience
 from .lookup.pairs import Pairs
+from .pace import AFTER
 
 R = TypeVar("R")
 
@@ -273,7 +274,7 @@ class Drafting:
             self._drafters[HEAD].num_told = told + self._untold
         if self._is_resting:
             if verdict.num_rows > 1 or self._experience.num_others:
-                self._chooser.rested(verdict.num_rows - 1, verdict.num_sequences - 1)
+                self._chooser.pace.was_beside(verdict.num_rows - 1, verdict.num_sequences - 1)
             if self._chooser.num_rests == AFTER and verdict.is_typical:
                 self._experience.verify.saw(verdict.num_rows, verdict.seconds)
             return
@@ -289,7 +290,7 @@ class Drafting:
             (head,) = self._drafts or (None,)
             self._chooser.went_on(head, tokens, verdict.is_typical and (head is None or head.is_typical))
             if (num_other_rows := max(0, verdict.num_rows - num_drafted - 1)) or self._experience.num_others:
-                self._chooser.rested(num_other_rows, verdict.num_sequences - 1)
+                self._chooser.pace.was_beside(num_other_rows, verdict.num_sequences - 1)
         else:
             seconds = verdict.seconds if verdict.is_typical else 0.0  # is not known
             self._chooser.came(tokens, self._drafts, self._plan, verdict.num_rows, seconds, verdict.num_sequences)

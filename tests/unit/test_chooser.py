@@ -215,7 +215,7 @@ def test_a_head_that_says_nothing_is_not_asked_for_ever() -> None:
         limit, _ = chooser.head_limit(chooser.best([], 0, 40), 3)
         if limit:
             num_asked += 1
-            chooser.drafting.saw(1, 0.05)
+            chooser.pace.drafting.saw(1, 0.05)
         chooser.came([1], [], Plan((), 0.0), 1, 1.0)
     assert num_asked < 60
 
@@ -279,7 +279,7 @@ def test_what_waking_a_head_takes_is_not_what_drafting_does() -> None:
         if is_asked:
             chooser.drafted(1, 9.0 if round_number in (0, 6, 10) else 1.0)
         chooser.came([1], [], Plan((), 0.0), 1, 1.0)
-    assert chooser.drafting(1) == pytest.approx(1.0, rel=0.1)
+    assert chooser.pace.drafting(1) == pytest.approx(1.0, rel=0.1)
 
 
 def test_an_accident_of_a_heads_is_not_believed_for_good() -> None:
@@ -288,13 +288,13 @@ def test_an_accident_of_a_heads_is_not_believed_for_good() -> None:
         if round_number in (0, 1) or round_number % 10 == 5:
             chooser.drafted(1, 900.0 if round_number == 1 else 1.0)
         chooser.came([1], [], Plan((), 0.0), 1, 1.0)
-    assert chooser.drafting(1) < 600  # 900 at first; every question since has been one after a rest
-    before = chooser.drafting(1)
+    assert chooser.pace.drafting(1) < 600  # 900 at first; every question since has been one after a rest
+    before = chooser.pace.drafting(1)
     for _ in range(60):
         chooser.came([1], [], Plan((), 0.0), 1, 1.0)
         chooser.came([1], [], Plan((), 0.0), 1, 1.0)
         chooser.drafted(1, 1.0)
-    assert chooser.drafting(1) < before / 20
+    assert chooser.pace.drafting(1) < before / 20
 
 
 def test_those_who_look_up_are_asked_after_long_runs_where_short_ones_are_not_worth_it() -> None:
@@ -325,9 +325,9 @@ def test_what_the_head_takes_is_shared_by_those_in_a_batch() -> None:
         for _ in range(40):
             for rows in (num_sequences, 2 * num_sequences, 4 * num_sequences):
                 experience.verify.saw(rows, 1 + slope * rows)
-            chooser.rested(num_sequences - 1, num_sequences - 1)
-            chooser.drafting.saw(3, 0.6)
-            chooser.drafting.saw(1, 0.2)
+            chooser.pace.was_beside(num_sequences - 1, num_sequences - 1)
+            chooser.pace.drafting.saw(3, 0.6)
+            chooser.pace.drafting.saw(1, 0.2)
             chooser.took(1.01 + slope * num_sequences, 1 + slope * num_sequences)
         return chooser.head_limit(chooser.best([], 0, 40), 3)[0]
 
@@ -338,8 +338,8 @@ def test_what_the_head_takes_is_shared_by_those_in_a_batch() -> None:
 def test_a_new_sequence_knows_what_company_there_is() -> None:
     experience = Experience()
     for _ in range(20):
-        Chooser(experience).rested(15, 15)
-    costs = Chooser(experience).overhead
+        Chooser(experience).pace.was_beside(15, 15)
+    costs = Chooser(experience).pace.overhead
     assert costs is experience.times[True, False].overhead
 
 
