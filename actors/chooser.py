@@ -542,6 +542,7 @@ class Chooser:
         self._hits.saw(sum(1 for right in num_right if right) / len(came), number=len(came))
         self._usual, self._num_misses, self._has_changed = self._hits.share(0.5), 0, False
 
+
 def _num_looked_up(plan: Plan, tokens: Sequence[int]) -> int:
     """How many of the tokens that came had been looked up, and verified."""
     left, found = list(tokens), 0

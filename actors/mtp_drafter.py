@@ -12,7 +12,7 @@ often than a draw of its own would: coupled noise (figures in kernels/EXPERIMENT
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -43,7 +43,7 @@ class DraftHead(Protocol):
 
     def mark(self, rows: MtpRows, num_marked: int, choosing: Choosing) -> tuple[bool, ...]: ...
 
-    def draft(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> list[Drafted]: ...
+    def begin(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> Begun[list[Drafted]]: ...
 
     def draft_after(self, batch: Sequence[Following], choices: Choices) -> Begun[list[Drafted]]: ...
 
@@ -66,15 +66,16 @@ class HeadDrafts:
         """A draft of `limit` tokens at most, chosen as the target chooses, unless all together are less likely than `floor`."""
         return Wanted(self.how(choosing), limit, floor, self._params.draft_p_min)
 
-    def of(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> list[Draft]:
+    def of(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> Begun[list[Draft]]:
         """Each one's after its rows."""
-        num_prepared = self.head.num_prepared
-        return self._drafts(self.head.draft(batch, wanted), num_prepared)
+        return self._following(lambda: self.head.begin(batch, wanted))
 
     def after(self, batch: Sequence[Following], choices: Choices) -> Begun[list[Draft]]:
         """Each one's after what a verify brings; see HeadBase.draft_after."""
-        num_prepared = self.head.num_prepared
-        begun = self.head.draft_after(batch, choices)
+        return self._following(lambda: self.head.draft_after(batch, choices))
+
+    def _following(self, begin: Callable[[], Begun[list[Drafted]]]) -> Begun[list[Draft]]:
+        num_prepared, begun = self.head.num_prepared, begin()
         return Begun(begun.mark, lambda: self._drafts(begun.finish(), num_prepared))
 
     def _drafts(self, drafted: Sequence[Drafted], num_prepared: int) -> list[Draft]:
@@ -143,7 +144,12 @@ class MtpDrafter(Actor):
                 wanted.append(self._drafts.wanted(message.choosing, message.limit, message.floor))
         if envelopes:
             num_rows = sum(each.limit - 1 + len(rows.tokens) for rows, each in zip(batch_rows, wanted, strict=True))
-            drafts = await self.compute(lambda: self._drafts.of(batch_rows, wanted), self._drafts.head.seconds(num_rows))
+            drafts = await self.follow(
+                lambda: self._drafts.of(batch_rows, wanted),
+                self._drafts.head.seconds(num_rows),
+                num_rows,
+                is_alone=self._pool.num_used <= 1,
+            )
             for envelope, draft in zip(envelopes, drafts, strict=True):
                 envelope.answer(draft)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from ..core.actor import Actor, Executor
@@ -29,6 +30,9 @@ from .mtp_drafter import HeadDrafts
 logger = logging.getLogger("forerun")
 
 R = TypeVar("R")
+
+#: What a copy of a sequence takes at least: its memory comes to the host, after all that a device has been told before.
+FREEZE_SECONDS = 0.01
 #: What is chosen for a sequence's rows, from the logits [R, V] of all, and the log probabilities that are wanted of it.
 Chosen = tuple[tuple[int, ...], tuple[TokenLogprob, ...]]
 #: Drafts behind a verify.
@@ -42,7 +46,7 @@ class Target(Protocol):
     def num_prepared(self) -> int: ...
 
     @property
-    def mark(self) -> Callable[[], Mark] | None:
+    def marker(self) -> Callable[[], Mark] | None:
         """What marks all that was begun on a device; None where all is done when a call returns."""
         ...
 
@@ -73,8 +77,8 @@ class TargetDecoder(Actor):
     def is_quick(self, message: Mail[Any]) -> bool:
         if not isinstance(message, Verify) or self._pool.num_used > 1:
             return False
-        is_inline, num_rows = self._executor.is_inline, len(message.tokens)
-        return is_inline(self._target.seconds(num_rows)) and is_inline(self._drafting_seconds(num_rows, message.next_limit))
+        is_short, num_rows = self._executor.is_inline if self._target.marker is None else self.is_short_elsewhere, len(message.tokens)
+        return is_short(self._target.seconds(num_rows)) and is_short(self._drafting_seconds(num_rows, message.next_limit))
 
     def _drafting_seconds(self, num_rows: int, num_drafts: int) -> float:
         return self._drafts.head.seconds(num_rows + num_drafts) if self._drafts is not None and num_drafts else 0.0
@@ -131,13 +135,13 @@ class TargetDecoder(Actor):
         asks = [Ask(message.choosing, message.position + 1, message.tokens[1:], message.num_right) for message in messages]
         following = self._following(messages, batch)
         # Where logits come to the host, a device would have made the drafts before.
-        is_early = not any(ask.how.needs_host or ask.how.num_logprobs is not None for ask in asks)
+        is_early = not any(map(_needs_host, asks))
 
         def verify() -> Begun[tuple[list[Chosen], LaterDrafts]]:
             logits = self._target.verify(batch)[0]
             choices, mark = Choices(logits, asks), self._mark()
             drafts = self._begin_drafts(following, choices) if is_early else None
-            return Begun(mark, lambda: (_chosen(logits, choices), drafts or self._begin_drafts(following, choices)))
+            return Begun(mark, lambda: (_chosen(logits, choices), drafts or self._begin_drafts(following, choices)), not is_early)
 
         num_rows, clock = sum(len(rows.tokens) for rows in batch), self._trace.clock
         began, num_prepared = clock(), self._target.num_prepared
@@ -196,19 +200,21 @@ class TargetDecoder(Actor):
                 each.memory.num_head_rows = position + len(tokens)
             return [*found]
 
-        return Begun(begun.mark if begun is not None else None, draft)
+        return Begun(_OfDrafts(begun.mark) if begun is not None and begun.mark is not None else None, draft)
 
     async def _prefill(self, envelope: Envelope, message: Prefill, rows: Rows) -> None:
         ask = Ask(message.choosing, message.position + len(message.tokens))
 
         def prefill() -> Begun[Verdict]:
             logits = self._target.prefill(rows, message.is_last)
-            if message.is_kept:
-                rows.memory.keep()
-            if logits is None:
-                return Begun(self._mark(), lambda: Verdict(()))
-            choices = Choices(logits, [ask])
-            return Begun(self._mark(), lambda: Verdict(*_chosen(logits, choices)[0]))
+            choices = Choices(logits, [ask]) if logits is not None else None
+
+            def verdict() -> Verdict:
+                if message.is_kept:
+                    rows.memory.keep()
+                return Verdict(*_chosen(logits, choices)[0]) if logits is not None and choices is not None else Verdict(())
+
+            return Begun(self._mark(), verdict, message.is_kept or _needs_host(ask))
 
         envelope.start()
         seconds, kind = self._target.seconds(len(rows.tokens)), ("prefill", len(rows.tokens))
@@ -219,27 +225,49 @@ class TargetDecoder(Actor):
             memory = self._pool[message.lease]
             memory.check(message.position, 0, is_chunk=False)
             freeze: Begun[None] = Begun(None, lambda: self._target.freeze(memory, message.position))
-            await self._do(lambda: freeze, self._target.seconds(message.position), "freeze", [envelope])
+            await self._do(lambda: freeze, max(self._target.seconds(message.position), FREEZE_SECONDS), "freeze", [envelope])
         except (LeaseLost, PositionLost) as error:
             envelope.fail(error)
         else:
             envelope.answer(None)
 
     def _mark(self) -> Mark | None:
-        return self._target.mark() if self._target.mark is not None else None
+        return self._target.marker() if self._target.marker is not None else None
 
     def _begin(self, work: Callable[[], Begun[R]]) -> Callable[[], Begun[R]]:
         """Begins work where it stands if a device does it; where not, all of it is for the executor."""
-        return work if self._target.mark is not None else lambda: Begun(None, lambda: work().finish())
+        return work if self._target.marker is not None else lambda: Begun(None, lambda: work().finish())
 
     async def _do(self, begin: Callable[[], Begun[R]], seconds: float, kind: Hashable, owed: Sequence[Envelope | Reply[Any]]) -> R:
         """Computes; should this actor die of it, those whose work it was are told so."""
         try:
-            return await self.follow(begin(), seconds, kind)
+            return await self.follow(begin, seconds, kind, is_alone=self._pool.num_used <= 1)
         except Exception:
             for each in owed:
                 each.fail(WorkFailed("the target decoder failed working on this request"))
             raise
+
+
+@dataclass(frozen=True, slots=True)
+class _OfDrafts:
+    """A mark whose failure is that of the drafts, which show it when they are read."""
+
+    mark: Mark
+
+    def is_done(self) -> bool:
+        try:
+            return self.mark.is_done()
+        except Exception:
+            return True
+
+    def wait(self) -> None:
+        with suppress(Exception):
+            self.mark.wait()
+
+
+def _needs_host(ask: Ask) -> bool:
+    """Whether logits come to the host, which has much to do with them."""
+    return ask.how.needs_host or ask.how.num_logprobs is not None
 
 
 def _chosen(logits: F32, choices: Choices) -> list[Chosen]:

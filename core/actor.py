@@ -26,6 +26,9 @@ INLINE_SECONDS = 0.005
 #: millisecond late, and a thread that slept runs Python several times slower at first (measured in kernels/EXPERIMENTS.md).
 LOOK_SECONDS = 0.002
 
+#: What was left behind when an actor's life ended, and all the memory it has: a device that comes to itself may still write there.
+LEFT: list[Begun[Any]] = []
+
 #: More than the actors can use at a time, those included that a stuck device keeps.
 MAX_THREADS = 64
 #: How many times the estimate of its work an actor may take before the watchdog restarts it: estimates are rough, and a
@@ -74,18 +77,23 @@ class Watch:
     while others have their turns, so that this thread is awake when it is done."""
 
     def __init__(self) -> None:
-        self._expected: dict[Hashable, float] = {}
+        self._took: dict[Hashable, tuple[float, float]] = {}  # the last two of a kind, of which one may be an accident
         self.look: Callable[[], Awaitable[None]] = checkpoint  # between two looks
 
     async def __call__(self, mark: Mark, kind: Hashable) -> None:
-        expected, began = self._expected.get(kind), anyio.current_time()
-        await anyio.sleep(max(0.0, (expected or 0.0) - LOOK_SECONDS))
-        is_late = mark.is_done()
+        before, began = self._took.get(kind), anyio.current_time()
+        expected = min(before) if before is not None else 0.0
+        asleep = max(0.0, expected - LOOK_SECONDS)
+        await anyio.sleep(asleep)
+        took, is_late = anyio.current_time() - began, mark.is_done()
+        if is_late and took > asleep + LOOK_SECONDS:
+            return  # this loop was busy, which says nothing of the work
         while not mark.is_done():
-            await (self.look() if expected is not None else anyio.sleep(LOOK_SECONDS))
-        took = anyio.current_time() - began
-        # One that took long for once does not let the next be found late.
-        self._expected[kind] = took if expected is None else expected / 2 if is_late else min(took, expected + LOOK_SECONDS)
+            took = anyio.current_time() - began
+            # The first of a kind, or one that may take for ever, is not worth all of a core.
+            await (self.look() if took < 2 * expected else anyio.sleep(max(LOOK_SECONDS, took / 16)))
+        took = 0.75 * took if is_late else anyio.current_time() - began
+        self._took[kind] = (before[1], took) if before is not None else (took, took)
 
 
 class Actor(ABC):
@@ -168,17 +176,29 @@ class Actor(ABC):
         await checkpoint_if_cancelled()  # an actor that is to end begins nothing that nobody would leave
         return await self._guarded(lambda: self._executor(work, seconds), seconds)
 
-    async def follow(self, begun: Begun[T], seconds: float, kind: Hashable) -> T:
-        """The result of what goes on elsewhere, once it is there; of what has not been begun, `compute`. Work of a `kind` takes as long as
-        the last of it did. Cancelled: as `compute`."""
+    async def follow(self, begin: Callable[[], Begun[T]], seconds: float, kind: Hashable, *, is_alone: bool = True) -> T:
+        """The result of what `begin` lets go on elsewhere, once it is there; if it has begun nothing, `compute`. Work of a `kind` takes as
+        long as the last of it did. `is_alone`: nobody else's is before it. Cancelled: as `compute`."""
+        is_short = is_alone and self.is_short_elsewhere(seconds)
+        if not is_short:
+            await checkpoint_if_cancelled()
+        begun = begin()
         mark = begun.mark
         if mark is None:
             return await self.compute(begun.finish, seconds)
-        if self._executor.is_inline(seconds):
+        if is_short:
             self._timed(mark.wait)
-        else:
+            return begun.finish()
+        try:
             await self._guarded(lambda: self._watch(mark, kind), seconds)
-        return begun.finish()
+        except ActorStuck:
+            LEFT.append(begun)
+            raise
+        return await self.compute(begun.finish, seconds) if begun.is_long else begun.finish()
+
+    def is_short_elsewhere(self, seconds: float) -> bool:
+        """Whether work elsewhere is waited for in place: what takes less than one would look."""
+        return self._executor.is_inline(seconds * INLINE_SECONDS / LOOK_SECONDS)
 
     def _timed(self, work: Callable[[], T]) -> T:
         clock = self.mailbox.clock

@@ -23,7 +23,9 @@ class Mark(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Begun(Generic[T]):
-    """Once all up to `mark` has been done, `finish` has the result at once. Without a mark nothing has been begun: `finish` does it."""
+    """Once all up to `mark` has been done, `finish` has the result: at once, unless it `is_long`. Without a mark nothing has been begun:
+    `finish` does it."""
 
     mark: Mark | None
     finish: Callable[[], T]
+    is_long: bool = False

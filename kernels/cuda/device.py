@@ -167,12 +167,18 @@ PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 DEFAULT_SHARED = 48 * 1024
 
 
+SUCCESS, NOT_READY = 0, 600  # cudaError_t
+
+
 class CudaMark:
-    def __init__(self, event: Any) -> None:
-        self._event = event
+    def __init__(self, event: Any, query: Callable[[int], int]) -> None:
+        self._event, self._query = event, query
 
     def is_done(self) -> bool:
-        return bool(self._event.done)
+        status = self._query(self._event.ptr)
+        if status not in (SUCCESS, NOT_READY):
+            self._event.synchronize()  # which raises the error that there is
+        return status != NOT_READY
 
     def wait(self) -> None:
         self._event.synchronize()
@@ -208,8 +214,9 @@ class CudaDevice:
             return cupy.asarray(values)
 
     def to_host(self, values: Array) -> npt.NDArray[Any]:
-        with self.using():
-            return values.get()
+        with self.using() as cupy:
+            values = cupy.ascontiguousarray(values)
+        return self.fetch(values)()  # others launch while this waits
 
     def put(self, to: Array, values: npt.NDArray[Any] | Array) -> None:
         with self.using() as cupy:
@@ -232,7 +239,7 @@ class CudaDevice:
 
     def mark(self) -> Mark:
         with self.using():
-            return CudaMark(self.stream.record())
+            return CudaMark(self.stream.record(), self.cupy.cuda.runtime.eventQuery)
 
     def shared(self, num_bytes: int) -> npt.NDArray[np.uint8]:
         with self.using() as cupy:
@@ -240,7 +247,7 @@ class CudaDevice:
 
     def fetch(self, values: Array) -> Callable[[], npt.NDArray[Any]]:
         with self.using() as cupy:
-            pinned = cupy.cuda.alloc_pinned_memory(values.nbytes)
+            pinned = cupy.cuda.alloc_pinned_memory(max(1, values.nbytes))
             self.copies.wait_event(self.stream.record())
             values.data.copy_to_host_async(pinned.ptr, values.nbytes, self.copies)
             done = self.copies.record()

@@ -177,7 +177,7 @@ def build_drafts(
 class CudaTrunk(TrunkBase):
     def __init__(self, weights: ModelWeights, backend: CudaBackend) -> None:
         self.weights, self.config, self.operations_per_second = weights, weights.config, backend.operations_per_second
-        self._graphs, self.mark = _Graphs(weights, backend), backend.device.mark
+        self._graphs, self.marker = _Graphs(weights, backend), backend.device.mark
 
     @property
     def num_prepared(self) -> int:
@@ -259,9 +259,6 @@ class CudaHead(HeadBase):
     def num_prepared(self) -> int:
         return self._graphs.kernels.num_recorded
 
-    def seconds(self, num_rows: int) -> float:
-        return super().seconds(1 + num_rows // 16)
-
     def forward(self, batch: Sequence[MtpRows]) -> F32:
         return self._run(batch, "all", list(range(sum(len(rows.tokens) for rows in batch))))
 
@@ -271,9 +268,14 @@ class CudaHead(HeadBase):
     def logits(self, outputs: F32) -> F32:
         return self._graphs.product(self.head, outputs)
 
+    def begin(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> Begun[list[Drafted]]:
+        if any(_needs_host(rows, each) for rows, each in zip(batch, wanted, strict=True)):
+            return super().begin(batch, wanted)
+        return self._begin(batch, wanted)
+
     def draft(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> list[Drafted]:
         """All steps without the host, but for those that have hidden rows or penalties of their own."""
-        needs_host = [each.choosing.needs_host or rows.hidden is not None for rows, each in zip(batch, wanted, strict=True)]
+        needs_host = [_needs_host(rows, each) for rows, each in zip(batch, wanted, strict=True)]
         found = dict[int, Drafted]()
         for is_host, draft in ((False, self._draft), (True, partial(draft_by_guesses, self))):
             some = [i for i, is_one in enumerate(needs_host) if is_one == is_host]
@@ -301,13 +303,16 @@ class CudaHead(HeadBase):
         return Begun(recorded.mark, partial(self._read, recorded, wanted))
 
     def _draft(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> list[Drafted]:
+        return self._begin(batch, wanted).finish()
+
+    def _begin(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> Begun[list[Drafted]]:
         *starts, num_rows = accumulate((len(rows.tokens) for rows in batch), initial=0)
         recorded = self._tell(batch, wanted, starts, num_rows, is_after=False)
         told = recorded.begin()
         told["picked"][: len(batch)] = _ends(batch)
         put_tokens(told["tokens"], self._graphs.tokens(batch))
         recorded.launch()
-        return self._read(recorded, wanted)
+        return Begun(recorded.mark, partial(self._read, recorded, wanted))
 
     def _tell(
         self, batch: Sequence[MtpRows], wanted: Sequence[Wanted], starts: Sequence[int], num_rows: int, *, is_after: bool
@@ -412,6 +417,11 @@ class CudaHead(HeadBase):
         starts = accumulate((len(rows.tokens) for rows in batch), initial=0)
         recorded.run(self._spans(batch, starts), self._graphs.tokens(batch))
         return as_rows(recorded, "out", len(picked), hidden)
+
+
+def _needs_host(rows: MtpRows, wanted: Wanted) -> bool:
+    """Whether drafts are made guess by guess."""
+    return wanted.choosing.needs_host or rows.hidden is not None
 
 
 def _ends(batch: Sequence[MtpRows]) -> list[int]:

@@ -53,8 +53,7 @@ class CudaBackend:
     """The kernels of this folder on one device. Matrices of types without kernels of their own are held as bfloat16."""
 
     name = "cuda"
-    #: Of one row. Fewer than a large device has: what takes it more than two milliseconds is waited for beside other work (actor.py).
-    operations_per_second = 4e11
+    operations_per_second = 1e12
 
     def __init__(self, device: Device) -> None:
         self.device = device

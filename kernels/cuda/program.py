@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from ctypes import c_float, c_int, c_void_p
 from dataclasses import dataclass
-from math import lcm
+from math import lcm, prod
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 
+from ...core.errors import InternalBug
 from ..backend import F32
 from ..model.config import ModelConfig
 from ..model.inputs import frequencies
@@ -76,9 +77,13 @@ class Program:
     # Buffers
 
     def buffer(self, name: str, shape: Sequence[int], dtype: Any = np.float32) -> Array:
+        """The one of that name; InternalBug if it is too small."""
         if name not in self.buffers:
             self.buffers[name] = self.device.zeros(shape, dtype)
-        return self.buffers[name]
+        found = self.buffers[name]
+        if found.nbytes < prod(shape) * np.dtype(dtype).itemsize:
+            raise InternalBug(f"the buffer {name!r} of {tuple(found.shape)} is to be {tuple(shape)}")
+        return found
 
     def address(self, name: str) -> Address:
         return self.device.address(self.buffers[name])
@@ -167,7 +172,8 @@ class Program:
 
     def products(self, stacked: Stacked, x: Prepared, name: str, rows: int) -> list[Column]:
         """Each matrix's columns."""
-        found = [self.product(m, x, f"{name} {i}", rows) for i, m in enumerate(stacked.products)]
+        # Layers may have the same matrices in other types, and so put others together.
+        found = [self.product(m, x, f"{name} {i} of {m.strips} strips", rows) for i, m in enumerate(stacked.products)]
         return [Column(found[i].address + 4 * column, found[i].stride) for i, column in stacked.at]
 
     def into_residual(self, m: CudaMatrix, x: Prepared, rows: int) -> Parts:

@@ -90,6 +90,10 @@ class HeadBase(ABC):
         """`last`, and what follows it."""
         return draft_by_guesses(self, batch, wanted)
 
+    def begin(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> Begun[list[Drafted]]:
+        """`draft`; a device is at work on it when this returns."""
+        return Begun(None, lambda: self.draft(batch, wanted))
+
     def draft_after(self, batch: Sequence[Following], choices: Choices) -> Begun[list[Drafted]]:
         """`draft` after what a verify brings; a device is at work on it when this returns."""
         return Begun(None, lambda: self.draft(*following(batch, choices)))

@@ -90,7 +90,7 @@ class TrunkBase(ABC):
     weights: ModelWeights
     operations_per_second: float
     #: Marks what was begun on a device; None where all is done when a call returns.
-    mark: Callable[[], Mark] | None = None
+    marker: Callable[[], Mark] | None = None
 
     @property
     def num_prepared(self) -> int:

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from forerun.actors.model import Defaults, LoadedModel
 from forerun.core.embeddings import lay_out
+from forerun.core.errors import InternalBug
 from forerun.core.vocabulary import Choosing, History, SamplingParams
 from forerun.kernels.backend import Experts
 from forerun.kernels.backends import make_head, make_memory, make_trunk
-from forerun.kernels.cuda.device import DRAW, NOWHERE, SPAN, SpanStruct
+from forerun.kernels.cuda.device import DRAW, NOWHERE, SPAN, CudaMark, SpanStruct
 from forerun.kernels.cuda.graph import CudaHead, CudaTrunk, build_trunk
 from forerun.kernels.cuda.matrices import BF16, CudaBackend, CudaMatrix
 from forerun.kernels.cuda.memory import CudaSequence, spans_array
@@ -74,6 +75,9 @@ def product(cuda: CudaBackend, config: Any, m: CudaMatrix, x: Any, splits: int =
     cuda.device.put(p.buffer("given", x.shape), x)
     ready = p.prepared("x", x.shape[1], len(x), p.formats(m))
     p.step("prepare", (len(x),), 64, p.address("given"), NOWHERE, x.shape[1], ready.struct, shared=4 * x.shape[1])
+    for name, buffer in p.buffers.items():
+        if name in ("x scales", "x sums", "x halves"):  # rows that fill up a block of rows are nobody's
+            cuda.device.put(buffer[len(x) :], np.full(buffer[len(x) :].shape, 0x7FC0 if name == "x halves" else np.nan, buffer.dtype))
     p.product(m, ready, "y", len(x), splits=splits)
     cuda.kernels(config).run(p.steps)
     return cuda.device.to_host(p.buffers["y"]).sum(0)[:, : m.outputs]
@@ -322,6 +326,40 @@ def test_weights_made_on_the_device_make_a_model(cuda: CudaBackend, checkpoints:
     assert 0.5 < np.sqrt(np.square(np.asarray(hidden)).mean()) < 2
     assert len(np.unique(np.asarray(logits).argmax(1))) > 1
     assert np.isfinite(np.asarray(make_head(weights, backend).last([MtpRows(memory, 1, (2, 3), None)]))).all()
+
+
+def test_what_a_failed_device_has_begun_says_so() -> None:
+    class Failed:
+        ptr = 7
+
+        def synchronize(self) -> None:
+            raise OSError("an illegal memory access")
+
+    assert [CudaMark(Failed(), lambda ptr, status=status: status).is_done() for status in (0, 600)] == [True, False]
+    with pytest.raises(OSError, match="illegal"):
+        CudaMark(Failed(), lambda ptr: 700).is_done()
+
+
+def test_layers_with_the_same_matrices_in_other_types_have_room_of_their_own(cuda: CudaBackend, config: Any) -> None:
+    """As in files of mixed types, where the values of some layers are finer than those of others."""
+    x = np.random.default_rng(3).normal(size=(16, 256)).astype(np.float32)
+    p = Program(config, cuda.packing, len(x), 1, 1)
+    cuda.device.put(p.buffer("given", x.shape), x)
+    found, wanted = list[Any](), list[Any]()
+    for kinds in (("Q4_K", "Q4_K", "BF16"), ("Q4_K", "Q4_K", "Q4_K")):
+        matrices = [cuda.matrix(stored(kind, 32, 256)) for kind in kinds]
+        ready = p.prepared(f"x {kinds}", 256, len(x), p.formats(*matrices))
+        p.step("prepare", (len(x),), 64, p.address("given"), NOWHERE, 256, ready.struct, shared=4 * 256)
+        found.append(p.products(cuda.packing.stack(*matrices), ready, "attention", len(x)))
+        wanted.append([product(cuda, config, m, x) for m in map(cuda.matrix, (stored(kind, 32, 256) for kind in kinds))])
+    cuda.kernels(config).run(p.steps)
+    for columns, each in zip(found, wanted, strict=True):
+        for column, values in zip(columns, each, strict=True):
+            buffer = next(b for b in p.buffers.values() if 0 <= column.address - cuda.device.address(b) < b.nbytes)
+            start = (column.address - cuda.device.address(buffer)) // 4
+            np.testing.assert_array_equal(cuda.device.to_host(buffer).reshape(-1, column.stride)[:, start : start + 32], values)
+    with pytest.raises(InternalBug, match="attention"):
+        p.buffer(next(name for name in p.buffers if name.startswith("attention")), (17, 4096))
 
 
 def test_a_product_knows_what_follows_it(cuda: CudaBackend, checkpoints: dict[str, Path]) -> None:

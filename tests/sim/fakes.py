@@ -126,8 +126,8 @@ class FakeMemory(SequenceMemory):
 class FakeTarget:
     num_prepared = 0
 
-    def __init__(self, mark: Callable[[], Mark] | None = None) -> None:
-        self.mark = mark
+    def __init__(self, marker: Callable[[], Mark] | None = None) -> None:
+        self.marker = marker
 
     def verify(self, batch: Sequence[Rows]) -> tuple[F32, F32]:
         new: list[F32] = []
@@ -164,8 +164,8 @@ class FakeHead:
 
     hidden, num_prepared = 2, 0
 
-    def __init__(self, mark: Callable[[], Mark] | None = None) -> None:
-        self._later = mark
+    def __init__(self, marker: Callable[[], Mark] | None = None) -> None:
+        self._marker = marker
 
     def last(self, batch: Sequence[MtpRows]) -> F32:
         out: list[tuple[int, int]] = []
@@ -195,11 +195,17 @@ class FakeHead:
     def draft(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> list[Drafted]:
         return draft_by_guesses(self, batch, wanted)
 
+    def begin(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> Begun[list[Drafted]]:
+        return self._begun(lambda: self.draft(batch, wanted))
+
     def draft_after(self, batch: Sequence[Following], choices: Choices) -> Begun[list[Drafted]]:
-        if self._later is None:
-            return Begun(None, lambda: self.draft(*following(batch, choices)))
-        found = self.draft(*following(batch, choices))
-        return Begun(self._later(), lambda: found)
+        return self._begun(lambda: self.draft(*following(batch, choices)))
+
+    def _begun(self, draft: Callable[[], list[Drafted]]) -> Begun[list[Drafted]]:
+        if self._marker is None:
+            return Begun(None, draft)
+        found = draft()
+        return Begun(self._marker(), lambda: found)
 
     def seconds(self, num_rows: int) -> float:
         return 0.001 * num_rows
@@ -240,13 +246,13 @@ class FakeModel:
     hidden: int = 2
     has_mtp: bool = True
     fingerprint: str = "f" * 64
-    mark: Callable[[], Mark] | None = None  # of a device that computes beside whoever began it
+    marker: Callable[[], Mark] | None = None  # of a device that computes beside whoever began it
 
     def memory(self) -> FakeMaker:
         return FakeMaker()
 
     def target(self) -> Any:
-        return FakeTarget(self.mark)
+        return FakeTarget(self.marker)
 
     def draft_head(self) -> Any:
-        return FakeHead(self.mark)
+        return FakeHead(self.marker)

@@ -42,7 +42,7 @@ class InstantMemory(SequenceMemory):
 class Instant:
     """Target and draft head in one: token 0 for ever, so that every draft is right."""
 
-    hidden, num_prepared = 1, 0
+    hidden, num_prepared, marker = 1, 0, None
 
     def verify(self, batch: Sequence[Any]) -> Any:
         return ZEROS[: sum(len(rows.tokens) for rows in batch)], None
@@ -50,11 +50,11 @@ class Instant:
     def prefill(self, rows: Any, is_last: bool) -> Any:
         return ZEROS[:1] if is_last else None
 
-    def draft(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> list[Drafted]:
-        return [Drafted((0,) * each.limit, (1.0,) * each.limit) for each in wanted]
+    def begin(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> Begun[list[Drafted]]:
+        return Begun(None, lambda: [Drafted((0,) * each.limit, (1.0,) * each.limit) for each in wanted])
 
     def draft_after(self, batch: Sequence[Following], choices: Choices) -> Begun[list[Drafted]]:
-        return Begun(None, lambda: self.draft((), [each.wanted for each in batch]))
+        return self.begin((), [each.wanted for each in batch])
 
     def mark(self, rows: Any, num_marked: int, choosing: Any) -> tuple[bool, ...]:
         return (True,) * num_marked

@@ -245,6 +245,8 @@ class SimulatedMark:
 
     def wait(self) -> None:
         """In place nothing takes time."""
+        if self.is_failing:
+            raise DeviceError
 
 
 @dataclass
@@ -302,7 +304,7 @@ class Simulation:
     def instrument(self, actor: Actor) -> None:
         handle = actor.handle
         self._actors[actor.name] = actor
-        actor._watch.look = lambda: anyio.sleep(0.0005)  # pyright: ignore[reportPrivateUsage]  # in virtual time looking takes none
+        actor._watch.look = lambda: anyio.sleep(self.plan.latency / 2)  # pyright: ignore[reportPrivateUsage]  # in virtual time looking takes none
 
         async def faulty(batch: list[Envelope]) -> None:
             for i in range(len(batch)):
@@ -480,7 +482,7 @@ class Simulation:
         if plan.has_raising_observer:
             trace.attach(raising)
         params = replace(plan.params, executor=self, instrument=self.instrument, trace=trace)
-        model = FakeModel(mark=self.mark if plan.is_elsewhere else None)
+        model = FakeModel(marker=self.mark if plan.is_elsewhere else None)
         try:
             with anyio.fail_after(HANG_SECONDS):
                 with anyio.CancelScope() as scope:

@@ -7,9 +7,10 @@ import random
 from collections.abc import Callable
 
 import pytest
-from forerun.actors.chooser import AFTER, LOOK_PAUSE, STRETCH, Chooser, Plan
+from forerun.actors.chooser import LOOK_PAUSE, STRETCH, Chooser, Plan
 from forerun.actors.costs import Costs
 from forerun.actors.experience import Experience
+from forerun.actors.pace import AFTER
 from forerun.core.speculation import Draft, DrafterName
 
 Right = Callable[[int, int], float]  # (round, position in the draft) -> probability

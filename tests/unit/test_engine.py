@@ -528,14 +528,30 @@ async def test_a_rounds_tokens_are_with_the_reader_while_the_head_drafts(monkeyp
     assert all(in_time)
 
 
-async def test_a_head_that_fails_behind_a_verify_costs_nothing_but_that_way(caplog: pytest.LogCaptureFixture) -> None:
+class FailedMark:
+    """Of a device that has failed since."""
+
+    def is_done(self) -> bool:
+        raise ArithmeticError("of a test")
+
+    def wait(self) -> None:
+        raise ArithmeticError("of a test")
+
+
+@pytest.mark.parametrize("is_inline", [True, False])
+@pytest.mark.parametrize("has_begun", [False, True])
+async def test_a_head_that_fails_behind_a_verify_costs_nothing_but_that_way(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, has_begun: bool, is_inline: bool
+) -> None:
+    monkeypatch.setattr(Threads, "is_inline", lambda *_: is_inline)  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
     model = forerun.load_model("demo")
     async with forerun.open_engine(model, spec_type="draft-mtp", choose="first") as engine:
         expected = await engine.complete("def add(a, b):", max_tokens=60, ignore_eos=True)
     with pytest.MonkeyPatch.context() as patch:
 
         def fail(*_: Any) -> Any:
-            raise ArithmeticError("of a test")
+            mark = FailedMark()
+            return Begun(mark, mark.wait) if has_begun else mark.wait()
 
         patch.setattr(HeadBase, "draft_after", fail)
         async with forerun.open_engine(model, spec_type="draft-mtp", choose="first") as engine:
