@@ -77,7 +77,8 @@ def product(cuda: CudaBackend, config: Any, m: CudaMatrix, x: Any, splits: int =
     p.step("prepare", (len(x),), 64, p.address("given"), NOWHERE, x.shape[1], ready.struct, shared=4 * x.shape[1])
     for name, buffer in p.buffers.items():
         if name in ("x scales", "x sums", "x halves"):  # rows that fill up a block of rows are nobody's
-            cuda.device.put(buffer[len(x) :], np.full(buffer[len(x) :].shape, 0x7FC0 if name == "x halves" else np.nan, buffer.dtype))
+            rest: Any = buffer[len(x) :]
+            cuda.device.put(rest, np.full(rest.shape, 0x7FC0 if name == "x halves" else np.nan, rest.dtype))
     p.product(m, ready, "y", len(x), splits=splits)
     cuda.kernels(config).run(p.steps)
     return cuda.device.to_host(p.buffers["y"]).sum(0)[:, : m.outputs]
