@@ -58,8 +58,8 @@ STRETCH, NUM_STRETCHES, TOO_FEW, LEAST_NEEDED = 8, 8, 0.6, 0.2
 FIRST_SILENT = 2
 #: The class of a run of repeated tokens that ends it.
 LONG_RUN = 3
-#: A head that is not worth it is tried for a stretch, if it would be were its rounds as short as may be hoped, and its tokens so many standard
-#: deviations more often right than in other texts: only rounds in a row say both.
+#: A head that is not worth it is tried for a stretch, if it would be were its rounds as short as may be hoped, and its tokens so many
+#: standard deviations more often right than in other texts: only rounds in a row say both.
 SPREAD = 0.2
 #: Some rounds of rest are measured, though the head seems to be worth it, where it is not known what they take and what is done besides
 #: verifying is more than a share of it; and again after so many others, or, where the head brings more than so many times as much, after up

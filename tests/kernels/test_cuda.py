@@ -75,10 +75,10 @@ def product(cuda: CudaBackend, config: Any, m: CudaMatrix, x: Any, splits: int =
     cuda.device.put(p.buffer("given", x.shape), x)
     ready = p.prepared("x", x.shape[1], len(x), p.formats(m))
     p.step("prepare", (len(x),), 64, p.address("given"), NOWHERE, x.shape[1], ready.struct, shared=4 * x.shape[1])
-    for name, buffer in p.buffers.items():
-        if name in ("x scales", "x sums", "x halves"):  # rows that fill up a block of rows are nobody's
-            rest: Any = buffer[len(x) :]
-            cuda.device.put(rest, np.full(rest.shape, 0x7FC0 if name == "x halves" else np.nan, rest.dtype))
+    for name, nobody in (("x scales", np.nan), ("x sums", np.nan), ("x halves", 0x7FC0)):
+        buffer: Any = p.buffers.get(name, np.zeros(0))
+        if len(buffer) > len(x):  # rows that fill up a block of rows are nobody's
+            cuda.device.put(buffer[len(x) :], np.full((len(buffer) - len(x), *buffer.shape[1:]), nobody, buffer.dtype))
     p.product(m, ready, "y", len(x), splits=splits)
     cuda.kernels(config).run(p.steps)
     return cuda.device.to_host(p.buffers["y"]).sum(0)[:, : m.outputs]

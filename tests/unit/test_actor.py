@@ -63,7 +63,7 @@ def test_it_sleeps_for_what_the_last_took_and_looks_when_the_end_is_near() -> No
         ]:
             end = anyio.current_time() + seconds
             mark = Until(end)
-            assert await nobody.follow(lambda: Begun(mark, lambda: 7), 1.0, "work") == 7
+            assert await nobody.follow(lambda mark=mark: Begun(mark, lambda: 7), 1.0, "work") == 7
             assert end <= anyio.current_time() <= end + late
             assert mark.num_looks <= most
 
