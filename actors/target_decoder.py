@@ -145,7 +145,7 @@ class TargetDecoder(Actor):
 
         num_rows, clock = sum(len(rows.tokens) for rows in batch), self._trace.clock
         began, num_prepared = clock(), self._target.num_prepared
-        chosen, draft = await self._do(self._begin(verify), self._target.seconds(num_rows), ("verify", num_rows), envelopes)
+        chosen, draft = await self._do(verify, self._target.seconds(num_rows), ("verify", num_rows), envelopes)
         said = num_rows, (clock() - began) / 1e9, len(batch), self._target.num_prepared == num_prepared
         coming: dict[int, Reply[Draft | None]] = {each.index: envelopes[each.index].promise() for each in following}
         for i, envelope in enumerate(envelopes):
@@ -218,7 +218,7 @@ class TargetDecoder(Actor):
 
         envelope.start()
         seconds, kind = self._target.seconds(len(rows.tokens)), ("prefill", len(rows.tokens))
-        envelope.answer(await self._do(self._begin(prefill), seconds, kind, [envelope]))
+        envelope.answer(await self._do(prefill, seconds, kind, [envelope]))
 
     async def _freeze(self, envelope: Envelope, message: Freeze) -> None:
         try:
@@ -234,13 +234,11 @@ class TargetDecoder(Actor):
     def _mark(self) -> Mark | None:
         return self._target.marker() if self._target.marker is not None else None
 
-    def _begin(self, work: Callable[[], Begun[R]]) -> Callable[[], Begun[R]]:
-        """Begins work where it stands if a device does it; where not, all of it is for the executor."""
-        return work if self._target.marker is not None else lambda: Begun(None, lambda: work().finish())
-
     async def _do(self, begin: Callable[[], Begun[R]], seconds: float, kind: Hashable, owed: Sequence[Envelope | Reply[Any]]) -> R:
-        """Computes; should this actor die of it, those whose work it was are told so."""
+        """Computes, all of it at the executor where no device does it; should this actor die of it, those whose work it was are told so."""
         try:
+            if self._target.marker is None:
+                return await self.compute(lambda: begin().finish(), seconds)
             return await self.follow(begin, seconds, kind, is_alone=self._pool.num_used <= 1)
         except Exception:
             for each in owed:

@@ -30,7 +30,7 @@ NUM_TOKENS = 2000
 class InstantMemory(SequenceMemory):
     def __init__(self, table: list[int]) -> None:
         self.hidden: Any = self
-        self.table, self.checkpoints = table, []
+        self.table, self.checkpoints, self.first = table, [], 0
 
     def check(self, position: int, num_rows: int, *, is_chunk: bool) -> None:
         pass

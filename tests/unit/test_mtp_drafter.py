@@ -30,6 +30,7 @@ class Recorder(FakeHead):
     """Remembers the first position and the number of rows it was given."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.seen = list[tuple[int, int]]()
 
     def last(self, batch: Sequence[MtpRows]) -> F32:
