@@ -215,8 +215,8 @@ class CudaDevice:
 
     def to_host(self, values: Array) -> npt.NDArray[Any]:
         with self.using() as cupy:
-            values = cupy.ascontiguousarray(values)
-        return self.fetch(values)()  # others launch while this waits
+            copied = self._copy(cupy.ascontiguousarray(values), self.stream)
+        return copied()  # others may launch while this waits; what they launch comes after the copy
 
     def put(self, to: Array, values: npt.NDArray[Any] | Array) -> None:
         with self.using() as cupy:
@@ -247,10 +247,14 @@ class CudaDevice:
 
     def fetch(self, values: Array) -> Callable[[], npt.NDArray[Any]]:
         with self.using() as cupy:
-            pinned = cupy.cuda.alloc_pinned_memory(max(1, values.nbytes))
+            values = cupy.ascontiguousarray(values)
             self.copies.wait_event(self.stream.record())
-            values.data.copy_to_host_async(pinned.ptr, values.nbytes, self.copies)
-            done = self.copies.record()
+            return self._copy(values, self.copies)
+
+    def _copy(self, values: Array, stream: Any) -> Callable[[], npt.NDArray[Any]]:
+        pinned = self.cupy.cuda.alloc_pinned_memory(max(1, values.nbytes))
+        values.data.copy_to_host_async(pinned.ptr, values.nbytes, stream)
+        done = stream.record()
 
         def wait() -> npt.NDArray[Any]:
             done.synchronize()
