@@ -108,7 +108,7 @@ class MtpDrafter(Actor):
         num_behind = len(tokens) + len(self._behind.get(message.lease, ()))
         if isinstance(message, Commit) or num_behind >= CHUNK:
             return num_behind < CHUNK
-        return self._pool.num_used == 1 and self._executor.is_inline(self._drafts.head.seconds(num_behind + message.limit))
+        return self._pool.num_used == 1 and self.is_short(self._drafts.head.seconds(num_behind + message.limit))
 
     async def handle(self, batch: list[Envelope]) -> None:
         proposals: list[tuple[Envelope, Propose]] = []

@@ -77,8 +77,8 @@ class TargetDecoder(Actor):
     def is_quick(self, message: Mail[Any]) -> bool:
         if not isinstance(message, Verify) or self._pool.num_used > 1:
             return False
-        is_short, num_rows = self._executor.is_inline if self._target.marker is None else self.is_short_elsewhere, len(message.tokens)
-        return is_short(self._target.seconds(num_rows)) and is_short(self._drafting_seconds(num_rows, message.next_limit))
+        num_rows = len(message.tokens)
+        return self.is_short(self._target.seconds(num_rows)) and self.is_short(self._drafting_seconds(num_rows, message.next_limit))
 
     def _drafting_seconds(self, num_rows: int, num_drafts: int) -> float:
         return self._drafts.head.seconds(num_rows + num_drafts) if self._drafts is not None and num_drafts else 0.0

@@ -179,7 +179,7 @@ class Actor(ABC):
     async def follow(self, begin: Callable[[], Begun[T]], seconds: float, kind: Hashable, *, is_alone: bool = True) -> T:
         """The result of what `begin` lets go on elsewhere, once it is there; if it has begun nothing, `compute`. Work of a `kind` takes as
         long as the last of it did. `is_alone`: nobody else's is before it. Cancelled: as `compute`."""
-        is_short = is_alone and self.is_short_elsewhere(seconds)
+        is_short = is_alone and self.is_short(seconds)
         if not is_short:
             await checkpoint_if_cancelled()
         begun = begin()
@@ -196,8 +196,8 @@ class Actor(ABC):
             raise
         return await self.compute(begun.finish, seconds) if begun.is_long else begun.finish()
 
-    def is_short_elsewhere(self, seconds: float) -> bool:
-        """Whether work elsewhere is waited for in place: what takes less than one would look."""
+    def is_short(self, seconds: float) -> bool:
+        """Whether work is waited for in place wherever it is done: elsewhere too, what takes less than one would look."""
         return self._executor.is_inline(seconds * INLINE_SECONDS / LOOK_SECONDS)
 
     def _timed(self, work: Callable[[], T]) -> T:

@@ -104,7 +104,7 @@ class Plan:
     is_cancelled: bool  # at close_at, from outside, and not closed
     latency: float  # seconds of a call to the device, on average
     is_elsewhere: bool  # the device goes on while whoever asked it does other things
-    is_inline: bool  # nothing waits for the device, and actors that have nothing to do are asked at once
+    inline_seconds: float  # up to so many nothing waits for the device, and actors that have nothing to do are asked at once
     has_raising_observer: bool
 
     @property
@@ -183,7 +183,7 @@ def make_plan(rng: random.Random) -> Plan:
         # With a slow device a storm of deaths never exceeds what a minute allows, nor does anything get done.
         latency=rng.choice([0.002, 0.002, 0.002, 1.0]) if storm is None else 0.002,
         has_raising_observer=rng.random() < 0.2,
-        is_inline=rng.random() < 0.3,
+        inline_seconds=math.inf if (kind := rng.random()) < 0.3 else 0.008 if kind < 0.5 else -1.0,
         is_elsewhere=random.Random(rng.getstate()[1][0]).random() < 0.3,  # draws nothing: what else a seed decides stays
     )
 
@@ -275,7 +275,7 @@ class Simulation:
     # How the seed gets in
 
     def is_inline(self, seconds: float) -> bool:
-        return self.plan.is_inline
+        return seconds <= self.plan.inline_seconds
 
     async def __call__(self, work: Callable[[], T], seconds: float) -> T:
         """Virtual latency before or after the work, and faults."""
