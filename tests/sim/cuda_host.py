@@ -38,7 +38,8 @@ class IdleMark:
         return time.perf_counter() >= self._end
 
     def wait(self) -> None:
-        time.sleep(max(0.0, self._end - time.perf_counter()))
+        if (left := self._end - time.perf_counter()) > 0:
+            time.sleep(left)
 
 
 class IdleDevice(HostDevice):
