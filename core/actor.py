@@ -210,6 +210,7 @@ class Actor(ABC):
                 self.mailbox.computed_ns += clock() - began
 
     async def _guarded(self, wait: Callable[[], Awaitable[T]], seconds: float) -> T:
+        """Waits, whoever cancels, until `leave_work`: ActorStuck."""
         clock = self.mailbox.clock
         began = clock() if clock is not None else 0
         self.num_steps += 1

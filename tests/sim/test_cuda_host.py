@@ -1,4 +1,4 @@
-"""The engine where a device is at work for a while, of every length: what is waited for in place, what is looked at, and what is neither."""
+"""The engine where a device is at work for a while, of every length: what is waited for in place, what is looked at, what is neither."""
 
 from __future__ import annotations
 
