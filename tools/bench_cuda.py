@@ -305,8 +305,8 @@ def bench_cuda(write: Callable[[str], object], sizes: Sequence[str]) -> None:
     write(f"copy: {bench.bandwidth / 1e12:.2f} TB/s; product: {bench.rate / 1e12:.0f} TFLOP/s\n")
     write("| | us | limit, us | of the limit | |\n|---|---|---|---|---|\n")
     parts: list[Callable[[], None]] = [
-        lambda: bench.products(17408, 5120, (1, 4, 8, 16, 32)),
-        lambda: bench.products(5120, 17408, (1, 4)),
+        lambda: bench.products(17408, 5120, (1, 4, 8, 16, 32, 64)),
+        lambda: bench.products(5120, 17408, (1, 4, 16, 64)),
         lambda: bench.delta(1, (1, 2, 4, 8), False),
         lambda: bench.delta(1, (4,), True),
         lambda: bench.delta(64, (1, 4), True),
