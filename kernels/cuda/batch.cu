@@ -80,12 +80,7 @@ __device__ __forceinline__ void batch(const Matrix &m, const Rows &x, Place at, 
     const int share = threadIdx.x / WARP;
     uint4 *own = shared + share * STAGES * STRIPS * U::PIECES;
     float sums[STRIPS][TILES][4];
-#pragma unroll
-    for (int s = 0; s < STRIPS; s++)
-#pragma unroll
-        for (int t = 0; t < TILES; t++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) sums[s][t][i] = 0;
+    clear(sums);
     set_share(at, m, share, blockIdx.y, gridDim.y);
     for (int i = 0; i < STAGES; i++) fetch<FORMAT>(own + i * STRIPS * U::PIECES, m, at, at.from + i);
     begin(ahead);
@@ -111,8 +106,7 @@ __device__ __forceinline__ void batch(const Matrix &m, const Rows &x, Place at, 
         __syncwarp();
         fetch<FORMAT>(stage, m, at, unit + STAGES);
     }
-    if (ahead.is_spread) let_next_begin();
-    if (ahead.bytes) read_on(ahead);
+    read_on(ahead);
     wait_for_copies<0>();
     __syncthreads();
     leave<STRIPS, TILES>(sums, (float4 *)shared);
@@ -125,9 +119,7 @@ __device__ __forceinline__ void batch(const Matrix &m, const Rows &x, Place at, 
 #define BATCH(NAME, FORMAT, TILES)                                                                                                          \
     extern "C" __global__ void __launch_bounds__(WARPS *WARP, 2)                                                                            \
         NAME(Matrix m, Rows x, float *out, int out_stride, Rows, int rows, Ahead ahead) {                                                   \
-        int groups = (rows + 8 * TILES - 1) / (8 * TILES);                                                                                  \
-        Place at = {(int)(blockIdx.x / groups) * STRIPS, (int)(blockIdx.x % groups) * 8 * TILES, rows, 1};                                  \
-        batch<FORMAT, TILES>(m, x, at, out + (i64)blockIdx.y * rows * out_stride, out_stride, ahead);                                       \
+        batch<FORMAT, TILES>(m, x, place_of<STRIPS, TILES>(rows), out + (i64)blockIdx.y * rows * out_stride, out_stride, ahead);                                       \
     }                                                                                                                                       \
     EXPORT(NAME)
 BATCH(batch_q8_0_2, Q8_0, 2)

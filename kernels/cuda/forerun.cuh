@@ -73,6 +73,14 @@ struct Matrix {
 };
 enum { BF16, Q8_0, Q4_K };
 
+/* To one of several matrices of so many strips that lie one after another in m. */
+template <int FORMAT> __device__ __forceinline__ void skip_to(Matrix &m, int number, int strips) {
+    const i64 skipped = (i64)number * strips * m.units;
+    m.tiles += skipped * (FORMAT == BF16 ? 2 : 4) * WARP, m.outputs = strips * 16;
+    if (FORMAT != BF16) m.scales += skipped * (FORMAT == Q8_0 ? 8 : 16);
+    if (FORMAT == Q4_K) m.ends += skipped * 8;
+}
+
 /* What a product knows of the launches after it. */
 struct Ahead {
     const u8 *weights; /* that the next product begins with */
@@ -150,6 +158,16 @@ __device__ __forceinline__ void multiply_bytes(float (&c)[4], u32 a0, u32 a1, u3
     for (int i = 0; i < 4; i++) c[i] = __uint_as_float(sums[i]) - 12582912.0f;
 }
 #endif
+
+/* Sums of strips and tiles, at the beginning. */
+template <int STRIPS, int TILES> __device__ __forceinline__ void clear(float (&sums)[STRIPS][TILES][4]) {
+#pragma unroll
+    for (int s = 0; s < STRIPS; s++)
+#pragma unroll
+        for (int t = 0; t < TILES; t++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) sums[s][t][i] = 0;
+}
 
 __device__ __forceinline__ float low_half(u32 both) { return __uint_as_float(both << 16); }
 __device__ __forceinline__ float high_half(u32 both) { return __uint_as_float(both & 0xffff0000u); }

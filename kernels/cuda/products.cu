@@ -127,18 +127,12 @@ __device__ __forceinline__ void product(const Matrix &m, const Rows &x, Place at
                                         const Ahead &ahead) {
     __shared__ float4 found[WARPS * STRIPS * TILES * WARP];
     float sums[STRIPS][TILES][4];
-#pragma unroll
-    for (int s = 0; s < STRIPS; s++)
-#pragma unroll
-        for (int t = 0; t < TILES; t++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) sums[s][t][i] = 0;
+    clear(sums);
     set_share(at, m, threadIdx.x / WARP, split, splits);
     if constexpr (FORMAT == BF16) bf16_units<STRIPS, TILES>(sums, m, x, at, ahead);
     else if constexpr (FORMAT == Q8_0) q8_units<STRIPS>(sums, m, x, at, ahead);
     else q4_units<STRIPS>(sums, m, x, at, ahead);
-    if (ahead.is_spread) let_next_begin();
-    if (ahead.bytes) read_on(ahead);
+    read_on(ahead);
     leave<STRIPS, TILES>(sums, found);
     sum_up<STRIPS, TILES, GATED>(found, m, at, out, out_stride, gated);
 }
@@ -148,8 +142,7 @@ __device__ __forceinline__ void product(const Matrix &m, const Rows &x, Place at
 #define PRODUCT(NAME, FORMAT, STRIPS, TILES, GATED)                                                                                         \
     extern "C" __global__ void __launch_bounds__(WARPS *WARP)                                                                               \
         NAME(Matrix m, Rows x, float *out, int out_stride, Rows gated, int rows, Ahead ahead) {                                             \
-        int groups = (rows + 8 * TILES - 1) / (8 * TILES);                                                                                  \
-        Place at = {(int)(blockIdx.x / groups) * STRIPS, (int)(blockIdx.x % groups) * 8 * TILES, rows, 1};                                  \
+        Place at = place_of<STRIPS, TILES>(rows);                                                                                           \
         out += (i64)blockIdx.y * rows * out_stride;                                                                                         \
         product<FORMAT, STRIPS, TILES, GATED>(m, x, at, blockIdx.y, gridDim.y, out, out_stride, gated, ahead);                              \
     }                                                                                                                                       \
@@ -173,10 +166,7 @@ PRODUCT(product_q4_k_1, Q4_K, 1, 1, false)
         wait_for_previous();                                                                                                                \
         int own = blockIdx.y, expert = starts ? own : (int)routes[own / used * 2 * used + own % used];                                      \
         int row = starts ? starts[expert] : own, end = starts ? starts[expert + 1] : own + 1;                                               \
-        const i64 skipped = (i64)expert * strips * m.units;                                                                                 \
-        m.tiles += skipped * (FORMAT == BF16 ? 2 : 4) * WARP, m.outputs = strips * 16;                                                      \
-        if (FORMAT != BF16) m.scales += skipped * (FORMAT == Q8_0 ? 8 : 16);                                                                \
-        if (FORMAT == Q4_K) m.ends += skipped * 8;                                                                                          \
+        skip_to<FORMAT>(m, expert, strips);                                                                                                 \
         for (; row < end; row += 8) {                                                                                                       \
             Place at = {(int)blockIdx.x * STRIPS, row, end, divisor, starts ? order : nullptr};                                             \
             product<FORMAT, STRIPS, 1, GATED>(m, x, at, 0, 1, out, out_stride, gated, {});                                                  \

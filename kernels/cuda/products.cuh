@@ -36,9 +36,17 @@ __device__ __forceinline__ void begin(const Ahead &ahead) {
     if (!ahead.is_spread) let_next_begin();
 }
 
+/* A block whose part of a product is its number: of pairs of STRIPS strips and 8 TILES rows, those of the same strips follow each other. */
+template <int STRIPS, int TILES> __device__ __forceinline__ Place place_of(int rows) {
+    int groups = (rows + 8 * TILES - 1) / (8 * TILES);
+    return {(int)(blockIdx.x / groups) * STRIPS, (int)(blockIdx.x % groups) * 8 * TILES, rows, 1};
+}
+
 /* Where this product's weights have been read, the next one's follow: memory is not idle while others make its rows ready. By the last
- * blocks, as many as there are at once. */
+ * blocks, as many as there are at once. Launches that are to be spread begin only now. */
 __device__ __forceinline__ void read_on(const Ahead &ahead) {
+    if (ahead.is_spread) let_next_begin();
+    if (!ahead.bytes) return;
     const i64 blocks = (i64)gridDim.x * gridDim.y, readers = min(blocks, (i64)READERS), own = blocks - 1 - ((i64)blockIdx.y * gridDim.x + blockIdx.x);
     if (own >= readers) return;
     for (i64 at = 128 * (own * blockDim.x + threadIdx.x); at < ahead.bytes; at += 128 * readers * blockDim.x) expect(ahead.weights + at);

@@ -95,12 +95,7 @@ __device__ __forceinline__ void wide(const Matrix &m, const Rows &x, float *out,
 #pragma unroll
     for (int s = 0; s < 2; s++) weights[s].load(m, min(own_strip + s, strips - 1), from);
     float sums[2][TILES][4];
-#pragma unroll
-    for (int s = 0; s < 2; s++)
-#pragma unroll
-        for (int t = 0; t < TILES; t++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) sums[s][t][i] = 0;
+    clear(sums);
 
     const int piece = threadIdx.x % 8, tiles_of_strip = m.units * (FORMAT == BF16 ? 2 : 4); /* piece: of 8 inputs, of a row's 64 */
     auto fetch_weights = [&](int stage) {
@@ -208,10 +203,7 @@ WIDE(wide_q4_k_256, Q4_K, 256, 1, false)
                                                                       int strips, float *out, int out_stride, Rows gated) {                 \
         wait_for_previous();                                                                                                                 \
         const int expert = blockIdx.y, begin = starts[expert], rows = starts[expert + 1] - begin;                                            \
-        const i64 skipped = (i64)expert * strips * m.units;                                                                                  \
-        m.tiles += skipped * (FORMAT == BF16 ? 2 : 4) * WARP, m.outputs = strips * 16;                                                       \
-        if (FORMAT != BF16) m.scales += skipped * (FORMAT == Q8_0 ? 8 : 16);                                                                 \
-        if (FORMAT == Q4_K) m.ends += skipped * 8;                                                                                           \
+        skip_to<FORMAT>(m, expert, strips);                                                                                                  \
         for (int row = 0; row < rows; row += 64) {                                                                                           \
             Part at = {(int)blockIdx.x * BLOCK_STRIPS, row, rows, 0, 1, order + begin, divisor};                                             \
             wide<FORMAT, 64, IS_GATED, true>(m, x, out, out_stride, gated, at);                                                              \

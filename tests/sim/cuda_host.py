@@ -74,6 +74,14 @@ class IdleKernels:
         return self._device.launch
 
 
+def idle_model(folder: Path, seconds: float) -> LoadedModel:
+    """The model of a folder, on a device every launch of which takes so long; the engine expects that of a row."""
+    backend = CudaBackend(IdleDevice(seconds))
+    weights = load(folder, backend)
+    backend.operations_per_second = weights.num_parameters / seconds
+    return LoadedModel("dense", weights, backend, None, Defaults.load(folder))
+
+
 async def measure(model: LoadedModel, spec_type: str, choose: str, at_once: int, temperature: float) -> str:
     speculation = SpeculationOptions(choose=choose)
     if spec_type != "none":
@@ -101,10 +109,7 @@ def main() -> None:
     parser.add_argument("--device-us", type=float, default=1200.0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
-        folder, backend = make("dense", Path(root) / "dense"), CudaBackend(IdleDevice(args.device_us / 1e6))
-        weights = load(folder, backend)
-        backend.operations_per_second = weights.num_parameters / (args.device_us / 1e6)  # as the engine shall expect it
-        model = LoadedModel("dense", weights, backend, None, Defaults.load(folder))
+        model = idle_model(make("dense", Path(root) / "dense"), args.device_us / 1e6)
         for at_once in (1, 16):
             for spec_type, choose in (("none", "rate"), ("draft-mtp", "first"), ("draft-mtp", "rate")):
                 for temperature in (0.0, 0.8):

@@ -6,21 +6,15 @@ from pathlib import Path
 
 import anyio
 import pytest
-from forerun.actors.model import Defaults, LoadedModel
-from forerun.kernels.cuda.matrices import CudaBackend
 
-from tests.conftest import load
 from tests.sim import cuda_host
-from tests.sim.cuda_host import IdleDevice, measure
+from tests.sim.cuda_host import idle_model, measure
 
 
 @pytest.mark.parametrize("microseconds", [100, 800, 1500, 2500, 6000])
 def test_work_of_every_length(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, microseconds: int) -> None:
     monkeypatch.setattr(cuda_host, "NUM_TOKENS", 30)
-    backend = CudaBackend(IdleDevice(microseconds / 1e6))
-    weights = load(checkpoints["dense"], backend)
-    backend.operations_per_second = weights.num_parameters / (microseconds / 1e6)
-    model = LoadedModel("dense", weights, backend, None, Defaults.load(checkpoints["dense"]))
+    model = idle_model(checkpoints["dense"], microseconds / 1e6)
     for spec_type in ("none", "draft-mtp", "draft-mtp,ngram-suffix"):
         for at_once in (1, 3):
             assert "tokens a round" in anyio.run(measure, model, spec_type, "rate", at_once, 0.0)
