@@ -194,10 +194,9 @@ class Chooser:
     def rests(self, run: int | None = 0) -> bool:
         """Whether there is nobody to ask this round; those who look up only if they may find something, after a run of so many repeated
         tokens. `came` need not hear of it then."""
-        self._is_looking = False
-        if run is not None:
-            self._run = run_class(run)
-            self._is_looking = self._round >= self._look_at[self._run] and (not self._num_left or self._run >= LONG_RUN)
+        self._run = run_class(run or 0)
+        is_open = run is not None and (not self._num_left or self._run >= LONG_RUN)
+        self._is_looking = is_open and self._round >= self._look_at[self._run]
         if self.goes_on is not None:
             return False
         if self._came:
@@ -211,6 +210,11 @@ class Chooser:
         self._round += 1
         self._of_head.num_unasked += 1
         return True
+
+    @property
+    def will_rest(self) -> bool:
+        """Whether the round after one of rest does, as far as is known."""
+        return self._round < min(self._wake_at, self._look_at[self._run])
 
     @property
     def goes_on(self) -> tuple[int, float] | None:

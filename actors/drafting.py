@@ -146,24 +146,20 @@ class Drafting:
             self._trace.count("expected tokens/s", round(self._plan.rate), question.flow)
         return self._plan
 
-    def ahead(self, position: int, room: int) -> tuple[int, float]:
+    def ahead(self, position: int, room: int) -> tuple[int, float, bool]:
         """How many tokens, if any, the head is to draft as soon as it is known what this round at `position` brings, and Propose's floor:
-        where it has been asked, and is certain to be asked for the next. `room` is what the next round has at least."""
+        where it has been asked, and is certain to be asked for the next. Then, whether the next round verifies these drafts, or none if the
+        limit is 0, as far as is known. `room` is what the next round has at least; below 0 there may be none."""
         head = self._drafters.get(HEAD)
-        if (
-            self._is_resting
-            or self._is_wary
-            or head is None
-            or head.num_told != position
-            or head.life != head.mailbox.life
-            or head.mailbox.is_closed
-        ):
-            return 0, 0.0
+        if self._is_resting:
+            return 0, 0.0, room >= 0 and (not self._drafters or self._chooser.will_rest)
+        if self._is_wary or head is None or head.num_told != position or head.life != head.mailbox.life or head.mailbox.is_closed:
+            return 0, 0.0, False
         if self._is_first_best:
             limit, floor = self._params.limit(HEAD) if len(self._drafters) == 1 else 0, 0.0
         else:
             limit, floor = self._chooser.will_go_on or (0, 0.0)
-        return (limit, floor) if limit <= room else (0, 0.0)
+        return (limit, floor, limit > 0) if limit <= room else (0, 0.0, False)
 
     def _look_ups(self, is_repeated: bool) -> list[DrafterName]:
         """Those who look up, and may find something that follows two tokens that have stood before or not, in order of asking."""

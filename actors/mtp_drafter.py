@@ -76,7 +76,7 @@ class HeadDrafts:
 
     def _following(self, begin: Callable[[], Begun[list[Drafted]]]) -> Begun[list[Draft]]:
         num_prepared, begun = self.head.num_prepared, begin()
-        return Begun(begun.mark, lambda: self._drafts(begun.finish(), num_prepared))
+        return Begun(begun.mark, lambda: self._drafts(begun.finish(), num_prepared), on_device=begun.on_device)
 
     def _drafts(self, drafted: Sequence[Drafted], num_prepared: int) -> list[Draft]:
         is_typical, least = self.head.num_prepared == num_prepared, self._params.draft_n_min

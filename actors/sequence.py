@@ -254,8 +254,8 @@ class Sequence:
         position, rows, rates, num_synthetic = protocol.position, protocol.rows, self._params.synth_rates, None
         if rates and self._plan.parts:
             num_synthetic = num_right(len(rows) - 1, rates, self._request.sampling.seed, position)
-        limit, floor = self._drafting.ahead(position, min(protocol.draft_limit - len(rows), self._max_drafts))
-        verify = Verify(self._flow, self._held, position, rows, self._choosing(), self._is_suspect, limit, floor, num_synthetic)
+        ahead = self._drafting.ahead(position, min(protocol.draft_limit - len(rows), self._max_drafts))
+        verify = Verify(self._flow, self._held, position, rows, self._choosing(), self._is_suspect, *ahead, num_synthetic)
         verdict = await self._computed(verify)
         protocol.verified(verdict)
         self._num_rounds += 1

@@ -2,6 +2,9 @@
 
 Where a sequence knows already what it will ask the MTP head after its verify, the head drafts at once, while the sequence takes up
 the verdict: one question a round instead of two. The head's weights are shared with the MTP drafter, which everybody else asks.
+
+Where all sequences know what they will have verified after that, a device begins with it at once: it works on the next round while the last
+one's tokens are on their way. Should a sequence ask for something else, that is computed as if nothing had been begun.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 from ..core.actor import Actor, Executor
@@ -21,11 +24,11 @@ from ..core.speculation import Draft
 from ..core.trace import Flow, Span, Trace
 from ..core.vocabulary import TokenLogprob, Verdict
 from ..kernels.backend import F32
-from ..kernels.model.drafts import Following
+from ..kernels.model.drafts import Following, NextRows, brought
 from ..kernels.model.memory import SequenceMemory, SequencePool
 from ..kernels.model.trunk import Rows
 from ..kernels.sampling import Ask, Choices, logprobs
-from .mtp_drafter import HeadDrafts
+from .mtp_drafter import GREEDY, HeadDrafts
 
 logger = logging.getLogger("forerun")
 
@@ -52,6 +55,10 @@ class Target(Protocol):
 
     def verify(self, batch: Sequence[Rows]) -> tuple[F32, F32]: ...
 
+    def verify_next(self, batch: Sequence[NextRows], choices: Choices, drafts: object) -> F32 | None: ...
+
+    def settle(self, memory: SequenceMemory, position: int, num_rows: int) -> None: ...
+
     def prefill(self, rows: Rows, is_last: bool) -> F32 | None: ...
 
     def freeze(self, memory: SequenceMemory, position: int) -> None: ...
@@ -61,6 +68,27 @@ class Target(Protocol):
         ...
 
 
+@dataclass(slots=True)
+class _Ahead:
+    """A verify that has been begun before anybody asked for it: `logits` of the rows of several leases, of each so many. Since `began_ns`
+    its tokens are known, and what was begun before it had been done."""
+
+    logits: F32
+    leases: tuple[int, ...]
+    num_rows: tuple[int, ...]
+    tokens: dict[int, tuple[int, tuple[int, ...]]] = field(default_factory=dict[int, tuple[int, tuple[int, ...]]])  # of a lease, and where
+    began_ns: int = 0
+
+    def drafted(self, lease: int, tokens: tuple[int, ...]) -> None:
+        position, last = self.tokens[lease]
+        self.tokens[lease] = position, (*last, *tokens)
+
+    def is_of(self, message: Verify) -> bool:
+        """Whether it computes what is asked: there may be fewer drafts than were made."""
+        position, tokens = self.tokens.get(message.lease, (-1, ()))
+        return not message.is_suspect and (message.position, message.tokens) == (position, tokens[: len(message.tokens)])
+
+
 class TargetDecoder(Actor):
     def __init__(
         self, mailbox: Mailbox, executor: Executor, target: Target, pool: SequencePool, trace: Trace, drafts: HeadDrafts | None = None
@@ -68,6 +96,7 @@ class TargetDecoder(Actor):
         """`drafts` of a head that nobody else computes with."""
         super().__init__(mailbox, executor)
         self._target, self._pool, self._trace, self._drafts = target, pool, trace, drafts
+        self._ahead: _Ahead | None = None
 
     @property
     def enough(self) -> float:
@@ -105,10 +134,8 @@ class TargetDecoder(Actor):
                 verifies.append((envelope, message, rows))
             else:
                 prefills.append((envelope, message, rows))
-        together = [each for each in verifies if not each[1].is_suspect]
-        for group in [together, *([each] for each in verifies if each[1].is_suspect)]:
-            if group:
-                await self._verify(group)
+        if verifies:
+            await self._verify_all(verifies)
         for envelope, message, rows in prefills:
             if not envelope.is_abandoned:
                 await self._prefill(envelope, message, rows)
@@ -130,28 +157,56 @@ class TargetDecoder(Actor):
             return None
         return Rows(memory, message.position, message.tokens)
 
-    async def _verify(self, verifies: list[tuple[Envelope, Verify, Rows]]) -> None:
+    async def _verify_all(self, verifies: list[tuple[Envelope, Verify, Rows]]) -> None:
+        """What has been begun, then the others together, then the suspect ones one by one."""
+        ahead, self._ahead = self._ahead, None
+        begun, others = list[tuple[Envelope, Verify, Rows]](), list[tuple[Envelope, Verify, Rows]]()
+        for each in verifies:
+            is_begun = ahead is not None and ahead.is_of(each[1])
+            (begun if is_begun else others).append(each)
+            if ahead is not None:
+                self._trace.count("begun early", int(is_begun), each[1].flow)
+        if begun:
+            await self._verify(begun, ahead)
+        together = [each for each in others if not each[1].is_suspect]
+        for group in [together, *([each] for each in others if each[1].is_suspect)]:
+            if group:
+                await self._verify(group, None, is_typical=ahead is None)
+
+    async def _verify(self, verifies: list[tuple[Envelope, Verify, Rows]], ahead: _Ahead | None, *, is_typical: bool = True) -> None:
+        """Of `ahead`, if there is one, those that were begun. Not typical: something else may be before it on the device."""
         envelopes, messages, batch = zip(*verifies, strict=True)
-        asks = [Ask(message.choosing, message.position + 1, message.tokens[1:], message.num_right) for message in messages]
-        following = self._following(messages, batch)
+        asks, at = _asks(messages, ahead)
+        following = self._following(messages, batch, at)
         # Where logits come to the host, a device would have made the drafts before.
         is_early = not any(map(_needs_host, asks))
 
-        def verify() -> Begun[tuple[list[Chosen], LaterDrafts]]:
-            logits = self._target.verify(batch)[0]
+        def verify() -> Begun[tuple[list[Chosen], LaterDrafts, _Ahead | None]]:
+            logits = ahead.logits if ahead is not None else self._target.verify(batch)[0]
             choices, mark = Choices(logits, asks), self._mark()
-            drafts = self._begin_drafts(following, choices) if is_early else None
-            return Begun(mark, lambda: (_chosen(logits, choices), drafts or self._begin_drafts(following, choices)), not is_early)
+            later = [*following.values()]
+            drafts = self._begin_drafts(later, choices) if is_early else None
+            begun = self._begin_next(messages, batch, at, following, choices, drafts) if drafts is not None else None
+
+            def read() -> tuple[list[Chosen], LaterDrafts, _Ahead | None]:
+                chosen = _chosen(logits, choices)
+                if begun is not None:
+                    self._settle(begun, choices, batch, at)
+                return [chosen[i] for i in at], drafts or self._begin_drafts(later, choices), begun
+
+            return Begun(mark, read, not is_early)
 
         num_rows, clock = sum(len(rows.tokens) for rows in batch), self._trace.clock
-        began, num_prepared = clock(), self._target.num_prepared
-        chosen, draft = await self._do(verify, self._target.seconds(num_rows), ("verify", num_rows), envelopes)
-        said = num_rows, (clock() - began) / 1e9, len(batch), self._target.num_prepared == num_prepared
-        coming: dict[int, Reply[Draft | None]] = {each.index: envelopes[each.index].promise() for each in following}
+        began, num_prepared = ahead.began_ns if ahead is not None else clock(), self._target.num_prepared
+        kind = "verify" if ahead is None else "rest of a verify", num_rows
+        chosen, draft, begun = await self._do(verify, self._target.seconds(num_rows), kind, envelopes)
+        is_typical &= self._target.num_prepared == num_prepared
+        said = num_rows, (clock() - began) / 1e9, len(batch), is_typical
+        coming: dict[int, Reply[Draft | None]] = {i: envelopes[i].promise() for i in following}
         for i, envelope in enumerate(envelopes):
             envelope.answer(Verdict(*chosen[i], *said, coming.get(i)))
         if following:
-            began, computed, num_drafts = clock(), self.mailbox.computed_ns, sum(each.wanted.limit for each in following)
+            began, computed, num_drafts = clock(), self.mailbox.computed_ns, sum(each.wanted.limit for each in following.values())
             seconds, kind = self._drafting_seconds(num_rows, num_drafts), ("drafts", num_rows, num_drafts)
             drafts = await self._do(lambda: draft, seconds, kind, [*coming.values()])
             ended, computed = clock(), self.mailbox.computed_ns - computed
@@ -160,18 +215,48 @@ class TargetDecoder(Actor):
                 self._trace.count("drafting us", (ended - began) // 1000, messages[i].flow)
                 if self._trace.is_on:  # as if the round that it is for had asked
                     self._trace.record(Span(self.name, "Draft", Flow(request, number + 1), began, began, ended, "ok", computed))
+                if begun is not None and one is not None:
+                    begun.drafted(messages[i].lease, one.tokens)
                 reply.set(replace(one, seconds=(ended - began) / 1e9) if one is not None else None)
+        if begun is not None:
+            self._ahead, begun.began_ns = begun, clock()
 
-    def _following(self, messages: Sequence[Verify], batch: Sequence[Rows]) -> list[Following]:
-        """The drafts that are to be made behind these verifies: not where the head is elsewhere."""
+    def _following(self, messages: Sequence[Verify], batch: Sequence[Rows], at: Sequence[int]) -> dict[int, Following]:
+        """The drafts that are to be made behind these verifies, by number of the verify: none where the head is elsewhere. `at` says
+        where the choices of each will be."""
         drafts = self._drafts
         if drafts is None:
-            return []
-        return [
-            Following(rows.memory, i, drafts.wanted(message.choosing, message.next_limit, message.next_floor))
+            return {}
+        return {
+            i: Following(rows.memory, at[i], drafts.wanted(message.choosing, message.next_limit, message.next_floor))
             for i, (message, rows) in enumerate(zip(messages, batch, strict=True))
             if message.next_limit and rows.memory.num_head_rows == message.position + 1
+        }
+
+    def _begin_next(
+        self, messages: Sequence[Verify], batch: Sequence[Rows], at: Sequence[int], following: dict[int, Following], choices: Choices,
+        drafts: LaterDrafts,
+    ) -> _Ahead | None:  # fmt: skip
+        """The verify after one, where everybody knows what that will be; others would have been computed with it."""
+        is_known = all(message.goes_on and (i in following or not message.next_limit) for i, message in enumerate(messages))
+        if not is_known or self._pool.num_used > len(messages) or (following and drafts.on_device is None):
+            return None
+        order = {i: number for number, i in enumerate(following)}
+        rows = [
+            NextRows(rows.memory, at[i], order.get(i, 0), message.next_limit)
+            for i, (message, rows) in enumerate(zip(messages, batch, strict=True))
         ]
+        logits = self._target.verify_next(rows, choices, drafts.on_device)
+        leases, counts = tuple(message.lease for message in messages), tuple(1 + each.num_drafts for each in rows)
+        return _Ahead(logits, leases, counts) if logits is not None else None
+
+    def _settle(self, begun: _Ahead, choices: Choices, batch: Sequence[Rows], at: Sequence[int]) -> None:
+        """It is known now what the verify before it brings."""
+        for lease, num_rows, rows, index in zip(begun.leases, begun.num_rows, batch, at, strict=True):
+            position, tokens = brought(choices, index)
+            position += len(tokens) - 1
+            begun.tokens[lease] = position, tokens[-1:]
+            self._target.settle(rows.memory, position, num_rows)
 
     def _begin_drafts(self, following: Sequence[Following], choices: Choices) -> LaterDrafts:
         """A head that fails costs its drafts alone, and is asked no more."""
@@ -196,11 +281,13 @@ class TargetDecoder(Actor):
             if found is None:
                 return nothing
             for each in following:
-                position, tokens = each.brought(choices)
+                position, tokens = brought(choices, each.index)
                 each.memory.num_head_rows = position + len(tokens)
             return [*found]
 
-        return Begun(_OfDrafts(begun.mark) if begun is not None and begun.mark is not None else None, draft)
+        if begun is None or begun.mark is None:
+            return Begun(None, draft)
+        return Begun(_OfDrafts(begun.mark), draft, on_device=begun.on_device)
 
     async def _prefill(self, envelope: Envelope, message: Prefill, rows: Rows) -> None:
         ask = Ask(message.choosing, message.position + len(message.tokens))
@@ -224,6 +311,7 @@ class TargetDecoder(Actor):
         try:
             memory = self._pool[message.lease]
             memory.check(message.position, 0, is_chunk=False)
+            self._ahead = None  # memory goes back to the position, without rows after it
             freeze: Begun[None] = Begun(None, lambda: self._target.freeze(memory, message.position))
             await self._do(lambda: freeze, max(self._target.seconds(message.position), FREEZE_SECONDS), "freeze", [envelope])
         except (LeaseLost, PositionLost) as error:
@@ -261,6 +349,23 @@ class _OfDrafts:
     def wait(self) -> None:
         with suppress(Exception):
             self.mark.wait()
+
+
+def _asks(messages: Sequence[Verify], ahead: _Ahead | None) -> tuple[list[Ask], list[int]]:
+    """What is chosen from the rows of a verify, and which of it each message is to hear. One that was begun before it was asked for may
+    have rows in between of which nobody wants to hear."""
+    asks = {message.lease: Ask(message.choosing, message.position + 1, message.tokens[1:], message.num_right) for message in messages}
+    if ahead is None:
+        return [*asks.values()], [*range(len(messages))]
+    found, at = list[Ask](), dict[int, int]()
+    for lease, num_rows in zip(ahead.leases, ahead.num_rows, strict=True):
+        ask, num_asked = asks.get(lease), 0
+        if ask is not None:
+            at[lease], num_asked = len(found), ask.num_rows
+            found.append(ask)
+        if num_rows > num_asked:
+            found.append(Ask(GREEDY, 0, (0,) * (num_rows - num_asked - 1)))
+    return found, [at[message.lease] for message in messages]
 
 
 def _needs_host(ask: Ask) -> bool:

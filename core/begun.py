@@ -24,8 +24,9 @@ class Mark(Protocol):
 @dataclass(frozen=True, slots=True)
 class Begun(Generic[T]):
     """Once all up to `mark` has been done, `finish` has the result: at once, unless it `is_long`. Without a mark nothing has been begun:
-    `finish` does it."""
+    `finish` does it. `on_device` is the result where it is made, for what is begun behind it before anybody reads it."""
 
     mark: Mark | None
     finish: Callable[[], T]
     is_long: bool = False
+    on_device: object = None

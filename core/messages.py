@@ -111,7 +111,8 @@ class Verify(Mail[Verdict]):
     """Sequence to target decoder, once a round: rows [last token, drafts...] from `position`; rolls back to it first. One that
     `is_suspect`, since the target died working on it, is computed in a batch of its own. As soon as it is known which drafts are right,
     the MTP head drafts `next_limit` tokens at most for the round after, as for a Propose with `next_floor`: without a question, where the
-    sequence knows already what it will ask. With `num_right`, so many drafts count as right, whatever the target chooses."""
+    sequence knows already what it will ask. If it `goes_on`, the round after verifies these drafts, or with a limit of 0 none, as far as is
+    known: a device may begin with it early. With `num_right`, so many drafts count as right, whatever the target chooses."""
 
     lease: int
     position: int
@@ -120,6 +121,7 @@ class Verify(Mail[Verdict]):
     is_suspect: bool
     next_limit: int = 0
     next_floor: float = 0.0
+    goes_on: bool = False
     num_right: int | None = None
 
 

@@ -55,7 +55,8 @@ class Stage(NamedTuple):
 
 class Counter(NamedTuple):
     """A figure at a time: "<actor> depth" (messages waiting), "slots used", "accepted" (drafts, by request and round),
-    "drafting us" (of drafts behind the round's verify)."""
+    "drafting us" (of drafts behind the round's verify), "begun early" (1 if a device was at work on a verify before it was asked for, 0 if
+    it was at work on something else)."""
 
     name: str
     flow: Flow | None

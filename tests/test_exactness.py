@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
 import anyio
 import forerun
 import pytest
+from forerun.actors.model import Defaults, LoadedModel
+from forerun.kernels import backends
+from forerun.kernels.backend import F32
+from forerun.kernels.cuda.graph import CudaTrunk
+from forerun.kernels.model.drafts import NextRows
+from forerun.kernels.model.trunk import Rows
+from forerun.kernels.sampling import Choices
 
 from tests.checkpoints import LAYOUTS, prompt
+from tests.conftest import cuda_backend, load
 
 SPEC_TYPES = ("draft-mtp", "ngram-simple", "draft-mtp,ngram-suffix")
 SAMPLING: tuple[forerun.Options, ...] = ({"temperature": 0.0}, {"temperature": 0.8, "seed": 7})
@@ -94,3 +103,33 @@ async def test_every_drafter_and_combination(options: forerun.Options, choose: s
     plain = await all_tokens(model, prompts, 40, options, 1, "none")
     for spec_type in COMBINATIONS:
         assert await all_tokens(model, prompts, 40, options, 3, spec_type, 3, choose) == plain, spec_type
+
+
+@pytest.mark.parametrize("options", SAMPLING)
+async def test_rounds_that_a_device_begins_early(
+    options: forerun.Options, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one before anybody has read what the last one brings: without drafts, and behind the head's."""
+    backend, folder, prompts = cuda_backend(is_real=False), checkpoints["dense"], [prompt(9), prompt(5) * 3]
+    model = LoadedModel("dense", load(folder, backend), backend, None, Defaults.load(folder))
+    asked, early = list[int](), list[int]()
+
+    class Counting(CudaTrunk):
+        is_early = False
+
+        def verify(self, batch: Sequence[Rows]) -> tuple[F32, F32]:
+            asked.append(len(batch))
+            return super().verify(batch)
+
+        def verify_next(self, batch: Sequence[NextRows], choices: Choices, drafts: object) -> F32 | None:
+            early.append(len(batch))
+            return super().verify_next(batch, choices, drafts) if self.is_early else None
+
+    monkeypatch.setattr(backends, "CudaTrunk", Counting)
+    plain = await all_tokens(model, prompts, 12, options, 1, "none")
+    Counting.is_early = True
+    for spec_type, share in (("none", 0.8), ("draft-mtp", 0.4)):
+        asked.clear()
+        early.clear()
+        assert await all_tokens(model, prompts, 12, options, 2, spec_type, 2) == plain, spec_type
+        assert len(early) >= share * (len(early) + len(asked)), spec_type

@@ -408,6 +408,15 @@ class RoundStruct(ctypes.Structure):
     )  # fmt: skip
 
 
+class NextStruct(ctypes.Structure):
+    """Next of rounds.cu."""
+
+    _fields_ = (
+        ("spans", c_void_p), ("tokens", c_void_p), ("chosen", c_void_p), ("verified", c_void_p), ("first", c_void_p),
+        ("drafts", c_void_p), ("num_right", c_void_p), ("later", c_void_p), ("drafting", c_void_p), ("depth", c_int), ("sequences", c_int),
+    )  # fmt: skip
+
+
 class AheadStruct(ctypes.Structure):
     """Ahead of forerun.cuh."""
 

@@ -15,7 +15,7 @@ import numpy as np
 from ...core.begun import Begun
 from ...core.errors import InternalBug
 from ..backend import F32
-from ..model.drafts import Drafted, Following, MtpRows, Wanted, draft_by_guesses
+from ..model.drafts import Drafted, Following, MtpRows, NextRows, Wanted, draft_by_guesses
 from ..model.inputs import HasRows, numbered
 from ..model.memory import SequenceMemory
 from ..model.mtp import CHUNK_ROWS, HeadBase
@@ -23,7 +23,7 @@ from ..model.recurrent import RecurrentLog
 from ..model.trunk import Rows, TrunkBase
 from ..model.weights import DeltaWeights, ModelWeights
 from ..sampling import Choices
-from .device import DRAW, NOWHERE, SPAN, Address, RoundStruct, SpanStruct, Step
+from .device import DRAW, NOWHERE, SPAN, Address, NextStruct, RoundStruct, SpanStruct, Step
 from .matrices import CudaBackend, CudaMatrix
 from .memory import CudaSequence
 from .program import PART, Column, Filters, Parts, Prepared, Program, threads_for
@@ -178,6 +178,7 @@ class CudaTrunk(TrunkBase):
     def __init__(self, weights: ModelWeights, backend: CudaBackend) -> None:
         self.weights, self.config, self.operations_per_second = weights, weights.config, backend.operations_per_second
         self._graphs, self.marker = _Graphs(weights, backend), backend.device.mark
+        self._turn, self._is_full = 0, False
 
     @property
     def num_prepared(self) -> int:
@@ -197,6 +198,66 @@ class CudaTrunk(TrunkBase):
             row += len(rows.tokens)
         recorded = self._run("verify", batch, spans)
         return as_rows(recorded, "hidden", row, self.config.hidden), as_rows(recorded, "logits", row, self.weights.head.outputs)
+
+    def verify_next(self, batch: Sequence[NextRows], choices: Choices, drafts: object) -> F32 | None:
+        chosen = choices.on_device
+        if chosen is None or self._is_full:
+            return None
+        assert isinstance(chosen, DeviceTokens)
+        asks, depth = [choices.asks[each.index] for each in batch], max(each.num_drafts for each in batch)
+        spans, row, end = list[SpanStruct](), 0, 0
+        for each, ask in zip(batch, asks, strict=True):
+            memory, count = _sequence(each.memory), 1 + each.num_drafts
+            most = len(ask.ahead) + count  # there are pages for so many
+            span = memory.span(ask.position, row, most, base=memory.states.base_position)
+            span.num_rows = count
+            spans.append(span)
+            row, end = row + count, max(end, ask.position + most)
+        starts = list(accumulate((ask.num_rows for ask in choices.asks), initial=0))
+        before = rows_for(starts[-1])
+        # What one brings is read while the next is computed.
+        self._turn ^= 1
+        try:
+            build = partial(self._build_next, depth, before)
+            recorded = self._graphs.get(f"next {self._turn} {depth} {before}", row, len(batch), end, build, has_tokens=False)
+        except MemoryError:  # of the device: whoever reads first goes on as well
+            self._is_full = True
+            return None
+        told, buffers, num = recorded.begin(), recorded.program.buffers, len(batch)
+        put_spans(told["spans"], told["span of"], spans)
+        put_tokens(told["verified"], [token for ask in choices.asks for token in (0, *ask.ahead)])
+        told["first"][:num] = [starts[each.index] for each in batch]
+        told["drafts before"][:num] = [len(ask.ahead) for ask in asks]
+        told["num_right"][:num] = [-1 if ask.num_right is None else ask.num_right for ask in asks]
+        told["drafting"][:num] = [each.draft for each in batch]
+        self._graphs.device.put(buffers["chosen"][: starts[-1]], chosen.on_device)
+        if depth:
+            assert isinstance(drafts, DeviceTokens)
+            self._graphs.device.put(buffers["later"][: len(drafts)], drafts.on_device)
+        recorded.launch()
+        return as_rows(recorded, "logits", row, self.weights.head.outputs)
+
+    def _build_next(self, depth: int, before: int, recorded: Recorded) -> None:
+        p, num = recorded.program, recorded.program.num_spans
+        recorded.take(
+            verified=(before, np.int32), first=(num, np.int32), num_right=(num, np.int32), drafting=(num, np.int32),
+            **{"drafts before": (num, np.int32)},
+        )  # fmt: skip
+        p.buffer("tokens", (p.rows,), np.int32)
+        p.buffer("chosen", (before,), np.int32)
+        p.buffer("later", (num, depth + 1), np.int32)
+        step = NextStruct(
+            p.address("spans"), p.address("tokens"), p.address("chosen"), p.address("verified"), p.address("first"),
+            p.address("drafts before"), p.address("num_right"), p.address("later"), p.address("drafting"), depth, num,
+        )  # fmt: skip
+        p.step("go_on", (-(-num // 32),), 32, step)
+        build_trunk(p, self.weights)
+        recorded.give("choices")
+
+    def settle(self, memory: SequenceMemory, position: int, num_rows: int) -> None:
+        memory.recurrent.moved_to(position)
+        memory.recurrent.extend(num_rows)
+        _sequence(memory).rows.written(position, num_rows)
 
     def _prefill(self, rows: Rows) -> F32:
         memory = _sequence(rows.memory)
@@ -300,7 +361,7 @@ class CudaHead(HeadBase):
             told["verified"][start + 1 : start + ask.num_rows] = ask.ahead
         self._device.put(recorded.program.buffers["tokens"][: starts[-1]], chosen.on_device)
         recorded.launch()
-        return Begun(recorded.mark, partial(self._read, recorded, wanted))
+        return Begun(recorded.mark, partial(self._read, recorded, wanted), on_device=DeviceTokens(recorded, "drafts", slice(0, len(batch))))
 
     def _draft(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> list[Drafted]:
         return self._begin(batch, wanted).finish()

@@ -68,7 +68,7 @@ class DeviceRows:
 
 
 class DeviceTokens:
-    """The tokens chosen for rows, where a recorded program leaves them, until it runs again."""
+    """Tokens where a recorded program leaves them, until it runs again: chosen, one a row; or drafted, some a sequence."""
 
     def __init__(self, recorded: Recorded, name: str, rows: slice) -> None:
         self._recorded, self._name, self._rows, self._run = recorded, name, rows, recorded.num_runs
@@ -76,6 +76,9 @@ class DeviceTokens:
     def _check(self) -> None:
         if self._run != self._recorded.num_runs:
             raise InternalBug("these tokens have been written over")
+
+    def __len__(self) -> int:
+        return self._rows.stop - self._rows.start
 
     def read(self) -> list[int]:
         self._check()

@@ -42,28 +42,60 @@ extern "C" __global__ void drafted(Round r, int step) {
 }
 EXPORT(drafted)
 
+/* How many of `drafts` tokens are what was `chosen` in their places. With `number` >= 0 so many of them are, and no more, whatever was
+ * chosen: `chosen` says so from then on. */
+__device__ __forceinline__ int count_right(int *chosen, const int *tokens, int drafts, int number) {
+    int right = 0;
+    if (number < 0) {
+        while (right < drafts && tokens[right] == chosen[right]) right++;
+    } else {
+        for (; right < number; right++) chosen[right] = tokens[right];
+        if (right < drafts && tokens[right] == chosen[right]) chosen[right] = tokens[right] ? tokens[right] - 1 : 1;
+    }
+    return right;
+}
+
 /* What a verify of the host's brings: the head catches up with the choices after drafts that are right, rows after them are nobody's, and
  * drafting goes on from the last. One thread a sequence. */
 extern "C" __global__ void follow(Round r) {
     wait_for_previous();
     let_next_begin();
-    int i = blockIdx.x * blockDim.x + threadIdx.x, right = 0;
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= r.sequences || r.catch_up[i].num_rows == 0) return;
     int first = r.catch_up[i].first_row, drafts = r.catch_up[i].num_rows - 1;
-    int *choices = r.choices + first;
-    const int *tokens = r.verified + first + 1;
-    if (r.num_right[i] < 0) {
-        while (right < drafts && tokens[right] == choices[right]) right++;
-    } else {
-        for (; right < r.num_right[i]; right++) choices[right] = tokens[right];
-        if (right < drafts && tokens[right] == choices[right]) choices[right] = tokens[right] ? tokens[right] - 1 : 1;
-    }
+    int right = count_right(r.choices + first, r.verified + first + 1, drafts, r.num_right[i]);
     for (int j = right + 1; j <= drafts; j++) r.span_of[first + j] = -1;
     r.picked[i] = first + right;
     r.draft[i].position += right;
     r.draws[i].position += right;
 }
 EXPORT(follow)
+
+/* A verify behind another of the host's. */
+struct Next {
+    Span *spans;           /* [sequences]: as if no draft of the one before were right */
+    int *tokens;           /* [rows] */
+    int *chosen;           /* [rows before]: what the one before has chosen */
+    const int *verified;   /* [rows before]: the tokens whose rows `chosen` follow */
+    const int *first, *drafts, *num_right; /* [sequences]: the first of its rows before, drafts among them, and as of a Round */
+    const int *later;      /* [drafting sequences, depth + 1]: what has been drafted since, from the second on; or null */
+    const int *drafting;   /* [sequences]: which of the drafting ones it is */
+    int depth, sequences;
+};
+
+/* Its rows begin with the last token that the one before brings, drafts made since follow. One thread a sequence. */
+extern "C" __global__ void go_on(Next n) {
+    wait_for_previous();
+    let_next_begin();
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n.sequences || n.spans[i].num_rows == 0) return;
+    int *chosen = n.chosen + n.first[i], *tokens = n.tokens + n.spans[i].first_row;
+    int right = count_right(chosen, n.verified + n.first[i] + 1, n.drafts[i], n.num_right[i]);
+    n.spans[i].position += right;
+    tokens[0] = chosen[right];
+    for (int j = 1; j < n.spans[i].num_rows; j++) tokens[j] = n.later[n.drafting[i] * (n.depth + 1) + j];
+}
+EXPORT(go_on)
 
 /* The verdict, and everything moves on: drafts are accepted while they are what the target chose. One thread a sequence. */
 extern "C" __global__ void accept(Round r) {

@@ -56,6 +56,12 @@ class Wanted:
         return Drafted(tuple(tokens[:count]), tuple(shares[:count]))
 
 
+def brought(choices: Choices, index: int) -> tuple[int, tuple[int, ...]]:
+    """Where the tokens begin that a verify brings of one of its sequences, and they."""
+    ask, chosen = choices.asks[index], choices.read()[index]
+    return ask.position, tuple(chosen[: num_alike(ask.ahead, chosen) + 1])
+
+
 @dataclass(frozen=True, slots=True)
 class Following:
     """What is wanted after the tokens that a verify brings of one sequence, the one of `choices.asks[index]`. `wanted` is said as if there
@@ -65,14 +71,9 @@ class Following:
     index: int
     wanted: Wanted
 
-    def brought(self, choices: Choices) -> tuple[int, tuple[int, ...]]:
-        """Where these tokens begin, and they."""
-        ask, chosen = choices.asks[self.index], choices.read()[self.index]
-        return ask.position, tuple(chosen[: num_alike(ask.ahead, chosen) + 1])
-
     def after(self, choices: Choices) -> tuple[MtpRows, Wanted]:
         """The rows that bring its head up to them, and what is wanted then."""
-        position, tokens = self.brought(choices)
+        position, tokens = brought(choices, self.index)
         rows = MtpRows(self.memory, position, tokens, self.memory.hidden.before(position, len(tokens)))
         return rows, replace(self.wanted, choosing=self.wanted.choosing.then(tokens))
 
@@ -81,6 +82,17 @@ def following(batch: Sequence[Following], choices: Choices) -> tuple[list[MtpRow
     """What to draft, once it is known what the verify brings."""
     rows, wanted = zip(*(each.after(choices) for each in batch), strict=True)
     return list(rows), list(wanted)
+
+
+@dataclass(frozen=True, slots=True)
+class NextRows:
+    """Rows of a sequence that follow a verify which nobody has read: the last token that it brings of `choices.asks[index]`, and
+    `num_drafts` of what has been drafted after it; which, `draft` says, among all that is drafted."""
+
+    memory: SequenceMemory
+    index: int
+    draft: int
+    num_drafts: int
 
 
 @dataclass(frozen=True, slots=True)

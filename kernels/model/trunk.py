@@ -12,7 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...core.begun import Mark
+from ...core.errors import InternalBug
 from ..backend import F32, Backend, DeltaInputs, Matrix
+from ..sampling import Choices
+from .drafts import NextRows
 from .inputs import HasRows, Rotary, inputs_of
 from .memory import SequenceMemory
 from .pages import KeyValues
@@ -108,6 +111,16 @@ class TrunkBase(ABC):
             rows.memory.recurrent.extend(len(rows.tokens))
         self._keep(batch, hidden)
         return logits, hidden
+
+    def verify_next(self, batch: Sequence[NextRows], choices: Choices, drafts: object) -> F32 | None:
+        """Begins the verify behind the one that `choices` were made of, before anybody has read what that brings; `drafts` are those made
+        since, where a device has them. Returns the logits [R, V] of its rows; None where that cannot be begun. Memory hears of them by
+        `settle`, once it is known where they stand."""
+        return None
+
+    def settle(self, memory: SequenceMemory, position: int, num_rows: int) -> None:
+        """So many rows of a sequence, begun by `verify_next`, turn out to stand at `position`."""
+        raise InternalBug("no rows have been begun")
 
     def prefill(self, rows: Rows, is_last: bool) -> F32 | None:
         """Computes one chunk of a prompt. Returns the logits [1, V] after its last row when it is the prompt's last."""

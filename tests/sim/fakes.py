@@ -20,7 +20,7 @@ from forerun.core.errors import PositionLost
 from forerun.core.protocol import CHUNK, chunk_ends
 from forerun.core.vocabulary import Choosing, SamplingParams
 from forerun.kernels.backend import F32
-from forerun.kernels.model.drafts import Drafted, Following, MtpRows, Wanted, draft_by_guesses, following
+from forerun.kernels.model.drafts import Drafted, Following, MtpRows, NextRows, Wanted, brought, draft_by_guesses, following
 from forerun.kernels.model.memory import HiddenRows, SequenceMemory
 from forerun.kernels.model.pages import Arena, KeyValues
 from forerun.kernels.model.prefix import Checkpoint
@@ -90,12 +90,14 @@ class FakeMemory(SequenceMemory):
         self.capacity, self.max_rows, self.table = capacity, max_rows, table
         self.trunk, self.mtp = KeyValues(arena.trunk, table), KeyValues(arena.mtp, table)
         self.first, self.states = 0, [0]
+        self.begun: tuple[int, list[int]] | None = None  # both, of a verify that nobody has heard of yet
         self.hidden = HiddenRows(2, 2 * CHUNK + max_rows + 1)
         self.max_checkpoint_bytes = 0
         self.checkpoints = []
         self.frozen = None
 
     def check(self, position: int, num_rows: int, *, is_chunk: bool) -> None:
+        assert self.begun is None, "its states have moved on"
         if not self.first <= position < self.first + len(self.states):
             raise PositionLost(f"position {position} is gone; held: {self.first} to {self.first + len(self.states) - 1}")
         if position + num_rows > self.capacity or num_rows > (CHUNK if is_chunk else self.max_rows):
@@ -140,6 +142,28 @@ class FakeTarget:
             new.append(memory.rows(rows.position, memory.states[1:]))
         hidden = np.concatenate(new)
         return logits_of(hidden), hidden
+
+    def verify_next(self, batch: Sequence[NextRows], choices: Choices, drafts: Any) -> F32 | None:
+        if self.marker is None:
+            return None
+        rows, before = list[Rows](), list[tuple[int, list[int]]]()
+        for each in batch:
+            position, tokens = brought(choices, each.index)
+            later = drafts[each.draft][: each.num_drafts] if each.num_drafts else ()
+            rows.append(Rows(each.memory, position + len(tokens) - 1, (tokens[-1], *later)))
+            memory = cast(FakeMemory, each.memory)
+            before.append((memory.first, memory.states))
+        logits = self.verify(rows)[0]
+        for each, (first, states) in zip(batch, before, strict=True):
+            memory = cast(FakeMemory, each.memory)
+            memory.begun, memory.first, memory.states = (memory.first, memory.states), first, states
+        return logits
+
+    def settle(self, memory: SequenceMemory, position: int, num_rows: int) -> None:
+        fake = cast(FakeMemory, memory)
+        assert fake.begun is not None
+        (fake.first, fake.states), fake.begun = fake.begun, None
+        assert (fake.first, len(fake.states)) == (position, num_rows + 1)
 
     def prefill(self, rows: Rows, is_last: bool) -> F32 | None:
         memory = cast(FakeMemory, rows.memory)
@@ -196,16 +220,18 @@ class FakeHead:
         return draft_by_guesses(self, batch, wanted)
 
     def begin(self, batch: Sequence[MtpRows], wanted: Sequence[Wanted]) -> Begun[list[Drafted]]:
-        return self._begun(lambda: self.draft(batch, wanted))
+        return self._begun(lambda: self.draft(batch, wanted), wanted)
 
     def draft_after(self, batch: Sequence[Following], choices: Choices) -> Begun[list[Drafted]]:
-        return self._begun(lambda: self.draft(*following(batch, choices)))
+        return self._begun(lambda: self.draft(*following(batch, choices)), [each.wanted for each in batch])
 
-    def _begun(self, draft: Callable[[], list[Drafted]]) -> Begun[list[Drafted]]:
+    def _begun(self, draft: Callable[[], list[Drafted]], wanted: Sequence[Wanted]) -> Begun[list[Drafted]]:
         if self._marker is None:
             return Begun(None, draft)
         found = draft()
-        return Begun(self._marker(), lambda: found)
+        # A device drafts as many as may be wanted.
+        whole = [(*each.tokens, *[0] * (some.limit - len(each.tokens))) for each, some in zip(found, wanted, strict=True)]
+        return Begun(self._marker(), lambda: found, on_device=whole)
 
     def seconds(self, num_rows: int) -> float:
         return 0.001 * num_rows

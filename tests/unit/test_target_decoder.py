@@ -1,0 +1,175 @@
+"""The target decoder alone, with a simulated target on a device that is done at once: verifies that it begins before they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+import pytest
+from forerun.actors.mtp_drafter import HeadDrafts
+from forerun.actors.target_decoder import TargetDecoder
+from forerun.core.actor import InPlace
+from forerun.core.channel import Mailbox
+from forerun.core.embeddings import Encoded
+from forerun.core.messages import Forget, Freeze, Prefill, Verify
+from forerun.core.speculation import SpeculationParams
+from forerun.core.trace import Flow, Trace
+from forerun.core.vocabulary import Choosing, SamplingParams, Verdict
+from forerun.kernels.backend import F32
+from forerun.kernels.model.drafts import NextRows
+from forerun.kernels.model.memory import MemoryParams, SequencePool
+from forerun.kernels.model.trunk import Rows
+from forerun.kernels.sampling import Choices
+
+from tests.sim.fakes import FakeHead, FakeMaker, FakeTarget, reference
+
+pytestmark = pytest.mark.anyio
+
+FLOW, HOW, PROMPT = Flow("a", 0), Choosing(SamplingParams()), (1, 2, 3)
+
+
+class Done:
+    def is_done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        pass
+
+
+class Counting(FakeTarget):
+    """Counts the verifies that were asked for."""
+
+    num_asked = 0
+
+    def verify(self, batch: Sequence[Rows]) -> tuple[F32, F32]:
+        self.num_asked += 1
+        return super().verify(batch)
+
+    def verify_next(self, batch: Sequence[NextRows], choices: Choices, drafts: Any) -> F32 | None:
+        self.num_asked -= 1  # it verifies, here
+        return super().verify_next(batch, choices, drafts)
+
+
+@dataclass
+class Decoder:
+    """One that runs, and its sequences: each a lease and the tokens that stand, of which all but the last have been computed."""
+
+    mailbox: Mailbox
+    target: Counting
+    pool: SequencePool
+    texts: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
+
+    async def begin(self, prompt: tuple[int, ...] = PROMPT) -> int:
+        lease = self.pool.lease("a", Encoded(()), (), 200, 8)
+        assert lease is not None
+        self.pool[lease.number].num_head_rows = len(prompt) + 1  # as if the head had been asked already
+        verdict = await self.mailbox.ask(Prefill(FLOW, lease.number, 0, prompt, HOW, is_last=True, is_kept=False))
+        self.texts[lease.number] = [*prompt, *verdict.choices]
+        return lease.number
+
+    async def verify(self, lease: int, drafts: Sequence[int] = (), limit: int = 0) -> tuple[Verdict, tuple[int, ...]]:
+        """What a round brings, and what has been drafted behind it."""
+        text = self.texts[lease]
+        rows, position = (text[-1], *drafts), len(text) - 1
+        verdict = await self.mailbox.ask(Verify(FLOW, lease, position, rows, HOW, False, limit, goes_on=True))
+        right = 0
+        while right < len(drafts) and drafts[right] == verdict.choices[right]:
+            right += 1
+        text += verdict.choices[: right + 1]
+        draft = await verdict.draft.wait() if verdict.draft is not None else None
+        return verdict, draft.tokens if draft is not None else ()
+
+    def is_right(self, lease: int, prompt: tuple[int, ...] = PROMPT) -> bool:
+        text = self.texts[lease][len(prompt) :]
+        return tuple(text) == reference(prompt, len(text), SamplingParams())
+
+
+@asynccontextmanager
+async def decoder(num_slots: int = 1) -> AsyncGenerator[Decoder]:
+    pool, mailbox, target = SequencePool(FakeMaker(), MemoryParams(num_slots, 16, 0, "log")), Mailbox("target decoder", 8), Counting(Done)
+    drafts = HeadDrafts(FakeHead(Done), SpeculationParams(types=("draft-mtp",)))
+    actor = TargetDecoder(mailbox, InPlace(), target, pool, Trace(), drafts)
+    async with anyio.create_task_group() as group:
+        group.start_soon(actor.run)
+        yield Decoder(mailbox, target, pool)
+        group.cancel_scope.cancel()
+
+
+async def test_it_begins_the_next_round_while_nobody_asks() -> None:
+    async with decoder() as it:
+        lease = await it.begin()
+        for _ in range(8):
+            await it.verify(lease)
+        assert it.is_right(lease)
+        assert it.target.num_asked == 1
+
+
+async def test_drafts_are_verified_where_they_are_made() -> None:
+    async with decoder() as it:
+        lease = await it.begin()
+        drafts: tuple[int, ...] = ()
+        for limit in (3, 2, 3, 0, 0):
+            _, drafts = await it.verify(lease, drafts, limit)
+        assert it.is_right(lease)
+        assert it.target.num_asked == 1
+
+
+async def test_less_than_was_begun() -> None:
+    """Whoever verifies fewer drafts than were made is told of no others."""
+    async with decoder() as it:
+        lease = await it.begin()
+        _, drafts = await it.verify(lease, limit=3)
+        verdict, _ = await it.verify(lease, drafts[:1])
+        assert len(verdict.choices) == 2
+        assert it.target.num_asked == 1
+        await it.verify(lease)
+        assert it.is_right(lease)
+
+
+async def test_something_else_than_was_begun() -> None:
+    async with decoder() as it:
+        lease = await it.begin()
+        expected = reference(PROMPT, 60, SamplingParams())
+        for number in range(1, 6):
+            _, drafts = await it.verify(lease, limit=2)
+            done = len(it.texts[lease]) - len(PROMPT)
+            right = expected[done : done + 2]
+            assert it.target.num_asked == number
+            await it.verify(lease, (right[0], *right) if drafts[:1] != right[:1] else (right[0] + 1, 0))
+            assert it.is_right(lease)
+            it.pool[lease].num_head_rows = len(it.texts[lease])  # as if the head had been told
+            assert it.target.num_asked == number + 1
+
+
+async def test_some_of_a_batch_have_ended() -> None:
+    async with decoder(3) as it:
+        prompts = [PROMPT, (4, 5), (6,)]
+        leases = [await it.begin(prompt) for prompt in prompts]
+
+        async def round_of(some: list[int]) -> None:
+            async with anyio.create_task_group() as group:
+                for lease in some:
+                    group.start_soon(it.verify, lease)
+
+        for _ in range(3):
+            await round_of(leases)
+        assert it.target.num_asked == 1
+        await it.mailbox.ask(Forget(FLOW, leases[1]))
+        it.pool.release(leases[1])
+        for _ in range(3):
+            await round_of([leases[2], leases[0]])
+        assert it.target.num_asked == 1
+        assert all(it.is_right(lease, prompt) for lease, prompt in zip(leases, prompts, strict=True))
+
+
+async def test_a_frozen_sequence_goes_on() -> None:
+    async with decoder() as it:
+        lease = await it.begin()
+        await it.verify(lease)
+        await it.mailbox.ask(Freeze(FLOW, lease, len(it.texts[lease]) - 1))
+        for _ in range(3):
+            await it.verify(lease)
+        assert it.is_right(lease)
