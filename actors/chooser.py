@@ -231,7 +231,7 @@ class Chooser:
         """It did, and a round brought `tokens`. Not typical is what says nothing of what rounds take."""
         self._asked_at = self._round
         self._round += 1
-        self._num_left = self._num_left - 1 if head is not None and head.tokens and is_typical else 0
+        self._num_left = self._num_left - 1 if head is not None and head.tokens else 0
         self._came.append((head if is_typical else None, tokens))
         self._lacking -= len(tokens)
         if self._num_left % STRETCH == 0:
@@ -241,7 +241,8 @@ class Chooser:
     def _learn(self) -> None:
         """What has been seen in the stretch that is over."""
         times, by_size = self.pace.times, defaultdict[int, list[float]](list)
-        for (head, _), seconds in zip(self._came, self._took, strict=False):
+        # In the first the head drafts for two rounds, in the last for none.
+        for (head, _), seconds in [*zip(self._came, self._took, strict=False)][1:-1]:
             by_size[len(head.tokens) if head is not None else 0].append(seconds)
         for size, several in by_size.items():
             if size and times.num_unmeasured < REST_FRESH:

@@ -413,7 +413,7 @@ class NextStruct(ctypes.Structure):
 
     _fields_ = (
         ("spans", c_void_p), ("tokens", c_void_p), ("chosen", c_void_p), ("verified", c_void_p), ("first", c_void_p),
-        ("drafts", c_void_p), ("num_right", c_void_p), ("later", c_void_p), ("drafting", c_void_p), ("depth", c_int), ("sequences", c_int),
+        ("num_drafts", c_void_p), ("num_right", c_void_p), ("later_at", c_void_p), ("later", c_void_p), ("sequences", c_int),
     )  # fmt: skip
 
 

@@ -33,6 +33,8 @@ from .recorded import DeviceRows, DeviceTokens, Recorded, as_rows, filters_of, p
 MAX_RECORDED = 32
 #: Parts of an attention that a program has at least, so that a text is long before it needs another.
 MIN_PARTS = 8
+#: Rows of a verify, at most, behind which the next one is begun before it has been read.
+MAX_BEFORE = 512
 
 
 def rows_for(count: int) -> int:
@@ -196,15 +198,21 @@ class CudaTrunk(TrunkBase):
             memory = _sequence(rows.memory)
             spans.append(memory.span(rows.position, row, len(rows.tokens), base=memory.states.base_position))
             row += len(rows.tokens)
-        recorded = self._run("verify", batch, spans)
+        tokens, recorded = self._graphs.tokens(batch), self._verifying(row, len(batch), _end(batch))
+        for rows in batch:
+            rows.memory.recurrent.begin()
+        recorded.begin()["first"][:] = -1
+        recorded.run(spans, tokens)
+        for rows in batch:
+            rows.memory.recurrent.moved_to(rows.position)
         return as_rows(recorded, "hidden", row, self.config.hidden), as_rows(recorded, "logits", row, self.weights.head.outputs)
 
     def verify_next(self, batch: Sequence[NextRows], choices: Choices, drafts: object) -> F32 | None:
-        chosen = choices.on_device
-        if chosen is None or self._is_full:
+        chosen, asks = choices.on_device, [choices.asks[each.index] for each in batch]
+        *starts, num_before = accumulate((ask.num_rows for ask in choices.asks), initial=0)
+        if chosen is None or self._is_full or num_before > MAX_BEFORE:
             return None
         assert isinstance(chosen, DeviceTokens)
-        asks, depth = [choices.asks[each.index] for each in batch], max(each.num_drafts for each in batch)
         spans, row, end = list[SpanStruct](), 0, 0
         for each, ask in zip(batch, asks, strict=True):
             memory, count = _sequence(each.memory), 1 + each.num_drafts
@@ -213,44 +221,38 @@ class CudaTrunk(TrunkBase):
             span.num_rows = count
             spans.append(span)
             row, end = row + count, max(end, ask.position + most)
-        starts = list(accumulate((ask.num_rows for ask in choices.asks), initial=0))
-        before = rows_for(starts[-1])
-        # What one brings is read while the next is computed.
-        self._turn ^= 1
         try:
-            build = partial(self._build_next, depth, before)
-            recorded = self._graphs.get(f"next {self._turn} {depth} {before}", row, len(batch), end, build, has_tokens=False)
-        except MemoryError:  # of the device: whoever reads first goes on as well
+            recorded = self._verifying(row, len(batch), end)
+        except MemoryError:  # of the device: the next one begins when this one has been read
             self._is_full = True
             return None
-        told, buffers, num = recorded.begin(), recorded.program.buffers, len(batch)
-        put_spans(told["spans"], told["span of"], spans)
-        put_tokens(told["verified"], [token for ask in choices.asks for token in (0, *ask.ahead)])
+        told, put, buffers, num = recorded.begin(), self._graphs.device.put, recorded.program.buffers, len(batch)
         told["first"][:num] = [starts[each.index] for each in batch]
-        told["drafts before"][:num] = [len(ask.ahead) for ask in asks]
+        told["num_drafts"][:num] = [len(ask.ahead) for ask in asks]
         told["num_right"][:num] = [-1 if ask.num_right is None else ask.num_right for ask in asks]
-        told["drafting"][:num] = [each.draft for each in batch]
-        self._graphs.device.put(buffers["chosen"][: starts[-1]], chosen.on_device)
-        if depth:
+        told["verified"][:num_before] = [token for ask in choices.asks for token in (0, *ask.ahead)]
+        put(buffers["chosen"][:num_before], chosen.on_device)
+        if any(each.num_drafts for each in batch):
             assert isinstance(drafts, DeviceTokens)
-            self._graphs.device.put(buffers["later"][: len(drafts)], drafts.on_device)
-        recorded.launch()
+            later = drafts.on_device
+            put(buffers["later"][: later.size], later.reshape(-1))
+            told["later_at"][:num] = [each.draft * later.shape[1] for each in batch]
+        recorded.run(spans, [0] * row)
         return as_rows(recorded, "logits", row, self.weights.head.outputs)
 
-    def _build_next(self, depth: int, before: int, recorded: Recorded) -> None:
+    def _verifying(self, num_rows: int, num_spans: int, end: int) -> Recorded:
+        """A program of a verify that sees up to `end` positions. What it brings is read while the next one is computed: two take turns."""
+        self._turn ^= 1
+        return self._graphs.get(f"verify {self._turn}", num_rows, num_spans, end, self._build_verify)
+
+    def _build_verify(self, recorded: Recorded) -> None:
         p, num = recorded.program, recorded.program.num_spans
-        recorded.take(
-            verified=(before, np.int32), first=(num, np.int32), num_right=(num, np.int32), drafting=(num, np.int32),
-            **{"drafts before": (num, np.int32)},
-        )  # fmt: skip
-        p.buffer("tokens", (p.rows,), np.int32)
-        p.buffer("chosen", (before,), np.int32)
-        p.buffer("later", (num, depth + 1), np.int32)
-        step = NextStruct(
-            p.address("spans"), p.address("tokens"), p.address("chosen"), p.address("verified"), p.address("first"),
-            p.address("drafts before"), p.address("num_right"), p.address("later"), p.address("drafting"), depth, num,
-        )  # fmt: skip
-        p.step("go_on", (-(-num // 32),), 32, step)
+        told = ("first", "num_drafts", "num_right", "later_at")
+        recorded.take(verified=(MAX_BEFORE, np.int32), **dict.fromkeys(told, (num, np.int32)))
+        p.buffer("chosen", (MAX_BEFORE,), np.int32)
+        p.buffer("later", (num * p.rows,), np.int32)
+        names = ("spans", "tokens", "chosen", "verified", *told, "later")
+        p.step("go_on", (-(-num // 32),), 32, NextStruct(*(p.address(name) for name in names), num))
         build_trunk(p, self.weights)
         recorded.give("choices")
 
@@ -262,25 +264,14 @@ class CudaTrunk(TrunkBase):
     def _prefill(self, rows: Rows) -> F32:
         memory = _sequence(rows.memory)
         self._seek(memory, rows.position)
-        span = memory.span(rows.position, 0, len(rows.tokens))
-        recorded = self._run("chunk", [rows], [span])
+        tokens, span = self._graphs.tokens([rows]), memory.span(rows.position, 0, len(rows.tokens))
+        recorded = self._graphs.get(
+            "chunk", len(tokens), 1, _end([rows]), lambda each: build_trunk(each.program, self.weights), is_wide=True
+        )
+        memory.recurrent.begin()
+        recorded.run([span], tokens)
+        memory.recurrent.moved_to(rows.position)
         return as_rows(recorded, "hidden", len(rows.tokens), self.config.hidden)
-
-    def _run(self, kind: str, batch: Sequence[Rows], spans: Sequence[SpanStruct]) -> Recorded:
-        def build(recorded: Recorded) -> None:
-            build_trunk(recorded.program, self.weights)
-            if kind != "chunk":
-                recorded.give("choices")
-
-        tokens = self._graphs.tokens(batch)
-        end = max(rows.position + len(rows.tokens) for rows in batch)
-        recorded = self._graphs.get(kind, len(tokens), len(spans), end, build, is_wide=kind == "chunk")
-        for rows in batch:
-            rows.memory.recurrent.begin()
-        recorded.run(spans, tokens)
-        for rows in batch:
-            rows.memory.recurrent.moved_to(rows.position)
-        return recorded
 
     def freeze(self, memory: SequenceMemory, position: int) -> None:
         memory.check(position, 0, is_chunk=False)
@@ -487,6 +478,10 @@ def _needs_host(rows: MtpRows, wanted: Wanted) -> bool:
 
 def _ends(batch: Sequence[MtpRows]) -> list[int]:
     return [int(end) - 1 for end in np.cumsum([len(rows.tokens) for rows in batch])]
+
+
+def _end(batch: Sequence[Rows]) -> int:
+    return max(rows.position + len(rows.tokens) for rows in batch)
 
 
 def _sequence(memory: SequenceMemory) -> CudaSequence:

@@ -71,16 +71,16 @@ extern "C" __global__ void follow(Round r) {
 }
 EXPORT(follow)
 
-/* A verify behind another of the host's. */
+/* What a verify goes on from that is behind another of the host's. */
 struct Next {
     Span *spans;           /* [sequences]: as if no draft of the one before were right */
     int *tokens;           /* [rows] */
     int *chosen;           /* [rows before]: what the one before has chosen */
     const int *verified;   /* [rows before]: the tokens whose rows `chosen` follow */
-    const int *first, *drafts, *num_right; /* [sequences]: the first of its rows before, drafts among them, and as of a Round */
-    const int *later;      /* [drafting sequences, depth + 1]: what has been drafted since, from the second on; or null */
-    const int *drafting;   /* [sequences]: which of the drafting ones it is */
-    int depth, sequences;
+    const int *first;      /* [sequences]: its first row before; -1: the host has said all there is to say */
+    const int *num_drafts, *num_right; /* [sequences]: drafts among its rows before, and as of a Round */
+    const int *later_at, *later; /* [sequences]: where in the other what has been drafted since stands for it, behind one place */
+    int sequences;
 };
 
 /* Its rows begin with the last token that the one before brings, drafts made since follow. One thread a sequence. */
@@ -88,12 +88,12 @@ extern "C" __global__ void go_on(Next n) {
     wait_for_previous();
     let_next_begin();
     int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= n.sequences || n.spans[i].num_rows == 0) return;
+    if (i >= n.sequences || n.spans[i].num_rows == 0 || n.first[i] < 0) return;
     int *chosen = n.chosen + n.first[i], *tokens = n.tokens + n.spans[i].first_row;
-    int right = count_right(chosen, n.verified + n.first[i] + 1, n.drafts[i], n.num_right[i]);
+    int right = count_right(chosen, n.verified + n.first[i] + 1, n.num_drafts[i], n.num_right[i]);
     n.spans[i].position += right;
     tokens[0] = chosen[right];
-    for (int j = 1; j < n.spans[i].num_rows; j++) tokens[j] = n.later[n.drafting[i] * (n.depth + 1) + j];
+    for (int j = 1; j < n.spans[i].num_rows; j++) tokens[j] = n.later[n.later_at[i] + j];
 }
 EXPORT(go_on)
 
