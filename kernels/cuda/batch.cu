@@ -8,10 +8,10 @@
 #define STRIPS 2
 #define STAGES 2
 
-/* What a strip has of a unit, in pieces of 16 bytes: 4 tiles, then scales, then ends. */
+/* What a strip has of a unit, in pieces of 16 bytes: 4 tiles, then scales and high bits, then ends. */
 template <int FORMAT> struct Unit {
     static const int TURNS = FORMAT == Q8_0 ? 4 : 8; /* of 32 inputs */
-    static const int SCALES = FORMAT == Q8_0 ? 8 : 16, ENDS = FORMAT == Q8_0 ? 0 : 4, PIECES = 4 * WARP + SCALES + ENDS;
+    static const int REST = pieces_of(FORMAT), ENDS = FORMAT == Q8_0 ? 0 : 4, PIECES = 4 * WARP + REST + ENDS;
 };
 
 /* Begins to copy a unit of both strips. */
@@ -25,8 +25,9 @@ template <int FORMAT> __device__ __forceinline__ void fetch(uint4 *to, const Mat
             uint4 *own = to + s * U::PIECES + lane;
 #pragma unroll
             for (int i = 0; i < 4; i++) copy_async(own + i * WARP, m.tiles + (place * 4 + i) * WARP + lane, true);
-            if (lane < U::SCALES) copy_async(own + 4 * WARP, m.scales + place * U::SCALES + lane, true);
-            if (lane < U::ENDS) copy_async(own + 4 * WARP + U::SCALES, (const uint4 *)m.ends + place * U::ENDS + lane, true);
+#pragma unroll
+            for (int i = lane; i < U::REST; i += WARP) copy_async(own - lane + 4 * WARP + i, m.scales + place * U::REST + i, true);
+            if (lane < U::ENDS) copy_async(own + 4 * WARP + U::REST, (const uint4 *)m.ends + place * U::ENDS + lane, true);
         }
     end_of_copies();
 }
@@ -42,13 +43,24 @@ template <int FORMAT> __device__ __forceinline__ Columns columns(const Rows &x, 
     c.quants = *(const uint2 *)(x.quants + (row + lane / 4) * x.quants_stride + turn / 4 * 128 + lane % 4 * 32 + turn % 4 * 8);
     for (int i = 0; i < 2; i++) {
         c.scales[i] = x.scales[scale + i * per_row];
-        if (FORMAT == Q4_K) c.sums[i] = x.sums[scale + i * per_row];
+        if (FORMAT == Q4_K || FORMAT == Q5_K) c.sums[i] = x.sums[scale + i * per_row];
     }
     return c;
 }
 
 /* What a lane has of a strip in a turn. */
-template <int FORMAT> struct Weights;
+template <int FORMAT> struct Weights {
+    Block n;
+    __device__ __forceinline__ void load(const uint4 *unit, int turn) {
+        const uint4 *rest = unit + 4 * WARP, *bits = rest + SCALES + threadIdx.x % WARP;
+        const int group = threadIdx.x % WARP / 4;
+        n = block_of<FORMAT>(unit[turn / 2 * WARP + threadIdx.x % WARP], FORMAT == Q4_K ? uint4{} : bits[FORMAT == Q6_K ? turn / 4 * WARP : 0], turn,
+                             ((const u32 *)(rest + group * 2))[turn], ((const uint2 *)(rest + Unit<FORMAT>::REST))[group]);
+    }
+    __device__ __forceinline__ void add(float (&sums)[4], const Columns &c) const {
+        add_block<FORMAT>(sums, n, c.quants.x, c.quants.y, c.scales[0], c.scales[1], c.sums[0], c.sums[1]);
+    }
+};
 template <> struct Weights<Q8_0> {
     uint4 quants;
     u32 scales;
@@ -58,18 +70,6 @@ template <> struct Weights<Q8_0> {
     }
     __device__ __forceinline__ void add(float (&sums)[4], const Columns &c) const {
         add_q8(sums, quants, c.quants.x, c.quants.y, scales, c.scales[0], c.scales[1]);
-    }
-};
-template <> struct Weights<Q4_K> {
-    Nibbles n;
-    __device__ __forceinline__ void load(const uint4 *unit, int turn) {
-        const uint4 *rest = unit + 4 * WARP;
-        const int group = threadIdx.x % WARP / 4;
-        n = nibbles(unit[turn / 2 * WARP + threadIdx.x % WARP], turn % 2, ((const u32 *)(rest + group * 2))[turn],
-                    ((const uint2 *)(rest + Unit<Q4_K>::SCALES))[group]);
-    }
-    __device__ __forceinline__ void add(float (&sums)[4], const Columns &c) const {
-        add_q4(sums, n, c.quants.x, c.quants.y, c.scales[0], c.scales[1], c.sums[0], c.sums[1]);
     }
 };
 
@@ -126,3 +126,5 @@ BATCH(batch_q8_0_2, Q8_0, 2)
 BATCH(batch_q8_0_4, Q8_0, 4)
 BATCH(batch_q4_k_2, Q4_K, 2)
 BATCH(batch_q4_k_4, Q4_K, 4)
+BATCH(batch_q5_k_2, Q5_K, 2) /* of four tiles would have too many registers */
+BATCH(batch_q6_k_2, Q6_K, 2)

@@ -66,19 +66,34 @@ struct Rows {
 /* Weights as products.cu describes them. */
 struct Matrix {
     const uint4 *tiles;   /* [strips, units, 2 or 4, 32 lanes] */
-    const uint4 *scales;  /* Q8_0: float16 pairs of outputs g and g + 8 [strips, units, 8, 4]. Q4_K: bytes [strips, units, 8, 8, 4] */
-    const uint2 *ends;    /* Q4_K: d of g and g + 8, then dmin of both [strips, units, 8] */
+    const uint4 *scales;  /* Q8_0: float16 pairs of outputs g and g + 8 [strips, units, 8, 4]. Of 256: bytes [8, 8, 4], then high bits [32 lanes] */
+    const uint2 *ends;    /* of 256: d of g and g + 8, then dmin of both [strips, units, 8] */
     int outputs, units;
-    int format, reserved; /* BF16, Q8_0, Q4_K */
+    int format, reserved; /* BF16, ... */
 };
-enum { BF16, Q8_0, Q4_K };
+enum { BF16, Q8_0, Q4_K, Q5_K, Q6_K }; /* those from Q4_K on have units of 256 inputs */
+
+/* Pieces of 16 bytes that a strip has of a unit in `scales`; of them, those after SCALES are high bits. */
+#define SCALES 16
+__device__ constexpr int pieces_of(int format) {
+    return format == BF16 ? 0 : format == Q8_0 ? 8 : SCALES + (format == Q4_K ? 0 : format == Q5_K ? WARP : 2 * WARP);
+}
+
+/* Quants of a turn, one of 8 of 32 inputs, from nibbles and high bits: one of each byte (Q5_K) or two (Q6_K, whose 0 to 63 mean -32 to 31). */
+template <int FORMAT> __device__ __forceinline__ u32 quants_of(u32 nibbles, u32 bits, int turn) {
+    u32 low = nibbles >> 4 * (turn % 2) & 0x0f0f0f0f;
+    if (FORMAT == Q4_K) return low;
+    if (FORMAT == Q5_K) return low | (bits >> turn & 0x01010101) << 4;
+    low |= (bits >> 2 * (turn % 4) & 0x03030303) << 4;
+    return ((low | 0x80808080) - 0x20202020) ^ 0x80808080; /* no byte borrows of another */
+}
 
 /* To one of several matrices of so many strips that lie one after another in m. */
 template <int FORMAT> __device__ __forceinline__ void skip_to(Matrix &m, int number, int strips) {
     const i64 skipped = (i64)number * strips * m.units;
     m.tiles += skipped * (FORMAT == BF16 ? 2 : 4) * WARP, m.outputs = strips * 16;
-    if (FORMAT != BF16) m.scales += skipped * (FORMAT == Q8_0 ? 8 : 16);
-    if (FORMAT == Q4_K) m.ends += skipped * 8;
+    m.scales += skipped * pieces_of(FORMAT);
+    if (FORMAT >= Q4_K) m.ends += skipped * 8;
 }
 
 /* What a product knows of the launches after it. */

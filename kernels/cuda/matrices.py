@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,17 +11,17 @@ import numpy.typing as npt
 
 from ...core.errors import ModelFileError
 from ..backend import F32
-from ..formats.stored import U8, Stored, quantise, unpack_q4_k
+from ..formats.stored import U8, Stored, quantise, unpack_q4_0, unpack_q4_k, unpack_q5_k, unpack_q6_k
 from ..model.config import ModelConfig
 from .device import Address, Array, Device, Kernels, MatrixStruct, problem_with, sizes_of
 
 STRIP = 16
-#: Format number in products.cu, inputs of a unit, inputs that share a scale.
-BF16, Q8_0, Q4_K = range(3)
-UNITS = {BF16: 32, Q8_0: 128, Q4_K: 256}
-#: Bytes that a strip has of a unit: tiles, scales and ends.
-UNIT_BYTES = {BF16: (1024, 0, 0), Q8_0: (2048, 128, 0), Q4_K: (2048, 256, 64)}
-NAMES = {BF16: "bf16", Q8_0: "q8_0", Q4_K: "q4_k"}
+#: Format numbers of forerun.cuh, and their inputs of a unit.
+BF16, Q8_0, Q4_K, Q5_K, Q6_K = range(5)
+UNITS = {BF16: 32, Q8_0: 128, Q4_K: 256, Q5_K: 256, Q6_K: 256}
+#: Bytes that a strip has of a unit: tiles, scales (and high bits) and ends.
+UNIT_BYTES = {BF16: (1024, 0, 0), Q8_0: (2048, 128, 0), Q4_K: (2048, 256, 64), Q5_K: (2048, 768, 64), Q6_K: (2048, 1280, 64)}
+NAMES = {BF16: "bf16", Q8_0: "q8_0", Q4_K: "q4_k", Q5_K: "q5_k", Q6_K: "q6_k"}
 
 
 @dataclass(slots=True, eq=False)
@@ -50,7 +50,7 @@ class CudaMatrix:
 
 
 class CudaBackend:
-    """The kernels of this folder on one device. Matrices of types without kernels of their own are held as bfloat16."""
+    """The kernels of this folder on one device. Matrices of floats are held as bfloat16."""
 
     name = "cuda"
     operations_per_second = 1e12
@@ -70,12 +70,8 @@ class CudaBackend:
 
     def matrix(self, weight: Stored) -> CudaMatrix:
         outputs, inputs = weight.shape
-        if weight.type == "Q8_0":
-            number, parts = Q8_0, _pack_q8_0(weight)
-        elif weight.type == "Q4_K":
-            number, parts = Q4_K, _pack_q4_k(weight)
-        else:
-            number, parts = BF16, [_pack_bf16(weight)]
+        pack = PACK.get(weight.type)
+        number, parts = pack(weight) if pack is not None else (BF16, [_pack_bf16(weight)])
         return CudaMatrix(number, outputs, inputs, *(self.device.to_device(part) for part in parts))
 
     def first_outputs(self, weight: CudaMatrix, count: int) -> CudaMatrix:
@@ -194,27 +190,61 @@ def _pack_bf16(weight: Stored) -> U8:
     return _bytes(tiles, strips, units)
 
 
-def _pack_q8_0(weight: Stored) -> list[U8]:
-    blocks = np.ascontiguousarray(weight.raw).reshape(weight.shape[0], -1, 34)
-    quants = _padded(np.ascontiguousarray(blocks[:, :, 2:]).reshape(weight.shape[0], -1), STRIP, 128)
-    scales = _padded(np.ascontiguousarray(blocks[:, :, :2]).view("<f2")[:, :, 0], STRIP, 4)
+def _pack_q8(quants: npt.NDArray[np.int8], scales: npt.NDArray[np.float16]) -> tuple[int, list[U8]]:
+    """Of quants [outputs, inputs], and scales of each 32."""
+    quants, scales = _padded(quants, STRIP, 128), _padded(scales, STRIP, 4)
     strips, units = quants.shape[0] // STRIP, quants.shape[1] // 128
     # inputs: unit, block, lane in four, half of its eight, which of it
     tiles = quants.reshape(strips, 2, 8, units, 4, 4, 2, 4).transpose(0, 3, 4, 2, 5, 6, 1, 7)
     pairs = scales.reshape(strips, 2, 8, units, 4).transpose(0, 3, 2, 4, 1)
-    return [_bytes(tiles, strips, units), _bytes(pairs, strips, units)]
+    return Q8_0, [_bytes(tiles, strips, units), _bytes(pairs, strips, units)]
 
 
-def _pack_q4_k(weight: Stored) -> list[U8]:
-    d, dmin, scales, minima, quants = unpack_q4_k(weight)
+def _pack_k(number: int, d: npt.NDArray[Any], scales: npt.NDArray[Any], quants: U8) -> tuple[int, list[U8]]:
+    """Of d [outputs, blocks, 2], two bytes of scales of each 32 inputs [outputs, blocks, 8, 2], and quants [outputs, inputs] of 4 bits and
+    as many more as the format has."""
     quants = _padded(quants, STRIP, 256)
     strips, units = quants.shape[0] // STRIP, quants.shape[1] // 256
-    q = quants.reshape(strips, 2, 8, units, 4, 2, 4, 2, 4)
-    tiles = (q[:, :, :, :, :, 0] | q[:, :, :, :, :, 1] << 4).transpose(0, 3, 4, 2, 5, 6, 1, 7)
-    both = np.stack([_padded(part, STRIP, 1).reshape(strips, 2, 8, units, 8) for part in (scales, minima)])
-    ends = np.stack([_padded(part, STRIP, 1).reshape(strips, 2, 8, units) for part in (d, dmin)])
-    return [
-        _bytes(tiles, strips, units),
-        _bytes(both.transpose(1, 4, 3, 5, 0, 2), strips, units),
-        _bytes(ends.transpose(1, 4, 3, 0, 2), strips, units),
-    ]
+
+    def packed(bits: U8, width: int) -> U8:
+        """In the order of a lane's bytes, each with those of several turns."""
+        shared = 8 // width
+        parts = (
+            bits.reshape(strips, 2, 8, units, 8 // shared, shared, 4, 2, 4) << np.arange(0, 8, width, dtype=np.uint8)[:, None, None, None]
+        )
+        return _bytes(np.bitwise_or.reduce(parts, axis=5).transpose(0, 3, 4, 2, 5, 6, 1, 7), strips, units)
+
+    of_scales = _padded(scales, STRIP, 1).reshape(strips, 2, 8, units, 8, 2).transpose(0, 3, 2, 4, 5, 1)
+    of_ends = _padded(d, STRIP, 1).reshape(strips, 2, 8, units, 2).transpose(0, 3, 2, 4, 1)
+    both = [_bytes(of_scales, strips, units)]
+    if number != Q4_K:
+        both.append(packed(quants >> np.uint8(4), 1 if number == Q5_K else 2))
+    return number, [packed(quants & np.uint8(15), 4), np.concatenate(both, axis=2), _bytes(of_ends, strips, units)]
+
+
+def _pack_q8_0(weight: Stored) -> tuple[int, list[U8]]:
+    blocks = np.ascontiguousarray(weight.raw).reshape(weight.shape[0], -1, 34)
+    quants = np.ascontiguousarray(blocks[:, :, 2:]).view(np.int8).reshape(weight.shape[0], -1)
+    return _pack_q8(quants, np.ascontiguousarray(blocks[:, :, :2]).view("<f2")[:, :, 0])
+
+
+def _pack_q4_0(weight: Stored) -> tuple[int, list[U8]]:
+    """As Q8_0: the same values, in twice the memory."""
+    d, quants = unpack_q4_0(weight)
+    return _pack_q8(quants, d)
+
+
+def _pack_minima(weight: Stored) -> tuple[int, list[U8]]:
+    number, unpack = (Q4_K, unpack_q4_k) if weight.type == "Q4_K" else (Q5_K, unpack_q5_k)
+    d, dmin, scales, minima, quants = unpack(weight)
+    return _pack_k(number, np.stack([d, dmin], 2), np.stack([scales, minima], 3), quants)
+
+
+def _pack_q6_k(weight: Stored) -> tuple[int, list[U8]]:
+    d, scales, quants = unpack_q6_k(weight)
+    return _pack_k(Q6_K, np.stack([d, np.zeros_like(d)], 2), scales.view(np.uint8).reshape(*scales.shape[:2], 8, 2), quants)
+
+
+PACK: dict[str, Callable[[Stored], tuple[int, list[U8]]]] = {
+    "Q8_0": _pack_q8_0, "Q4_0": _pack_q4_0, "Q4_K": _pack_minima, "Q5_K": _pack_minima, "Q6_K": _pack_q6_k,
+}  # fmt: skip

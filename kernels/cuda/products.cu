@@ -84,13 +84,13 @@ __device__ __forceinline__ void q8_units(float (&sums)[STRIPS][1][4], const Matr
     }
 }
 
-template <int STRIPS>
-__device__ __forceinline__ void q4_units(float (&sums)[STRIPS][1][4], const Matrix &m, const Rows &x, const Place &at, const Ahead &ahead) {
-    const int lane = threadIdx.x % WARP, group = lane / 4;
+template <int FORMAT, int STRIPS>
+__device__ __forceinline__ void k_units(float (&sums)[STRIPS][1][4], const Matrix &m, const Rows &x, const Place &at, const Ahead &ahead) {
+    const int lane = threadIdx.x % WARP, group = lane / 4, PIECES = pieces_of(FORMAT), HIGH = (PIECES - SCALES) / WARP;
     const uint4 *tiles = m.tiles + ((i64)at.strip * m.units * 4) * WARP + lane;
     QuantRows rows = {};
     for (int unit = at.from; unit < at.to || !rows.quants; unit++) {
-        uint4 a[STRIPS][4], w[STRIPS][2];
+        uint4 a[STRIPS][4], bits[STRIPS][HIGH + 1], w[STRIPS][2];
         uint2 ends[STRIPS];
 #pragma unroll
         for (int s = 0; s < STRIPS; s++) {
@@ -98,24 +98,30 @@ __device__ __forceinline__ void q4_units(float (&sums)[STRIPS][1][4], const Matr
             i64 place = strip_of(m, at, s) * m.units + unit, from = (i64)at.strip * m.units + place;
 #pragma unroll
             for (int k = 0; k < 4; k++) a[s][k] = load_once(tiles + (place * 4 + k) * WARP);
-            for (int half = 0; half < 2; half++) w[s][half] = load_once(m.scales + (from * 8 + group) * 2 + half);
+#pragma unroll
+            for (int k = 0; k < HIGH; k++) bits[s][k] = load_once(m.scales + from * PIECES + SCALES + k * WARP + lane);
+            for (int half = 0; half < 2; half++) w[s][half] = load_once(m.scales + from * PIECES + group * 2 + half);
             ends[s] = load_once(m.ends + from * 8 + group);
         }
         if (!rows.quants) begin(ahead), rows = quant_rows(x, at);
         if (unit >= at.to) break;
-        if (unit + 1 < at.to && lane < 16)
-            for (int s = 0; s < STRIPS; s++) expect((const u8 *)(tiles - lane + (strip_of(m, at, s) * m.units + unit + 1) * 4 * WARP) + 128 * lane);
+        if (unit + 1 < at.to)
+            for (int s = 0; s < STRIPS; s++) {
+                i64 next = strip_of(m, at, s) * m.units + unit + 1;
+                if (lane < 16) expect((const u8 *)(tiles - lane + next * 4 * WARP) + 128 * lane);
+                else if (HIGH && lane < 16 + PIECES / 8) expect(m.scales + ((i64)at.strip * m.units + next) * PIECES + 8 * (lane - 16));
+            }
 #pragma unroll
         for (int k = 0; k < 4; k++) { /* 64 inputs: the low nibbles of a tile, and the high ones */
             uint4 b = *(const uint4 *)(rows.quants + unit * 256 + k / 2 * 128 + k % 2 * 16);
 #pragma unroll
             for (int high = 0; high < 2; high++) {
-                int block = unit * 8 + 2 * k + high;
+                int turn = 2 * k + high, block = unit * 8 + turn;
 #pragma unroll
                 for (int s = 0; s < STRIPS; s++) {
-                    Nibbles n = nibbles(a[s][k], high, part_of(w[s][k / 2], k % 2 * 2 + high), ends[s]);
-                    add_q4(sums[s][0], n, high ? b.z : b.x, high ? b.w : b.y, rows.scales[0][block], rows.scales[1][block], rows.sums[0][block],
-                           rows.sums[1][block]);
+                    Block n = block_of<FORMAT>(a[s][k], bits[s][HIGH == 2 ? turn / 4 : 0], turn, part_of(w[s][k / 2], turn % 4), ends[s]);
+                    add_block<FORMAT>(sums[s][0], n, high ? b.z : b.x, high ? b.w : b.y, rows.scales[0][block], rows.scales[1][block],
+                                      rows.sums[0][block], rows.sums[1][block]);
                 }
             }
         }
@@ -131,7 +137,7 @@ __device__ __forceinline__ void product(const Matrix &m, const Rows &x, Place at
     set_share(at, m, threadIdx.x / WARP, split, splits);
     if constexpr (FORMAT == BF16) bf16_units<STRIPS, TILES>(sums, m, x, at, ahead);
     else if constexpr (FORMAT == Q8_0) q8_units<STRIPS>(sums, m, x, at, ahead);
-    else q4_units<STRIPS>(sums, m, x, at, ahead);
+    else k_units<FORMAT, STRIPS>(sums, m, x, at, ahead);
     read_on(ahead);
     leave<STRIPS, TILES>(sums, found);
     sum_up<STRIPS, TILES, GATED>(found, m, at, out, out_stride, gated);
@@ -155,6 +161,8 @@ PRODUCT(gated_bf16_2, BF16, 2, 2, true)
 PRODUCT(gated_bf16_4, BF16, 2, 4, true)
 PRODUCT(product_q8_0_1, Q8_0, 1, 1, false)
 PRODUCT(product_q4_k_1, Q4_K, 1, 1, false)
+PRODUCT(product_q5_k_1, Q5_K, 1, 1, false)
+PRODUCT(product_q6_k_1, Q6_K, 1, 1, false)
 
 /* The experts that rows use: `routes` [rows, 2 used] are their numbers, then their shares. Experts lie one after another in m, each with
  * `strips` strips; an expert of a row writes a row of its own. Grid: (strips / STRIPS, experts), each for all that use it, 8 at a time: those of
@@ -178,6 +186,8 @@ EXPERT(expert_bf16, BF16, 1, false)
 EXPERT(expert_gated_bf16, BF16, 2, true)
 EXPERT(expert_q8_0, Q8_0, 1, false)
 EXPERT(expert_q4_k, Q4_K, 1, false)
+EXPERT(expert_q5_k, Q5_K, 1, false)
+EXPERT(expert_q6_k, Q6_K, 1, false)
 
 /* Weight (output, input). */
 __device__ __forceinline__ float weight_at(const Matrix &m, int output, int input) {
@@ -194,9 +204,16 @@ __device__ __forceinline__ float weight_at(const Matrix &m, int output, int inpu
         return from_half(((const u16 *)(m.scales + unit * 8 + g))[input / 32 % 4 * 2 + is_high]) * (float)quant;
     }
     i64 unit = (i64)strip * m.units + input / 256;
-    int quant = ((const u8 *)(m.tiles + (unit * 4 + input / 64 % 4) * WARP + lane))[byte] >> (input / 32 % 2 * 4) & 15;
-    const u8 *bytes = (const u8 *)(m.scales + (unit * 8 + g) * 2) + input / 32 % 8 * 4;
+    int block = input / 32 % 8, pieces = pieces_of(m.format), high = m.format == Q6_K ? 2 : m.format == Q5_K;
+    const uint4 *scales = m.scales + unit * pieces;
+    int quant = ((const u8 *)(m.tiles + (unit * 4 + block / 2) * WARP + lane))[byte] >> (block % 2 * 4) & 15;
+    if (high) {
+        int turns = 8 / high; /* that share a byte */
+        quant |= (((const u8 *)(scales + SCALES + block / turns * WARP + lane))[byte] >> (block % turns * high) & ((1 << high) - 1)) << 4;
+    }
+    const u8 *bytes = (const u8 *)(scales + g * 2) + block * 4;
     const u16 *ends = (const u16 *)(m.ends + unit * 8 + g);
+    if (m.format == Q6_K) return from_half(ends[is_high]) * (float)(signed char)bytes[input % 32 / 16 * 2 + is_high] * (float)(quant - 32);
     return from_half(ends[is_high]) * (float)bytes[is_high] * (float)quant - from_half(ends[2 + is_high]) * (float)bytes[2 + is_high];
 }
 

@@ -6,7 +6,9 @@
  *
  * bfloat16    a unit is 32 inputs: two instructions (m16n8k16)
  * Q8_0        a unit is 128 inputs: four (m16n8k32, int8), each with its own scales of weights and of rows
- * Q4_K        a unit is 256 inputs: eight, of nibbles made bytes; minima meet the rows' sums */
+ * Q4_K        a unit is 256 inputs: eight, of nibbles made bytes; minima meet the rows' sums
+ * Q5_K        the same with a fifth bit
+ * Q6_K        with two more bits, and two instructions for 32 inputs, which have two scales */
 #ifndef FORERUN_PRODUCTS_CUH
 #define FORERUN_PRODUCTS_CUH
 #include "forerun.cuh"
@@ -71,29 +73,48 @@ __device__ __forceinline__ void add_q8(float (&sums)[4], const uint4 &a, u32 b0,
     sums[3] = fmaf(w1 * s1, c[3], sums[3]);
 }
 
-/* 32 inputs of Q4_K, the low nibbles of a tile or the high ones. */
-struct Nibbles {
+/* 32 inputs of a block of 256 as the matrix instruction wants them, and what they are multiples of: for outputs g and g + 8 a scale, and what is
+ * taken away (Q4_K, Q5_K); or scales of the first 16 inputs and of the others (Q6_K). */
+struct Block {
     uint4 quants;
-    float scale[2], least[2]; /* of outputs g and g + 8 */
+    float first[2], second[2];
 };
-/* `bytes`: scales of g and g + 8, then both minima; `ends`: what they are multiples of. */
-__device__ __forceinline__ Nibbles nibbles(const uint4 &tile, int high, u32 bytes, const uint2 &ends) {
-    const u32 mask = 0x0f0f0f0f, shift = 4 * high;
-    Nibbles n;
-    n.quants = make_uint4(tile.x >> shift & mask, tile.y >> shift & mask, tile.z >> shift & mask, tile.w >> shift & mask);
+
+/* The 32 inputs of a turn, one of 8: `bits` as pieces_of has them, `bytes` of scales of g and g + 8, then both minima, or scales of the other 16. */
+template <int FORMAT> __device__ __forceinline__ Block block_of(const uint4 &tile, const uint4 &bits, int turn, u32 bytes, const uint2 &ends) {
+    Block n;
+    n.quants = make_uint4(quants_of<FORMAT>(tile.x, bits.x, turn), quants_of<FORMAT>(tile.y, bits.y, turn), quants_of<FORMAT>(tile.z, bits.z, turn),
+                          quants_of<FORMAT>(tile.w, bits.w, turn));
     for (int i = 0; i < 2; i++) {
-        n.scale[i] = from_half((u16)(ends.x >> 16 * i)) * (float)(bytes >> 8 * i & 255);
-        n.least[i] = from_half((u16)(ends.y >> 16 * i)) * (float)(bytes >> (16 + 8 * i) & 255);
+        u32 first = bytes >> 8 * i, second = bytes >> (16 + 8 * i);
+        float d = from_half((u16)(ends.x >> 16 * i));
+        if (FORMAT == Q6_K) n.first[i] = d * (float)(signed char)first, n.second[i] = d * (float)(signed char)second;
+        else n.first[i] = d * (float)(first & 255), n.second[i] = from_half((u16)(ends.y >> 16 * i)) * (float)(second & 255);
     }
     return n;
 }
+
 /* Scales and sums of the rows that are both columns of a lane. */
-__device__ __forceinline__ void add_q4(float (&sums)[4], const Nibbles &n, u32 b0, u32 b1, float scale0, float scale1, float sum0, float sum1) {
+template <int FORMAT>
+__device__ __forceinline__ void add_block(float (&sums)[4], const Block &n, u32 b0, u32 b1, float scale0, float scale1, float sum0, float sum1) {
     float c[4];
+    if (FORMAT == Q6_K) { /* lanes 0 and 1 of four have the first 16 inputs */
+        const bool is_first = threadIdx.x % 4 < 2;
+#pragma unroll
+        for (int which = 0; which < 2; which++) {
+            multiply_bytes(c, n.quants.x, n.quants.y, n.quants.z, n.quants.w, is_first == !which ? b0 : 0, is_first == !which ? b1 : 0);
+            for (int i = 0; i < 2; i++) {
+                float scale = which ? n.second[i] : n.first[i];
+                sums[2 * i] = fmaf(scale * scale0, c[2 * i], sums[2 * i]);
+                sums[2 * i + 1] = fmaf(scale * scale1, c[2 * i + 1], sums[2 * i + 1]);
+            }
+        }
+        return;
+    }
     multiply_bytes(c, n.quants.x, n.quants.y, n.quants.z, n.quants.w, b0, b1);
     for (int i = 0; i < 2; i++) {
-        sums[2 * i] = fmaf(-n.least[i], sum0, fmaf(n.scale[i] * scale0, c[2 * i], sums[2 * i]));
-        sums[2 * i + 1] = fmaf(-n.least[i], sum1, fmaf(n.scale[i] * scale1, c[2 * i + 1], sums[2 * i + 1]));
+        sums[2 * i] = fmaf(-n.second[i], sum0, fmaf(n.first[i] * scale0, c[2 * i], sums[2 * i]));
+        sums[2 * i + 1] = fmaf(-n.second[i], sum1, fmaf(n.first[i] * scale1, c[2 * i + 1], sums[2 * i + 1]));
     }
 }
 

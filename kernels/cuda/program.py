@@ -17,7 +17,7 @@ from ..model.inputs import frequencies
 from ..model.pages import PAGE
 from ..model.weights import AttentionWeights, DeltaWeights, DenseWeights, LayerWeights, MoeWeights
 from .device import DRAW, NOWHERE, Address, AheadStruct, Array, MatrixStruct, RowsStruct, Step, columns_of
-from .matrices import BF16, NAMES, Q4_K, Q8_0, STRIP, UNIT_BYTES, CudaMatrix, Packing, Stacked
+from .matrices import BF16, NAMES, Q4_K, Q5_K, Q6_K, Q8_0, STRIP, UNIT_BYTES, CudaMatrix, Packing, Stacked
 
 #: Positions of one part of an attention (PART of forerun.cuh), and pairs of row and head of one block (PAIRS, CHUNK_PAIRS of attention.cu).
 PART, PAIRS, CHUNK_PAIRS = 128, 16, 64
@@ -36,7 +36,7 @@ READ_ON, SMALL = 8 << 20, 32 << 20
 FEW_ROWS, BATCH_STRIPS, BATCH_STAGES = 8, 2, 2
 #: Strips of a block of wide.cu, stages of inputs that it has at once, and a strip's tiles of 512 bytes in a stage.
 WIDE_STRIPS, WIDE_STAGES = 8, 3
-WIDE_TILES = {BF16: 4, Q8_0: 2, Q4_K: 1}
+WIDE_TILES = {BF16: 4, Q8_0: 2, Q4_K: 1, Q5_K: 1, Q6_K: 1}
 #: Rows from which an attention loops over its parts, instead of leaving them all for a merge, and rows times parts beyond which it does:
 #: each takes a KiB a head.
 LOOP_ROWS, LOOP_PARTS = 33, 16_384
@@ -142,17 +142,18 @@ class Program:
     def _few(
         self, kernel: str, m: CudaMatrix, x: Prepared, out: Address, stride: int, gated: RowsStruct, rows: int, splits: int = 1
     ) -> None:
-        """By products.cu, or batch.cu."""
-        if rows <= FEW_ROWS or m.format == BF16:
-            tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4
+        """By products.cu, or batch.cu where a block's weights have room there: else 8 rows after 8 others, of which weights come from the
+        second-level cache."""
+        tiles = 1 if rows <= 8 else 2 if rows <= 16 or m.format in (Q5_K, Q6_K) else 4
+        shared = WARPS * BATCH_STRIPS * max(BATCH_STAGES * sum(UNIT_BYTES[m.format]), 512 * tiles)
+        if m.format != BF16 and rows > FEW_ROWS and shared <= self.device.max_shared:
+            grid = -(-m.strips // BATCH_STRIPS) * -(-rows // (8 * tiles)), splits
+            self._product(f"batch_{NAMES[m.format]}_{tiles}", grid, m, x, out, stride, gated, rows, shared)
+        else:
+            tiles = tiles if m.format == BF16 else 1
             strips = 2 if kernel.startswith("gated") or tiles == 4 else 1
             grid = -(-m.strips // strips) * -(-rows // (8 * tiles)), splits
             self._product(f"{kernel}_{tiles}", grid, m, x, out, stride, gated, rows)
-        else:
-            tiles = 2 if rows <= 16 else 4
-            grid = -(-m.strips // BATCH_STRIPS) * -(-rows // (8 * tiles)), splits
-            shared = WARPS * BATCH_STRIPS * max(BATCH_STAGES * sum(UNIT_BYTES[m.format]), 512 * tiles)
-            self._product(f"batch_{NAMES[m.format]}_{tiles}", grid, m, x, out, stride, gated, rows, shared)
 
     def _wide(
         self, kernel: str, m: CudaMatrix, x: Prepared, out: Address, stride: int, gated: RowsStruct, rows: int, splits: int = 1

@@ -7,9 +7,11 @@ import numpy as np
 from ..backend import Experts
 from ..model.config import ModelConfig, MoeConfig
 from ..model.weights import AttentionWeights, DeltaWeights, DenseWeights, LayerWeights, ModelWeights, MoeWeights, MtpWeights
-from .matrices import BF16, Q4_K, Q8_0, UNITS, CudaBackend, CudaMatrix
+from .matrices import BF16, Q4_K, Q5_K, Q6_K, Q8_0, UNIT_BYTES, UNITS, CudaBackend, CudaMatrix
 
-FORMATS = {"bf16": BF16, "q8_0": Q8_0, "q4_k": Q4_K}
+FORMATS = {"bf16": BF16, "q8_0": Q8_0, "q4_k": Q4_K, "q5_k": Q5_K, "q6_k": Q6_K}
+#: Deviation and mean of random quants; those of Q6_K have about no mean, and no minima.
+OF_BLOCKS = {Q4_K: (4.6, 7.5), Q5_K: (9.2, 15.5), Q6_K: (18.5, 0.0)}
 
 
 def synthetic_weights(config: ModelConfig, kind: str, backend: CudaBackend) -> ModelWeights:
@@ -26,11 +28,13 @@ def synthetic_weights(config: ModelConfig, kind: str, backend: CudaBackend) -> M
         if number == Q8_0:
             scales = device.to_device(np.full((strips, units, 64), deviation / 74, np.float16).view(np.uint8))
             return CudaMatrix(Q8_0, outputs, inputs, tiles, scales)
-        d = deviation / 4.6 / 32
-        ends = device.to_device(
-            np.full((strips, units, 8, 4), [d, d, 7.5 * d, 7.5 * d], np.float16).view(np.uint8).reshape(strips, units, -1)
-        )
-        return CudaMatrix(Q4_K, outputs, inputs, tiles, device.to_device(np.full((strips, units, 256), 32, np.uint8)), ends)
+        spread, mean = OF_BLOCKS[number]
+        d = deviation / spread / 32
+        ends = np.full((strips, units, 8, 4), [d, d, mean * d, mean * d], np.float16).view(np.uint8).reshape(strips, units, -1)
+        size = UNIT_BYTES[number][1]
+        scales = device.random(strips * units * size).reshape(strips, units, -1)  # high bits, that is
+        device.put(scales[:, :, :256], np.full((), 32, np.uint8))
+        return CudaMatrix(number, outputs, inputs, tiles, scales, device.to_device(ends))
 
     rng = np.random.default_rng(1)
 

@@ -10,7 +10,7 @@
 #define STAGES 3
 #define STAGE_INPUTS 64 /* two units of 32 */
 
-/* What a strip has of a stage: TILES tiles of 16 bytes a lane, in shared memory; scales, in registers. */
+/* What a strip has of a stage: TILES tiles of 16 bytes a lane, in shared memory; scales and high bits, in registers. */
 template <int FORMAT> struct Weights;
 
 template <> struct Weights<BF16> {
@@ -26,7 +26,6 @@ __device__ __forceinline__ uint4 scaled_halves(float q0, float q1, float q2, flo
     return make_uint4(to_halves(q0 * low, q1 * low), to_halves(q4 * high, q5 * high), to_halves(q2 * low, q3 * low), to_halves(q6 * high, q7 * high));
 }
 __device__ __forceinline__ float quant(u32 word, int i) { return (float)(signed char)(word >> 8 * i); }
-__device__ __forceinline__ float nibble(u32 word, int i, int shift) { return (float)(word >> (8 * i + shift) & 15); }
 
 template <> struct Weights<Q8_0> {
     static const int TILES = 2; /* a matrix has four in a unit */
@@ -43,29 +42,40 @@ template <> struct Weights<Q8_0> {
     }
 };
 
-template <> struct Weights<Q4_K> {
+/* Of units of 256. */
+template <int FORMAT> struct Weights {
     static const int TILES = 1; /* of both units: low nibbles, then high ones */
-    uint2 scales;               /* bytes of each: scale of g and g + 8, minimum of both */
+    uint2 scales;               /* bytes of each: scale of g and g + 8, then minimum, or scale of the other 16 inputs, of both */
     uint2 ends;
+    uint4 bits;
+    int turn; /* of the first unit, among 8 */
     __device__ __forceinline__ void load(const Matrix &m, i64 strip, int stage) {
-        i64 at = (strip * m.units + stage / 4) * 8 + threadIdx.x % WARP / 4;
-        scales = ((const uint2 *)(m.scales + at * 2))[stage % 4];
-        ends = m.ends[at];
+        const int lane = threadIdx.x % WARP;
+        const i64 unit = strip * m.units + stage / 4;
+        const uint4 *rest = m.scales + unit * pieces_of(FORMAT);
+        turn = stage % 4 * 2;
+        scales = ((const uint2 *)(rest + lane / 4 * 2))[stage % 4];
+        ends = m.ends[unit * 8 + lane / 4];
+        bits = FORMAT == Q4_K ? uint4{} : rest[SCALES + (FORMAT == Q6_K ? turn / 4 * WARP : 0) + lane];
     }
     __device__ __forceinline__ void operands(const uint4 *tiles, int unit, uint4 (&a)[2]) const {
-        uint4 tile = tiles[0];
-        u32 bytes = unit ? scales.y : scales.x, words[4] = {tile.x, tile.y, tile.z, tile.w}, found[2][4];
+        const uint4 tile = tiles[0];
+        const u32 bytes = unit ? scales.y : scales.x, words[4] = {tile.x, tile.y, tile.z, tile.w}, high_bits[4] = {bits.x, bits.y, bits.z, bits.w};
+        const bool is_second = FORMAT == Q6_K && threadIdx.x % 4 >= 2; /* lanes of the other 16 inputs */
+        u32 found[2][4];
 #pragma unroll
         for (int high = 0; high < 2; high++) {
-            float d = from_half((u16)(ends.x >> 16 * high)) * (float)(bytes >> 8 * high & 255);
-            float least = from_half((u16)(ends.y >> 16 * high)) * (float)(bytes >> (16 + 8 * high) & 255);
+            const u32 first = bytes >> 8 * high, second = bytes >> (16 + 8 * high);
+            float d = from_half((u16)(ends.x >> 16 * high)), least = 0;
+            if (FORMAT == Q6_K) d *= (float)(signed char)(is_second ? second : first);
+            else d *= (float)(first & 255), least = from_half((u16)(ends.y >> 16 * high)) * (float)(second & 255);
 #pragma unroll
-            for (int half = 0; half < 2; half++)
+            for (int half = 0; half < 2; half++) {
+                const u32 word = quants_of<FORMAT>(words[half * 2 + high], high_bits[half * 2 + high], turn + unit);
 #pragma unroll
-                for (int pair = 0; pair < 2; pair++) {
-                    u32 word = words[half * 2 + high];
-                    found[half][pair * 2 + high] = to_halves(nibble(word, 2 * pair, 4 * unit) * d - least, nibble(word, 2 * pair + 1, 4 * unit) * d - least);
-                }
+                for (int pair = 0; pair < 2; pair++)
+                    found[half][pair * 2 + high] = to_halves(quant(word, 2 * pair) * d - least, quant(word, 2 * pair + 1) * d - least);
+            }
         }
         a[0] = make_uint4(found[0][0], found[0][1], found[0][2], found[0][3]);
         a[1] = make_uint4(found[1][0], found[1][1], found[1][2], found[1][3]);
@@ -195,6 +205,12 @@ WIDE(wide_q8_0_256, Q8_0, 256, 1, false)
 WIDE(wide_q4_k_64, Q4_K, 64, 1, false)
 WIDE(wide_q4_k_128, Q4_K, 128, 1, false)
 WIDE(wide_q4_k_256, Q4_K, 256, 1, false)
+WIDE(wide_q6_k_64, Q6_K, 64, 1, false)
+WIDE(wide_q6_k_128, Q6_K, 128, 1, false)
+WIDE(wide_q6_k_256, Q6_K, 256, 1, false)
+WIDE(wide_q5_k_64, Q5_K, 64, 1, false)
+WIDE(wide_q5_k_128, Q5_K, 128, 1, false)
+WIDE(wide_q5_k_256, Q5_K, 256, 1, false)
 
 /* The experts, which lie one after another in m, each with `strips` strips: for the rows that use it. Those of expert e are order[starts[e]]
  * to order[starts[e + 1]]. Grid: (groups of 8 strips of one, experts); shared as above. */
@@ -215,6 +231,8 @@ WIDE_EXPERT(wide_expert_bf16, BF16, false)
 WIDE_EXPERT(wide_expert_gated_bf16, BF16, true)
 WIDE_EXPERT(wide_expert_q8_0, Q8_0, false)
 WIDE_EXPERT(wide_expert_q4_k, Q4_K, false)
+WIDE_EXPERT(wide_expert_q6_k, Q6_K, false)
+WIDE_EXPERT(wide_expert_q5_k, Q5_K, false)
 
 /* Which rows use each expert: order [rows * used], places in `routes` as products.cu has them, and starts [experts + 1]. One block; shared:
  * experts + 1 numbers. */

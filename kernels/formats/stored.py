@@ -37,9 +37,12 @@ def _q8_0(blocks: U8) -> F32:
     return cast("F32", _half(blocks[:, :2]) * np.ascontiguousarray(blocks[:, 2:]).view(np.int8).astype(np.float32))
 
 
+def _quants_4_0(blocks: U8) -> npt.NDArray[np.int8]:
+    return np.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], axis=1).view(np.int8) - np.int8(8)
+
+
 def _q4_0(blocks: U8) -> F32:
-    quants = np.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], axis=1).astype(np.float32)
-    return cast("F32", _half(blocks[:, :2]) * (quants - np.float32(8)))
+    return cast("F32", _half(blocks[:, :2]) * _quants_4_0(blocks).astype(np.float32))
 
 
 def _scales_k4(raw: U8) -> tuple[F32, F32]:
@@ -63,10 +66,13 @@ def _q4_k(blocks: U8) -> F32:
 
 def _q5_k(blocks: U8) -> F32:
     scales, minima = _scales_k4(blocks[:, 4:16])
-    packed = blocks[:, 48:].reshape(-1, 4, 1, 32)
-    low = np.concatenate([packed & 15, packed >> 4], axis=2).reshape(-1, 8, 32)
-    high = blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1
-    return _with_minima(blocks, scales, minima, (low | high << 4).astype(np.float32))
+    return _with_minima(blocks, scales, minima, _quants_5(blocks).astype(np.float32))
+
+
+def _quants_5(blocks: U8) -> U8:
+    """Quants of Q5_K [blocks, 8, 32], from 0 to 31."""
+    high = blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & np.uint8(1)
+    return _nibbles(blocks[:, 48:]) | high << np.uint8(4)
 
 
 def _with_minima(blocks: U8, scales: F32, minima: F32, quants: F32) -> F32:
@@ -74,14 +80,18 @@ def _with_minima(blocks: U8, scales: F32, minima: F32, quants: F32) -> F32:
     return cast("F32", ((d * scales)[:, :, None] * quants - (dmin * minima)[:, :, None]).reshape(len(blocks), -1))
 
 
-def _q6_k(blocks: U8) -> F32:
+def _quants_6(blocks: U8) -> U8:
+    """Quants of Q6_K [blocks, 2, 4, 32], from 0 to 63."""
     low = blocks[:, :128].reshape(-1, 2, 1, 64)
     high = blocks[:, 128:192].reshape(-1, 2, 1, 32)
-    quants = np.concatenate([low & 15, low >> 4], axis=2).reshape(-1, 2, 4, 32)
-    quants |= (high >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3) << 4
+    quants = np.concatenate([low & 15, low >> 4], axis=2, dtype=np.uint8).reshape(-1, 2, 4, 32)
+    return quants | (high >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & np.uint8(3)) << np.uint8(4)
+
+
+def _q6_k(blocks: U8) -> F32:
     scales = np.ascontiguousarray(blocks[:, 192:208]).view(np.int8).astype(np.float32)
     d = _half(blocks[:, 208:])
-    values = (quants.astype(np.float32) - np.float32(32)).reshape(-1, 16, 16)
+    values = (_quants_6(blocks).astype(np.float32) - np.float32(32)).reshape(-1, 16, 16)
     return cast("F32", ((d * scales)[:, :, None] * values).reshape(len(blocks), -1))
 
 
@@ -126,15 +136,51 @@ class Stored:
         return Stored(self.type, self.inputs, self.raw[at])
 
 
-def unpack_q4_k(tensor: Stored) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.float16], U8, U8, U8]:
+Halves = npt.NDArray[np.float16]
+
+
+def _blocks(tensor: Stored) -> tuple[U8, tuple[int, int]]:
+    """Blocks of a matrix [blocks, bytes], and how many outputs of how many of them it has."""
+    kind = BY_NAME[tensor.type]
+    return np.ascontiguousarray(tensor.raw).reshape(-1, kind.size), (tensor.shape[0], tensor.inputs // kind.block)
+
+
+def _halves(blocks: U8, at: int) -> Halves:
+    return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2")
+
+
+def unpack_q4_0(tensor: Stored) -> tuple[Halves, npt.NDArray[np.int8]]:
+    """What a matrix [outputs, inputs] of Q4_0 is made of: d [outputs, blocks], quants [outputs, inputs] from -8 to 7. A value is
+    d * quant."""
+    blocks, shape = _blocks(tensor)
+    return _halves(blocks, 0).reshape(shape), _quants_4_0(blocks).reshape(shape[0], -1)
+
+
+def unpack_q4_k(tensor: Stored) -> tuple[Halves, Halves, U8, U8, U8]:
     """What a matrix [outputs, inputs] of Q4_K is made of: d and dmin [outputs, blocks], scales and minima [outputs, blocks, 8] from 0 to
     63, quants [outputs, inputs] from 0 to 15. A value is d * scale * quant - dmin * minimum."""
-    blocks = np.ascontiguousarray(tensor.raw).reshape(-1, 144)
-    scales, minima = (part.astype(np.uint8) for part in _scales_k4(blocks[:, 4:16]))
-    d, dmin = (np.ascontiguousarray(blocks[:, i : i + 2]).view("<f2") for i in (0, 2))
-    rows, per_row = tensor.shape[0], tensor.inputs // 256
-    quants = _nibbles(blocks[:, 16:]).reshape(rows, -1)
-    return d.reshape(rows, per_row), dmin.reshape(rows, per_row), scales.reshape(rows, per_row, 8), minima.reshape(rows, per_row, 8), quants
+    blocks, _ = _blocks(tensor)
+    return _unpack_minima(tensor, _nibbles(blocks[:, 16:]))
+
+
+def unpack_q5_k(tensor: Stored) -> tuple[Halves, Halves, U8, U8, U8]:
+    """The same of Q5_K; quants from 0 to 31."""
+    blocks, _ = _blocks(tensor)
+    return _unpack_minima(tensor, _quants_5(blocks))
+
+
+def _unpack_minima(tensor: Stored, quants: U8) -> tuple[Halves, Halves, U8, U8, U8]:
+    blocks, shape = _blocks(tensor)
+    scales, minima = (part.astype(np.uint8).reshape(*shape, 8) for part in _scales_k4(blocks[:, 4:16]))
+    return _halves(blocks, 0).reshape(shape), _halves(blocks, 2).reshape(shape), scales, minima, quants.reshape(shape[0], -1)
+
+
+def unpack_q6_k(tensor: Stored) -> tuple[Halves, npt.NDArray[np.int8], U8]:
+    """What a matrix [outputs, inputs] of Q6_K is made of: d [outputs, blocks], scales of 16 inputs [outputs, blocks, 16], quants [outputs,
+    inputs] from 0 to 63. A value is d * scale * (quant - 32)."""
+    blocks, shape = _blocks(tensor)
+    scales = np.ascontiguousarray(blocks[:, 192:208]).view(np.int8).reshape(*shape, 16)
+    return _halves(blocks, 208).reshape(shape), scales, _quants_6(blocks).reshape(shape[0], -1)
 
 
 def quantise(values: F32, kind: str) -> U8:

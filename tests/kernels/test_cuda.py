@@ -49,11 +49,19 @@ def cuda(request: pytest.FixtureRequest) -> Iterator[CudaBackend]:
         backend.device.check()
 
 
+#: Those with products of their own.
+KINDS = ["BF16", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
+#: Where in a block of theirs scales of scales are.
+QUANTISED = {"Q4_0": (0,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+
+
 def stored(kind: str, outputs: int, inputs: int) -> Stored:
     rng = np.random.default_rng(outputs)
-    if kind == "Q4_K":
-        raw = rng.integers(0, 256, (outputs, inputs // 256, 144), np.uint8)
-        raw[:, :, :4] = rng.uniform(0.001, 0.01, (outputs, inputs // 256, 2)).astype("<f2").view(np.uint8)
+    if kind in QUANTISED:  # any bytes will do, but scales are numbers
+        block, size = BY_NAME[kind].block, BY_NAME[kind].size
+        raw = rng.integers(0, 256, (outputs, inputs // block, size), np.uint8)
+        for at in QUANTISED[kind]:
+            raw[:, :, at : at + 2] = rng.uniform(0.001, 0.01, (outputs, inputs // block, 1)).astype("<f2").view(np.uint8)
         return Stored(kind, inputs, raw.reshape(outputs, -1))
     values = rng.normal(size=(outputs, inputs)).astype(np.float32)
     return Stored(kind, inputs, quantise(values, kind).reshape(outputs, inputs // BY_NAME[kind].block * BY_NAME[kind].size))
@@ -91,19 +99,22 @@ def config(checkpoints: dict[str, Path]) -> Any:
 
 @pytest.mark.parametrize(
     ("kind", "inputs"),
-    [("BF16", 160), ("BF16", 40), ("F32", 64), ("Q8_0", 160), ("Q8_0", 1024), ("Q4_K", 256), ("Q4_K", 768), ("Q4_0", 64)],
-)
+    [
+        ("BF16", 160), ("BF16", 40), ("F32", 64), ("Q8_0", 160), ("Q8_0", 1024), ("Q4_K", 256), ("Q4_K", 768), ("Q4_0", 64), ("Q5_K", 256),
+        ("Q5_K", 768), ("Q6_K", 256), ("Q6_K", 768),
+    ],
+)  # fmt: skip
 def test_products_are_those_of_rounded_rows(cuda: CudaBackend, config: Any, kind: str, inputs: int) -> None:
-    weight = stored("F32", 40, inputs) if kind == "Q4_0" else stored(kind, 40, inputs)
+    weight = stored(kind, 40, inputs)
     m, x = cuda.matrix(weight), np.random.default_rng(1).normal(size=(5, inputs)).astype(np.float32)
-    values = weight.values() if kind in ("Q8_0", "Q4_K") else bf16(weight.values())
+    values = bf16(weight.values()) if m.format == BF16 else weight.values()
     wanted = (bf16(x) if m.format == BF16 else int8(x)).astype(np.float64) @ values.astype(np.float64).T
     for splits in (1, 2):
         found = product(cuda, config, m, x, splits)
         assert np.linalg.norm(found - wanted) < 1e-5 * np.linalg.norm(wanted)
 
 
-@pytest.mark.parametrize("kind", ["BF16", "Q8_0", "Q4_K"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_row_has_the_same_bits_whatever_rows_stand_beside_it(cuda: CudaBackend, config: Any, kind: str) -> None:
     m, x = cuda.matrix(stored(kind, 40, 2560)), np.random.default_rng(2).normal(size=(70, 2560)).astype(np.float32)
     alone_ = np.concatenate([product(cuda, config, m, x[i : i + 1]) for i in range(len(x))])
@@ -112,7 +123,7 @@ def test_a_row_has_the_same_bits_whatever_rows_stand_beside_it(cuda: CudaBackend
     np.testing.assert_array_equal(product(cuda, config, m, x[20:33]), alone_[20:33])
 
 
-@pytest.mark.parametrize("kind", ["BF16", "Q8_0", "Q4_K"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_embedding_is_a_row_of_the_table(cuda: CudaBackend, config: Any, kind: str) -> None:
     weight = stored(kind, 40, 256)
     p = Program(config, cuda.packing, 3, 1, 1)
@@ -437,7 +448,9 @@ def test_many_rows_of_several_sequences_for_the_head(cuda: CudaBackend, checkpoi
         np.testing.assert_array_equal(one, other[0])
 
 
-@pytest.mark.parametrize(("kind", "inputs"), [("BF16", 160), ("BF16", 32), ("Q8_0", 160), ("Q8_0", 1024), ("Q4_K", 768)])
+@pytest.mark.parametrize(
+    ("kind", "inputs"), [("BF16", 160), ("BF16", 32), ("Q8_0", 160), ("Q8_0", 1024), ("Q4_K", 768), ("Q5_K", 768), ("Q6_K", 768)]
+)
 def test_products_of_many_rows(cuda: CudaBackend, config: Any, kind: str, inputs: int) -> None:
     """Those of rounded rows and weights; a row has the same bits whatever rows stand beside it."""
     weight = stored(kind, 152, inputs)
@@ -482,12 +495,12 @@ def check_that_chunks_leave_no_trace(backend: CudaBackend, weights: Any, *partit
             np.testing.assert_array_equal(one, its)
 
 
-@pytest.mark.parametrize("kind", ["BF16", "Q8_0", "Q4_K"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_experts_of_every_type(cuda: CudaBackend, checkpoints: dict[str, Path], kind: str) -> None:
     """Of a few rows and of many, beside the formulas in float64."""
     config, rng, num_experts, used = load_config(checkpoints["moe"]), np.random.default_rng(1), 5, 2
     hidden, width, rows = config.hidden, 32, 20
-    if kind == "Q4_K":
+    if kind in QUANTISED:
         hidden, width = 256, 256
         config = replace(config, hidden=hidden)
 
