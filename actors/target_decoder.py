@@ -70,14 +70,20 @@ class Target(Protocol):
 
 @dataclass(slots=True)
 class _Ahead:
-    """A verify that has been begun before anybody asked for it: `logits` of the rows of several leases, of each so many. Since `began_ns`
-    its tokens are known, and what was begun before it had been done."""
+    """A verify that has been begun before anybody asked for it: `logits` of the rows of several leases, of each so many. What was begun
+    before it had been done at `began_ns`."""
 
     logits: F32
+    mark: Mark | None
     leases: tuple[int, ...]
     num_rows: tuple[int, ...]
-    tokens: dict[int, tuple[int, tuple[int, ...]]] = field(default_factory=dict[int, tuple[int, tuple[int, ...]]])  # of a lease, and where
+    #: By lease: where its tokens stand, and they, once they are known and until it has asked.
+    tokens: dict[int, tuple[int, tuple[int, ...]]] = field(default_factory=dict[int, tuple[int, tuple[int, ...]]])
     began_ns: int = 0
+
+    @property
+    def is_done(self) -> bool:
+        return self.mark is None or self.mark.is_done()
 
     def drafted(self, lease: int, tokens: tuple[int, ...]) -> None:
         position, last = self.tokens[lease]
@@ -97,6 +103,7 @@ class TargetDecoder(Actor):
         super().__init__(mailbox, executor)
         self._target, self._pool, self._trace, self._drafts = target, pool, trace, drafts
         self._ahead: _Ahead | None = None
+        self._took: dict[int, float] = {}  # seconds of the newest verify of so many rows that was waited for from its beginning to its end
 
     @property
     def enough(self) -> float:
@@ -116,11 +123,11 @@ class TargetDecoder(Actor):
         verifies: list[tuple[Envelope, Verify, Rows]] = []
         prefills: list[tuple[Envelope, Prefill, Rows]] = []
         freezes: list[tuple[Envelope, Freeze]] = []
-        forgets: list[Envelope] = []
+        forgets: list[tuple[Envelope, Forget]] = []
         for envelope in batch:
             message = envelope.message
             if isinstance(message, Forget):
-                forgets.append(envelope)
+                forgets.append((envelope, message))
                 continue
             if isinstance(message, Freeze):
                 freezes.append((envelope, message))
@@ -142,7 +149,8 @@ class TargetDecoder(Actor):
         for envelope, message in freezes:
             if not envelope.is_abandoned:
                 await self._freeze(envelope, message)
-        for envelope in forgets:  # what was asked before has been computed or passed over
+        for envelope, message in forgets:  # what was asked before has been computed or passed over
+            self._drop(message.lease)
             envelope.answer(None)
 
     def _rows(self, envelope: Envelope, message: Verify | Prefill) -> Rows | None:
@@ -159,22 +167,29 @@ class TargetDecoder(Actor):
 
     async def _verify_all(self, verifies: list[tuple[Envelope, Verify, Rows]]) -> None:
         """What has been begun, then the others together, then the suspect ones one by one."""
-        ahead, self._ahead = self._ahead, None
-        begun, others = list[tuple[Envelope, Verify, Rows]](), list[tuple[Envelope, Verify, Rows]]()
+        ahead, begun, others = self._ahead, list[tuple[Envelope, Verify, Rows]](), list[tuple[Envelope, Verify, Rows]]()
         for each in verifies:
-            is_begun = ahead is not None and ahead.is_of(each[1])
-            (begun if is_begun else others).append(each)
-            if ahead is not None:
-                self._trace.count("begun early", int(is_begun), each[1].flow)
+            message = each[1]
+            if ahead is not None and message.lease in ahead.tokens:
+                self._trace.count("begun early", int(ahead.is_of(message)), message.flow)
+            (begun if ahead is not None and ahead.is_of(message) else others).append(each)
+            self._drop(message.lease)
         if begun:
             await self._verify(begun, ahead)
         together = [each for each in others if not each[1].is_suspect]
         for group in [together, *([each] for each in others if each[1].is_suspect)]:
             if group:
-                await self._verify(group, None, is_typical=ahead is None)
+                await self._verify(group, None, is_free=ahead is None or ahead.is_done)
 
-    async def _verify(self, verifies: list[tuple[Envelope, Verify, Rows]], ahead: _Ahead | None, *, is_typical: bool = True) -> None:
-        """Of `ahead`, if there is one, those that were begun. Not typical: something else may be before it on the device."""
+    def _drop(self, lease: int) -> None:
+        """Whatever has been begun for a lease is not what is computed next."""
+        if self._ahead is not None:
+            self._ahead.tokens.pop(lease, None)
+            if not self._ahead.tokens:
+                self._ahead = None
+
+    async def _verify(self, verifies: list[tuple[Envelope, Verify, Rows]], ahead: _Ahead | None, *, is_free: bool = True) -> None:
+        """Of `ahead`, if there is one, those that were begun. Not `is_free`: something else is before it on the device."""
         envelopes, messages, batch = zip(*verifies, strict=True)
         asks, at = _asks(messages, ahead)
         following = self._following(messages, batch, at)
@@ -192,16 +207,22 @@ class TargetDecoder(Actor):
                 chosen = _chosen(logits, choices)
                 if begun is not None:
                     self._settle(begun, choices, batch, at)
+                    self._ahead = begun
                 return [chosen[i] for i in at], drafts or self._begin_drafts(later, choices), begun
 
             return Begun(mark, read, not is_early)
 
         num_rows, clock = sum(len(rows.tokens) for rows in batch), self._trace.clock
-        began, num_prepared = ahead.began_ns if ahead is not None else clock(), self._target.num_prepared
+        is_late, began = ahead is not None and ahead.is_done, ahead.began_ns if ahead is not None else clock()
+        num_prepared = self._target.num_prepared
         kind = "verify" if ahead is None else "rest of a verify", num_rows
         chosen, draft, begun = await self._do(verify, self._target.seconds(num_rows), kind, envelopes)
-        is_typical &= self._target.num_prepared == num_prepared
-        said = num_rows, (clock() - began) / 1e9, len(batch), is_typical
+        seconds, is_typical = (clock() - began) / 1e9, is_free and self._target.num_prepared == num_prepared
+        if is_late:  # since when, nobody knows
+            seconds, is_typical = min(seconds, self._took.get(num_rows, seconds)), is_typical and num_rows in self._took
+        elif is_typical:
+            self._took[num_rows] = seconds
+        said = num_rows, seconds, len(batch), is_typical
         coming: dict[int, Reply[Draft | None]] = {i: envelopes[i].promise() for i in following}
         for i, envelope in enumerate(envelopes):
             envelope.answer(Verdict(*chosen[i], *said, coming.get(i)))
@@ -219,7 +240,7 @@ class TargetDecoder(Actor):
                     begun.drafted(messages[i].lease, one.tokens)
                 reply.set(replace(one, seconds=(ended - began) / 1e9) if one is not None else None)
         if begun is not None:
-            self._ahead, begun.began_ns = begun, clock()
+            begun.began_ns = clock()
 
     def _following(self, messages: Sequence[Verify], batch: Sequence[Rows], at: Sequence[int]) -> dict[int, Following]:
         """The drafts that are to be made behind these verifies, by number of the verify: none where the head is elsewhere. `at` says
@@ -248,7 +269,8 @@ class TargetDecoder(Actor):
         ]
         logits = self._target.verify_next(rows, choices, drafts.on_device)
         leases, counts = tuple(message.lease for message in messages), tuple(1 + each.num_drafts for each in rows)
-        return _Ahead(logits, leases, counts) if logits is not None else None
+        mark = self._mark()
+        return _Ahead(logits, _Quiet(mark) if mark is not None else None, leases, counts) if logits is not None else None
 
     def _settle(self, begun: _Ahead, choices: Choices, batch: Sequence[Rows], at: Sequence[int]) -> None:
         """It is known now what the verify before it brings."""
@@ -287,7 +309,7 @@ class TargetDecoder(Actor):
 
         if begun is None or begun.mark is None:
             return Begun(None, draft)
-        return Begun(_OfDrafts(begun.mark), draft, on_device=begun.on_device)
+        return Begun(_Quiet(begun.mark), draft, on_device=begun.on_device)
 
     async def _prefill(self, envelope: Envelope, message: Prefill, rows: Rows) -> None:
         ask = Ask(message.choosing, message.position + len(message.tokens))
@@ -311,7 +333,7 @@ class TargetDecoder(Actor):
         try:
             memory = self._pool[message.lease]
             memory.check(message.position, 0, is_chunk=False)
-            self._ahead = None  # memory goes back to the position, without rows after it
+            self._drop(message.lease)  # memory goes back to the position, without rows after it
             freeze: Begun[None] = Begun(None, lambda: self._target.freeze(memory, message.position))
             await self._do(lambda: freeze, max(self._target.seconds(message.position), FREEZE_SECONDS), "freeze", [envelope])
         except (LeaseLost, PositionLost) as error:
@@ -335,8 +357,8 @@ class TargetDecoder(Actor):
 
 
 @dataclass(frozen=True, slots=True)
-class _OfDrafts:
-    """A mark whose failure is that of the drafts, which show it when they are read."""
+class _Quiet:
+    """A mark that says nothing of a failure: whoever reads what it marks sees it."""
 
     mark: Mark
 

@@ -66,7 +66,7 @@ struct Rows {
 /* Weights as products.cu describes them. */
 struct Matrix {
     const uint4 *tiles;   /* [strips, units, 2 or 4, 32 lanes] */
-    const uint4 *scales;  /* Q8_0: float16 pairs of outputs g and g + 8 [strips, units, 8, 4]. Of 256: bytes [8, 8, 4], then high bits [32 lanes] */
+    const uint4 *scales;  /* Q8_0: float16 pairs of outputs g and g + 8 [strips, units, 8, 4]. Of 256: bytes [8, 8, 4], then high bits [lanes] */
     const uint2 *ends;    /* of 256: d of g and g + 8, then dmin of both [strips, units, 8] */
     int outputs, units;
     int format, reserved; /* BF16, ... */

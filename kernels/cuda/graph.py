@@ -29,7 +29,7 @@ from .memory import CudaSequence
 from .program import PART, Column, Filters, Parts, Prepared, Program, threads_for
 from .recorded import DeviceRows, DeviceTokens, Recorded, as_rows, filters_of, put_draw, put_spans, put_tokens
 
-#: Shapes of batches that are kept recorded, for each kind of program; the longest unused is forgotten.
+#: Programs that a trunk or a head keeps recorded, of all kinds and shapes; the longest unused is forgotten.
 MAX_RECORDED = 32
 #: Parts of an attention that a program has at least, so that a text is long before it needs another.
 MIN_PARTS = 8
@@ -180,7 +180,8 @@ class CudaTrunk(TrunkBase):
     def __init__(self, weights: ModelWeights, backend: CudaBackend) -> None:
         self.weights, self.config, self.operations_per_second = weights, weights.config, backend.operations_per_second
         self._graphs, self.marker = _Graphs(weights, backend), backend.device.mark
-        self._turn, self._is_full = 0, False
+        # Of two programs for each shape of a verify: the one that ran last, and whether nobody had asked for what it computed.
+        self._turn, self._is_begun, self._is_full = 0, False, False
 
     @property
     def num_prepared(self) -> int:
@@ -198,7 +199,8 @@ class CudaTrunk(TrunkBase):
             memory = _sequence(rows.memory)
             spans.append(memory.span(rows.position, row, len(rows.tokens), base=memory.states.base_position))
             row += len(rows.tokens)
-        tokens, recorded = self._graphs.tokens(batch), self._verifying(row, len(batch), _end(batch))
+        tokens, recorded = self._graphs.tokens(batch), self._verifying(row, len(batch), _end(batch), self._turn ^ self._is_begun)
+        self._is_begun = False
         for rows in batch:
             rows.memory.recurrent.begin()
         recorded.begin()["first"][:] = -1
@@ -222,10 +224,11 @@ class CudaTrunk(TrunkBase):
             spans.append(span)
             row, end = row + count, max(end, ask.position + most)
         try:
-            recorded = self._verifying(row, len(batch), end)
+            recorded = self._verifying(row, len(batch), end, self._turn ^ 1)
         except MemoryError:  # of the device: the next one begins when this one has been read
             self._is_full = True
             return None
+        self._is_begun = True
         told, put, buffers, num = recorded.begin(), self._graphs.device.put, recorded.program.buffers, len(batch)
         told["first"][:num] = [starts[each.index] for each in batch]
         told["num_drafts"][:num] = [len(ask.ahead) for ask in asks]
@@ -240,10 +243,11 @@ class CudaTrunk(TrunkBase):
         recorded.run(spans, [0] * row)
         return as_rows(recorded, "logits", row, self.weights.head.outputs)
 
-    def _verifying(self, num_rows: int, num_spans: int, end: int) -> Recorded:
-        """A program of a verify that sees up to `end` positions. What it brings is read while the next one is computed: two take turns."""
-        self._turn ^= 1
-        return self._graphs.get(f"verify {self._turn}", num_rows, num_spans, end, self._build_verify)
+    def _verifying(self, num_rows: int, num_spans: int, end: int, turn: int) -> Recorded:
+        """A program of a verify that sees up to `end` positions. What one brings is read while the next one is computed: two take turns."""
+        found = self._graphs.get(f"verify {turn}", num_rows, num_spans, end, self._build_verify)
+        self._turn = turn
+        return found
 
     def _build_verify(self, recorded: Recorded) -> None:
         p, num = recorded.program, recorded.program.num_spans

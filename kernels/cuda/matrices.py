@@ -1,4 +1,5 @@
-"""Weights as the CUDA kernels read them: tiles of 16 outputs that are the registers of a matrix instruction (products.cu)."""
+"""Weights as the CUDA kernels read them: tiles of 16 outputs that are the registers of a matrix instruction (forerun.cuh,
+products.cuh)."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ NAMES = {BF16: "bf16", Q8_0: "q8_0", Q4_K: "q4_k", Q5_K: "q5_k", Q6_K: "q6_k"}
 
 @dataclass(slots=True, eq=False)
 class CudaMatrix:
-    """[outputs, inputs]: `tiles` [strips, units, bytes] and for quantised formats `scales` and `ends`, as products.cu lays them out.
+    """[outputs, inputs]: `tiles` [strips, units, bytes] and for quantised formats `scales` and `ends`, as forerun.cuh lays them out.
     Part of another matrix once they have been put together."""
 
     format: int

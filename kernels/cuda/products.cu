@@ -1,5 +1,5 @@
 /* Products of few rows with a matrix: weights are read once, in tiles that are the registers of a matrix instruction; one row costs what eight
- * do. Of quantised weights up to 8 rows: batch.cu has more. */
+ * do. Of quantised weights 8 rows: batch.cu has more, but where its blocks have no room. */
 #include "products.cuh"
 
 template <int STRIPS, int TILES>

@@ -32,7 +32,7 @@ SEGMENT = 1024
 WARPS = 8
 #: Bytes of the next product's weights that a product has fetched into the second-level cache: half as many where those are small.
 READ_ON, SMALL = 8 << 20, 32 << 20
-#: Rows up to which quantised weights are those of products.cu; strips of a block of batch.cu, and units that it has at once.
+#: Rows up to which quantised weights are those of products.cu in any case; strips of a block of batch.cu, and units that it has at once.
 FEW_ROWS, BATCH_STRIPS, BATCH_STAGES = 8, 2, 2
 #: Strips of a block of wide.cu, stages of inputs that it has at once, and a strip's tiles of 512 bytes in a stage.
 WIDE_STRIPS, WIDE_STAGES = 8, 3

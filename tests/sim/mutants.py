@@ -112,7 +112,7 @@ MUTANTS = [
     Mutant("close", "a closed mailbox leaves its asks waiting", "core/channel.py",
            "            self._fail_all(self._closed)\n", ""),
     Mutant("verifies that are begun early", "one outlives a freeze, which drops its rows", "actors/target_decoder.py",
-           "            self._ahead = None  # memory goes back to the position, without rows after it\n", ""),
+           "            self._drop(message.lease)  # memory goes back to the position, without rows after it\n", ""),
     Mutant("verifies that are begun early", "rows that nobody asked for are taken for the next one's", "actors/target_decoder.py",
            "        if num_rows > num_asked:\n", "        if num_asked and num_rows > num_asked:\n"),
     Mutant("verifies that are begun early", "memory does not hear of it", "actors/target_decoder.py",

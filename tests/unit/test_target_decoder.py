@@ -31,6 +31,15 @@ pytestmark = pytest.mark.anyio
 FLOW, HOW, PROMPT = Flow("a", 0), Choosing(SamplingParams()), (1, 2, 3)
 
 
+class Clock:
+    """Of a trace, in nanoseconds; a verify takes a millisecond."""
+
+    now = 0
+
+    def __call__(self) -> int:
+        return self.now
+
+
 class Done:
     def is_done(self) -> bool:
         return True
@@ -44,8 +53,13 @@ class Counting(FakeTarget):
 
     num_asked = 0
 
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(Done)
+        self._clock = clock
+
     def verify(self, batch: Sequence[Rows]) -> tuple[F32, F32]:
         self.num_asked += 1
+        self._clock.now += 1_000_000
         return super().verify(batch)
 
     def verify_next(self, batch: Sequence[NextRows], choices: Choices, drafts: Any) -> F32 | None:
@@ -60,6 +74,7 @@ class Decoder:
     mailbox: Mailbox
     target: Counting
     pool: SequencePool
+    clock: Clock
     texts: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
 
     async def begin(self, prompt: tuple[int, ...] = PROMPT) -> int:
@@ -89,12 +104,12 @@ class Decoder:
 
 @asynccontextmanager
 async def decoder(num_slots: int = 1) -> AsyncGenerator[Decoder]:
-    pool, mailbox, target = SequencePool(FakeMaker(), MemoryParams(num_slots, 16, 0, "log")), Mailbox("target decoder", 8), Counting(Done)
-    drafts = HeadDrafts(FakeHead(Done), SpeculationParams(types=("draft-mtp",)))
-    actor = TargetDecoder(mailbox, InPlace(), target, pool, Trace(), drafts)
+    pool, mailbox, clock = SequencePool(FakeMaker(), MemoryParams(num_slots, 16, 0, "log")), Mailbox("target decoder", 8), Clock()
+    drafts, target = HeadDrafts(FakeHead(Done), SpeculationParams(types=("draft-mtp",))), Counting(clock)
+    actor = TargetDecoder(mailbox, InPlace(), target, pool, Trace(clock=clock), drafts)
     async with anyio.create_task_group() as group:
         group.start_soon(actor.run)
-        yield Decoder(mailbox, target, pool)
+        yield Decoder(mailbox, target, pool, clock)
         group.cancel_scope.cancel()
 
 
@@ -173,3 +188,38 @@ async def test_a_frozen_sequence_goes_on() -> None:
         for _ in range(3):
             await it.verify(lease)
         assert it.is_right(lease)
+
+
+async def test_what_a_reader_takes_is_no_part_of_a_verify() -> None:
+    """Whoever comes long after a device was done hears what such a verify took when somebody waited for it."""
+    async with decoder() as it:
+        lease = await it.begin()
+        verdict, _ = await it.verify(lease)
+        assert verdict.is_typical
+        seconds = verdict.seconds
+        assert seconds > 0
+        it.clock.now += 10**9
+        verdict, _ = await it.verify(lease)
+        assert (verdict.seconds, verdict.is_typical) == (seconds, True)
+
+
+async def test_one_of_two_comes_late() -> None:
+    """What was begun for it is still there; and for a sequence that comes when all have ended, there is nothing."""
+    async with decoder(2) as it:
+        leases = [await it.begin(), await it.begin((4, 5))]
+        async with anyio.create_task_group() as group:
+            for lease in leases:
+                group.start_soon(it.verify, lease)
+        for _ in range(3):
+            await it.verify(leases[0])
+        assert it.target.num_asked == 3  # together, then two alone
+        await it.verify(leases[1])
+        assert it.target.num_asked == 3
+        assert it.is_right(leases[0])
+        assert it.is_right(leases[1], (4, 5))
+        for lease in leases:
+            await it.mailbox.ask(Forget(FLOW, lease))
+            it.pool.release(lease)
+        lease = await it.begin()
+        verdict, _ = await it.verify(lease)
+        assert verdict.is_typical
