@@ -228,10 +228,12 @@ class Chooser:
         return self._stretch if self._num_left > 1 and self.goes_on is not None else None
 
     def went_on(self, head: Draft | None, tokens: tuple[int, ...], is_typical: bool) -> None:
-        """It did, and a round brought `tokens`. Not typical is what says nothing of what rounds take."""
+        """It did, and a round brought `tokens`. Not typical is what says nothing of what rounds take: a trial goes on, or it would measure
+        nothing."""
         self._asked_at = self._round
         self._round += 1
-        self._num_left = self._num_left - 1 if head is not None and head.tokens else 0
+        ends = head is None or not head.tokens or not (is_typical or self._asking is Asking.TRIAL)
+        self._num_left = 0 if ends else self._num_left - 1
         self._came.append((head if is_typical else None, tokens))
         self._lacking -= len(tokens)
         if self._num_left % STRETCH == 0:
