@@ -10,5 +10,5 @@ ln -s "$PWD/tools/client" "$site/forerun/client"
 ln -s "$PWD/proto/forerun/v1" "$site/forerun/v1"
 export PYTHONPATH="$site:$PWD" PYTHONUNBUFFERED=1
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
-python3 -m pytest -q --cuda -o filterwarnings= -p no:cacheprovider -k "not backwards" tests/gpu tests/kernels/test_cuda.py "$@"
+python3 -m pytest -q --cuda -o filterwarnings= -p no:cacheprovider -k "not backwards" tests/gpu tests/kernels/test_cuda.py tests/kernels/test_verify_next.py "$@"
 python3 -c "from forerun.tools.cli import main; main()" bench --device cuda --size 0.8B:bf16 --size 4B:bf16 --size 9B:bf16 --size 27B:q8_0 --size 35B-A3B:q8_0
