@@ -51,7 +51,7 @@ static inline float2 make_float2(float x, float y) { return {x, y}; }
 static dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace on_cpu {
-const size_t STACK = 65536, SHARED_BYTES = 232448;
+const size_t STACK = 65536, SHARED_BYTES = 232448, MAX_THREADS = 1024;
 alignas(16) static char shared[SHARED_BYTES];
 
 struct Group { /* threads that meet: a warp or a block */
@@ -67,11 +67,10 @@ struct Thread {
     dim3 index;
     bool is_done = true, is_new = true;
 };
-static std::vector<Thread> threads;
+static std::vector<Thread> threads; /* they go on from block to block: to begin one takes system calls */
 static std::vector<Group> warps;
 static Group block;
 static char *stacks;
-static size_t num_stacks;
 static int now, step;
 static jmp_buf scheduler;
 static void (*body)(void **);
@@ -80,7 +79,7 @@ static void **arguments;
 static void resume(int next);
 /* Lets others run. False when there are no others. */
 static bool yield() {
-    int from = now, count = (int)threads.size(), next = from;
+    int from = now, count = (int)blockDim.x, next = from;
     do next = (next + step + count) % count;
     while (threads[next].is_done && next != from);
     if (next == from) return false;
@@ -98,15 +97,16 @@ static void meet(Group &group) {
         }
 }
 static void begin() {
-    body(arguments);
-    Thread &self = threads[now];
-    self.is_done = true;
-    Group &warp = warps[now / 32];
-    warp.alive--, block.alive--;
-    warp.release_if_all(), block.release_if_all();
-    if (!block.alive) _longjmp(scheduler, 1);
-    yield();
-    abort();
+    for (;;) {
+        body(arguments);
+        Thread &self = threads[now];
+        self.is_done = true;
+        Group &warp = warps[now / 32];
+        warp.alive--, block.alive--;
+        warp.release_if_all(), block.release_if_all();
+        if (block.alive) yield();
+        else if (!_setjmp(self.where)) _longjmp(scheduler, 1);
+    }
 }
 static void resume(int next) {
     now = next;
@@ -121,13 +121,12 @@ static void resume(int next) {
     makecontext(&context, begin, 0);
     setcontext(&context);
 }
-static void run_block() {
+static void run_block(size_t shared_bytes) {
     size_t count = blockDim.x;
-    if (count > num_stacks) {
-        stacks = (char *)mmap(nullptr, STACK * count, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        num_stacks = count;
+    if (!stacks) {
+        stacks = (char *)mmap(nullptr, STACK * MAX_THREADS, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        threads.resize(MAX_THREADS);
     }
-    threads.assign(count, Thread());
     warps.assign((count + 31) / 32, Group());
     block = Group();
     block.alive = (int)count;
@@ -136,7 +135,7 @@ static void run_block() {
         threads[i].is_done = false;
         warps[i / 32].alive++;
     }
-    memset(shared, 0xff, SHARED_BYTES);
+    memset(shared, 0xff, shared_bytes);
     if (!_setjmp(scheduler)) resume(step > 0 ? 0 : (int)count - 1);
 }
 
@@ -169,7 +168,7 @@ extern "C" __attribute__((visibility("default"))) int run(const char *kernel, co
                                                           int backwards) {
     auto found = on_cpu::kernels().find(kernel);
     if (found == on_cpu::kernels().end()) return 1;
-    if (block[0] > 1024 || block[1] != 1 || block[2] != 1 || shared > on_cpu::SHARED_BYTES) return 2;
+    if (block[0] > (int)on_cpu::MAX_THREADS || block[1] != 1 || block[2] != 1 || shared > on_cpu::SHARED_BYTES) return 2;
     on_cpu::body = found->second, on_cpu::arguments = given, on_cpu::step = backwards ? -1 : 1;
     gridDim = {(unsigned)grid[0], (unsigned)grid[1], (unsigned)grid[2]};
     blockDim = {(unsigned)block[0], 1, 1};
@@ -177,7 +176,7 @@ extern "C" __attribute__((visibility("default"))) int run(const char *kernel, co
     for (int i = 0; i < count; i++) {
         int at = backwards ? count - 1 - i : i;
         blockIdx = {(unsigned)(at % grid[0]), (unsigned)(at / grid[0] % grid[1]), (unsigned)(at / grid[0] / grid[1])};
-        on_cpu::run_block();
+        on_cpu::run_block(shared);
     }
     return 0;
 }

@@ -7,10 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import forerun
 import numpy as np
 import pytest
-from forerun.actors.model import Defaults, LoadedModel
 from forerun.core.embeddings import lay_out
 from forerun.core.errors import InternalBug
 from forerun.core.vocabulary import Choosing, History, SamplingParams
@@ -235,20 +233,6 @@ def test_rounds_on_the_device_say_what_single_rows_say(cuda: CudaBackend, checkp
             assert chosen == [int(np.asarray(logits)[0].argmax())]
             assert rates is not None or token == chosen[0]
             all_tokens.append(token)
-
-
-@pytest.mark.anyio
-@pytest.mark.parametrize("cuda", ["forwards"], indirect=True)
-async def test_the_engine_says_the_same_with_and_without_drafts(cuda: CudaBackend, checkpoints: dict[str, Path]) -> None:
-    folder = checkpoints["dense"]
-    model = LoadedModel("dense", load(folder, cuda), cuda, None, Defaults.load(folder))
-    found = list[Any]()
-    for spec_type in ("none", "draft-mtp,ngram-simple"):
-        async with forerun.open_engine(model, spec_type=spec_type, num_slots=2) as engine:
-            for temperature in (0.0, 0.8):
-                result = await engine.complete(prompt(70), max_tokens=10, temperature=temperature, seed=1, ignore_eos=True)
-                found.append(result.token_ids)
-    assert found[:2] == found[2:]
 
 
 SAMPLING = [

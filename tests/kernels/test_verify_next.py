@@ -52,8 +52,7 @@ FIRST: list[Place] = [(length - 1, tuple(prompt(length)[-1:])) for length in LEN
 
 
 @pytest.mark.parametrize("backend", ["cuda"], indirect=True)
-@pytest.mark.parametrize("store", ["log", "snapshots"])
-@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize(("store", "sampling"), [("log", DRAWN), ("snapshots", GREEDY)])
 def test_rounds_begun_behind_one_another(weights: ModelWeights, backend: AnyBackend, store: StoreName, sampling: SamplingParams) -> None:
     """After a verify of which some drafts are right, the head drafts for some sequences, and the next verify begins, all before anybody
     reads; then the same again. In one round as many drafts as is said count as right, in another all verify something else in the end."""
