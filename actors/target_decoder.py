@@ -170,9 +170,10 @@ class TargetDecoder(Actor):
         ahead, begun, others = self._ahead, list[tuple[Envelope, Verify, Rows]](), list[tuple[Envelope, Verify, Rows]]()
         for each in verifies:
             message = each[1]
+            is_begun = ahead is not None and ahead.is_of(message)
             if ahead is not None and message.lease in ahead.tokens:
-                self._trace.count("begun early", int(ahead.is_of(message)), message.flow)
-            (begun if ahead is not None and ahead.is_of(message) else others).append(each)
+                self._trace.count("begun early", int(is_begun), message.flow)
+            (begun if is_begun else others).append(each)
             self._drop(message.lease)
         if begun:
             await self._verify(begun, ahead)
@@ -268,9 +269,11 @@ class TargetDecoder(Actor):
             for i, (message, rows) in enumerate(zip(messages, batch, strict=True))
         ]
         logits = self._target.verify_next(rows, choices, drafts.on_device)
-        leases, counts = tuple(message.lease for message in messages), tuple(1 + each.num_drafts for each in rows)
+        if logits is None:
+            return None
         mark = self._mark()
-        return _Ahead(logits, _Quiet(mark) if mark is not None else None, leases, counts) if logits is not None else None
+        leases, counts = tuple(message.lease for message in messages), tuple(1 + each.num_drafts for each in rows)
+        return _Ahead(logits, _Quiet(mark) if mark is not None else None, leases, counts)
 
     def _settle(self, begun: _Ahead, choices: Choices, batch: Sequence[Rows], at: Sequence[int]) -> None:
         """It is known now what the verify before it brings."""

@@ -110,7 +110,7 @@ async def test_rounds_that_a_device_begins_early(
     options: forerun.Options, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next one before anybody has read what the last one brings: without drafts, and behind the head's; and whatever is drafted."""
-    backend, folder, prompts = cuda_backend(is_real=False), checkpoints["dense"], [prompt(9), prompt(5) * 3]
+    backend, folder, prompts = cuda_backend(is_real=False), checkpoints["dense"], [prompt(70), prompt(5) * 3]
     model = LoadedModel("dense", load(folder, backend), backend, None, Defaults.load(folder))
     asked, early = list[int](), list[int]()
 
@@ -126,10 +126,10 @@ async def test_rounds_that_a_device_begins_early(
             return super().verify_next(batch, choices, drafts) if self.is_early else None
 
     monkeypatch.setattr(backends, "CudaTrunk", Counting)
-    plain = await all_tokens(model, prompts, 12, options, 1, "none")
+    plain = await all_tokens(model, prompts, 18, options, 1, "none")
     Counting.is_early = True
     for spec_type, choose, share in (("none", "rate", 0.8), ("draft-mtp", "first", 0.4), ("draft-mtp,ngram-simple", "rate", 0.0)):
         asked.clear()
         early.clear()
-        assert await all_tokens(model, prompts, 12, options, 2, spec_type, 2, choose) == plain, spec_type
+        assert await all_tokens(model, prompts, 18, options, 2, spec_type, 2, choose) == plain, spec_type
         assert len(early) >= share * (len(early) + len(asked)), spec_type

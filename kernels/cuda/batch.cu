@@ -119,7 +119,7 @@ __device__ __forceinline__ void batch(const Matrix &m, const Rows &x, Place at, 
 #define BATCH(NAME, FORMAT, TILES)                                                                                                          \
     extern "C" __global__ void __launch_bounds__(WARPS *WARP, 2)                                                                            \
         NAME(Matrix m, Rows x, float *out, int out_stride, Rows, int rows, Ahead ahead) {                                                   \
-        batch<FORMAT, TILES>(m, x, place_of<STRIPS, TILES>(rows), out + (i64)blockIdx.y * rows * out_stride, out_stride, ahead);                                       \
+        batch<FORMAT, TILES>(m, x, place_of<STRIPS, TILES>(rows), out + (i64)blockIdx.y * rows * out_stride, out_stride, ahead);            \
     }                                                                                                                                       \
     EXPORT(NAME)
 BATCH(batch_q8_0_2, Q8_0, 2)

@@ -27,7 +27,7 @@ from .device import DRAW, NOWHERE, SPAN, Address, NextStruct, RoundStruct, SpanS
 from .matrices import CudaBackend, CudaMatrix
 from .memory import CudaSequence
 from .program import PART, Column, Filters, Parts, Prepared, Program, threads_for
-from .recorded import DeviceRows, DeviceTokens, Recorded, as_rows, filters_of, put_draw, put_spans, put_tokens
+from .recorded import DeviceRows, DeviceTokens, Recorded, as_rows, filters_of, put_draw, put_spans, put_tokens, put_verified
 
 #: Programs that a trunk or a head keeps recorded, of all kinds and shapes; the longest unused is forgotten.
 MAX_RECORDED = 32
@@ -232,8 +232,7 @@ class CudaTrunk(TrunkBase):
         told, put, buffers, num = recorded.begin(), self._graphs.device.put, recorded.program.buffers, len(batch)
         told["first"][:num] = [starts[each.index] for each in batch]
         told["num_drafts"][:num] = [len(ask.ahead) for ask in asks]
-        told["num_right"][:num] = [-1 if ask.num_right is None else ask.num_right for ask in asks]
-        told["verified"][:num_before] = [token for ask in choices.asks for token in (0, *ask.ahead)]
+        put_verified(told["verified"], told["num_right"], choices.asks, asks)
         put(buffers["chosen"][:num_before], chosen.on_device)
         if any(each.num_drafts for each in batch):
             assert isinstance(drafts, DeviceTokens)
@@ -351,9 +350,7 @@ class CudaHead(HeadBase):
         first = [starts[each.index] for each in batch]
         recorded = self._tell(rows, wanted, first, starts[-1], is_after=True)
         told = recorded.begin()
-        told["num_right"][: len(batch)] = [-1 if ask.num_right is None else ask.num_right for ask in asks]
-        for ask, start in zip(asks, first, strict=True):
-            told["verified"][start + 1 : start + ask.num_rows] = ask.ahead
+        put_verified(told["verified"], told["num_right"], choices.asks, asks)
         self._device.put(recorded.program.buffers["tokens"][: starts[-1]], chosen.on_device)
         recorded.launch()
         return Begun(recorded.mark, partial(self._read, recorded, wanted), on_device=DeviceTokens(recorded, "drafts", slice(0, len(batch))))

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from ...core.errors import ModelFileError
 from ..backend import F32
-from ..formats.stored import U8, Stored, quantise, unpack_q4_0, unpack_q4_k, unpack_q5_k, unpack_q6_k
+from ..formats.stored import U8, Stored, quantise, unpack_minima, unpack_q4_0, unpack_q6_k
 from ..model.config import ModelConfig
 from .device import Address, Array, Device, Kernels, MatrixStruct, problem_with, sizes_of
 
@@ -236,9 +236,8 @@ def _pack_q4_0(weight: Stored) -> tuple[int, list[U8]]:
 
 
 def _pack_minima(weight: Stored) -> tuple[int, list[U8]]:
-    number, unpack = (Q4_K, unpack_q4_k) if weight.type == "Q4_K" else (Q5_K, unpack_q5_k)
-    d, dmin, scales, minima, quants = unpack(weight)
-    return _pack_k(number, np.stack([d, dmin], 2), np.stack([scales, minima], 3), quants)
+    d, dmin, scales, minima, quants = unpack_minima(weight)
+    return _pack_k(Q4_K if weight.type == "Q4_K" else Q5_K, np.stack([d, dmin], 2), np.stack([scales, minima], 3), quants)
 
 
 def _pack_q6_k(weight: Stored) -> tuple[int, list[U8]]:

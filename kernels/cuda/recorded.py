@@ -14,6 +14,7 @@ from ...core.begun import Mark
 from ...core.errors import InternalBug
 from ...core.vocabulary import SamplingParams
 from ..backend import F32
+from ..sampling import Ask
 from .device import DRAW, SPAN, Array, Copy, DrawStruct, Kernels, SpanStruct
 from .memory import spans_array
 from .program import Column, Filters, Program, look_ahead
@@ -190,6 +191,13 @@ def put_spans(to: npt.NDArray[np.uint8], span_of: npt.NDArray[np.int32], spans: 
     span_of[:] = -1
     for i, span in enumerate(spans):
         span_of[span.first_row : span.first_row + span.num_rows] = i
+
+
+def put_verified(verified: npt.NDArray[np.int32], num_right: npt.NDArray[np.int32], asks: Sequence[Ask], some: Sequence[Ask]) -> None:
+    """What count_right of rounds.cu goes by: the tokens of all rows of a verify, and of some of its sequences how many are right."""
+    tokens = [token for ask in asks for token in (0, *ask.ahead)]  # the first of each is no draft
+    verified[: len(tokens)] = tokens
+    num_right[: len(some)] = [-1 if ask.num_right is None else ask.num_right for ask in some]
 
 
 def as_rows(recorded: Recorded, name: str, num_rows: int, columns: int) -> F32:

@@ -205,12 +205,12 @@ WIDE(wide_q8_0_256, Q8_0, 256, 1, false)
 WIDE(wide_q4_k_64, Q4_K, 64, 1, false)
 WIDE(wide_q4_k_128, Q4_K, 128, 1, false)
 WIDE(wide_q4_k_256, Q4_K, 256, 1, false)
-WIDE(wide_q6_k_64, Q6_K, 64, 1, false)
-WIDE(wide_q6_k_128, Q6_K, 128, 1, false)
-WIDE(wide_q6_k_256, Q6_K, 256, 1, false)
 WIDE(wide_q5_k_64, Q5_K, 64, 1, false)
 WIDE(wide_q5_k_128, Q5_K, 128, 1, false)
 WIDE(wide_q5_k_256, Q5_K, 256, 1, false)
+WIDE(wide_q6_k_64, Q6_K, 64, 1, false)
+WIDE(wide_q6_k_128, Q6_K, 128, 1, false)
+WIDE(wide_q6_k_256, Q6_K, 256, 1, false)
 
 /* The experts, which lie one after another in m, each with `strips` strips: for the rows that use it. Those of expert e are order[starts[e]]
  * to order[starts[e + 1]]. Grid: (groups of 8 strips of one, experts); shared as above. */
@@ -231,8 +231,8 @@ WIDE_EXPERT(wide_expert_bf16, BF16, false)
 WIDE_EXPERT(wide_expert_gated_bf16, BF16, true)
 WIDE_EXPERT(wide_expert_q8_0, Q8_0, false)
 WIDE_EXPERT(wide_expert_q4_k, Q4_K, false)
-WIDE_EXPERT(wide_expert_q6_k, Q6_K, false)
 WIDE_EXPERT(wide_expert_q5_k, Q5_K, false)
+WIDE_EXPERT(wide_expert_q6_k, Q6_K, false)
 
 /* Which rows use each expert: order [rows * used], places in `routes` as products.cu has them, and starts [experts + 1]. One block; shared:
  * experts + 1 numbers. */

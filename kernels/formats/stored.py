@@ -156,22 +156,12 @@ def unpack_q4_0(tensor: Stored) -> tuple[Halves, npt.NDArray[np.int8]]:
     return _halves(blocks, 0).reshape(shape), _quants_4_0(blocks).reshape(shape[0], -1)
 
 
-def unpack_q4_k(tensor: Stored) -> tuple[Halves, Halves, U8, U8, U8]:
-    """What a matrix [outputs, inputs] of Q4_K is made of: d and dmin [outputs, blocks], scales and minima [outputs, blocks, 8] from 0 to
-    63, quants [outputs, inputs] from 0 to 15. A value is d * scale * quant - dmin * minimum."""
-    blocks, _ = _blocks(tensor)
-    return _unpack_minima(tensor, _nibbles(blocks[:, 16:]))
-
-
-def unpack_q5_k(tensor: Stored) -> tuple[Halves, Halves, U8, U8, U8]:
-    """The same of Q5_K; quants from 0 to 31."""
-    blocks, _ = _blocks(tensor)
-    return _unpack_minima(tensor, _quants_5(blocks))
-
-
-def _unpack_minima(tensor: Stored, quants: U8) -> tuple[Halves, Halves, U8, U8, U8]:
+def unpack_minima(tensor: Stored) -> tuple[Halves, Halves, U8, U8, U8]:
+    """What a matrix [outputs, inputs] of Q4_K or Q5_K is made of: d and dmin [outputs, blocks], scales and minima [outputs, blocks, 8] from
+    0 to 63, quants [outputs, inputs] from 0 to 15 or 31. A value is d * scale * quant - dmin * minimum."""
     blocks, shape = _blocks(tensor)
     scales, minima = (part.astype(np.uint8).reshape(*shape, 8) for part in _scales_k4(blocks[:, 4:16]))
+    quants = _nibbles(blocks[:, 16:]) if tensor.type == "Q4_K" else _quants_5(blocks)
     return _halves(blocks, 0).reshape(shape), _halves(blocks, 2).reshape(shape), scales, minima, quants.reshape(shape[0], -1)
 
 

@@ -479,6 +479,17 @@ def check_that_chunks_leave_no_trace(backend: CudaBackend, weights: Any, *partit
             np.testing.assert_array_equal(one, its)
 
 
+@pytest.mark.parametrize("cuda", ["forwards"], indirect=True)
+def test_less_shared_memory_changes_no_bits(cuda: CudaBackend, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a chunk, whose attention has one stage of its pages in a block instead of two."""
+    weights, tokens, found = load(checkpoints["dense"], cuda), tuple(prompt(150)), list[Any]()
+    for max_shared in (cuda.device.max_shared, 24 * 1024):
+        monkeypatch.setattr(cuda.device, "max_shared", max_shared)
+        trunk, memory = make_trunk(weights, cuda), alone(make_memory(weights.config, cuda), 160, 4)
+        found.append(np.asarray(trunk.prefill(Rows(memory, 0, tokens), is_last=True)))
+    np.testing.assert_array_equal(found[0], found[1])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_experts_of_every_type(cuda: CudaBackend, checkpoints: dict[str, Path], kind: str) -> None:
     """Of a few rows and of many, beside the formulas in float64."""
