@@ -7,8 +7,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* Formats of a matrix, all of them repacked into tiles (pack.c). */
-enum { F32, F16, BF16, Q8_0, Q4_0, Q4_K, Q5_K, Q6_K, NUM_FORMATS };
+/* Formats of a matrix, all of them repacked into tiles (pack.c). Up to BF16 they are floats. */
+enum { F32, F16, BF16, Q8_0, Q4_0, Q4_1, IQ4_NL, IQ4_XS, MXFP4, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, NUM_FORMATS };
 
 /* Outputs of one tile of a repacked matrix, and of one unit of work. */
 #define TILE 16
@@ -17,13 +17,6 @@ enum { F32, F16, BF16, Q8_0, Q4_0, Q4_K, Q5_K, Q6_K, NUM_FORMATS };
 #define PANEL 32
 /* Positions of one page of keys and values, as kernels/model/pages.py has it. */
 #define PAGE 64
-
-/* Bytes of 32 (Q8_0, Q4_0) or 256 inputs of a tile, once repacked. */
-#define Q8_0_BYTES (2 * TILE + 32 * TILE)
-#define Q4_0_BYTES (2 * TILE + 16 * TILE)
-#define Q4_K_BYTES (4 * TILE + 16 * TILE + 128 * TILE)
-#define Q5_K_BYTES (4 * TILE + 24 * TILE + 192 * TILE)
-#define Q6_K_BYTES (2 * TILE + 16 * TILE + 192 * TILE)
 
 typedef struct {
     const void *data;

@@ -127,19 +127,33 @@ typedef struct {
 #define EACH_PART for (int part = 0; part < PARTS; part++)
 #define VECTOR (LANES * 4) /* bytes */
 
-/* Parts come one after another: sums of all rows and the weights they share then fit into the registers. */
-ALWAYS void q8_0_tile(const uint8_t *w, int inputs, const TileRows *a, int rows, VF acc[ROWS][PARTS]) {
-    for (int block = 0; block < inputs / 32; block++, w += Q8_0_BYTES) EACH_PART {
-        VI sum[ROWS];
-        EACH_ROW sum[r] = vi_start(a->sums_32[r][block]);
-        for (int group = 0; group < 8; group++) {
-            const uint8_t *at = w + 2 * TILE + group * 4 * TILE + part * VECTOR;
-            if (part == 0) __builtin_prefetch(at + AHEAD);
-            VI v = vi_weights(vi_load(at));
-            EACH_ROW sum[r] = vi_dot(sum[r], v, vi_four(a->quants[r] + block * 32 + group * 4));
+/* Weights that are signed bytes, or codes for them; a scale for 32. Parts come one after another: sums of all rows and the weights they share
+ * then fit into the registers. */
+ALWAYS void bytes_tile(int format, const uint8_t *w, int inputs, const TileRows *a, int rows, VF acc[ROWS][PARTS]) {
+    VI table = vi_weights(vi_table(codes(format)));
+    int subs = format_of(format).inputs / 32;
+    for (int block = 0; block < inputs / 32; block += subs, w += block_bytes(format)) {
+        const uint8_t *weights = w + format_of(format).scales * TILE;
+        for (int sub = 0; sub < subs; sub++) EACH_PART {
+            VI sum[ROWS];
+            EACH_ROW sum[r] = vi_start(a->sums_32[r][block + sub]);
+            for (int group = 0; group < 8; group++) {
+                VI v;
+                if (format == Q8_0) {
+                    const uint8_t *at = weights + group * 4 * TILE + part * VECTOR;
+                    if (part == 0) __builtin_prefetch(at + AHEAD);
+                    v = vi_weights(vi_load(at));
+                } else {
+                    const uint8_t *at = weights + (sub * 4 + group / 2) * 4 * TILE + part * VECTOR;
+                    if (part == 0 && group % 2 == 0) __builtin_prefetch(at + AHEAD);
+                    v = vi_lookup(table, vi_bits(vi_load(at), group % 2 * 4, 15));
+                }
+                EACH_ROW sum[r] = vi_dot(sum[r], v, vi_four(a->quants[r] + (block + sub) * 32 + group * 4));
+            }
+            VF scale = format == MXFP4 ? vf_wide(w + part * LANES * 2) : vf_half(w + part * LANES * 2);
+            if (format == IQ4_XS) scale = vf_mul(scale, vi_float(vi_signed(w + (2 + sub) * TILE + part * LANES)));
+            EACH_ROW acc[r][part] = vf_add(acc[r][part], vf_mul(vi_float(sum[r]), vf_mul(scale, vf_set(a->scales[r][block + sub]))));
         }
-        VF scale = vf_half(w + part * LANES * 2);
-        EACH_ROW acc[r][part] = vf_add(acc[r][part], vf_mul(vi_float(sum[r]), vf_mul(scale, vf_set(a->scales[r][block]))));
     }
 }
 
@@ -148,7 +162,7 @@ ALWAYS void nibbles(const uint8_t *w, const TileRows *a, int at, int rows, int p
     EACH_ROW sum[r] = vs_zero();
     for (int pair = 0; pair < 4; pair++) {
         if (part == 0) __builtin_prefetch(w + AHEAD + pair * 4 * TILE);
-        VI both = vi_load(w + pair * 4 * TILE + part * VECTOR), low = vi_low(both), high = vi_high(both);
+        VI both = vi_load(w + pair * 4 * TILE + part * VECTOR), low = vi_bits(both, 0, 15), high = vi_bits(both, 4, 15);
         EACH_ROW {
             sum[r] = vs_dot(sum[r], low, vi_four(a->quants[r] + at + pair * 8));
             sum[r] = vs_dot(sum[r], high, vi_four(a->quants[r] + at + pair * 8 + 4));
@@ -156,14 +170,18 @@ ALWAYS void nibbles(const uint8_t *w, const TileRows *a, int at, int rows, int p
     }
 }
 
-ALWAYS void q4_0_tile(const uint8_t *w, int inputs, const TileRows *a, int rows, VF acc[ROWS][PARTS]) {
-    for (int block = 0; block < inputs / 32; block++, w += Q4_0_BYTES) EACH_PART {
+/* A block: d, with 8 added to the weights, or d and what all of them have added. */
+ALWAYS void nibbles_tile(int format, const uint8_t *w, int inputs, const TileRows *a, int rows, VF acc[ROWS][PARTS]) {
+    for (int block = 0; block < inputs / 32; block++, w += block_bytes(format)) EACH_PART {
         VS sum[ROWS];
-        nibbles(w + 2 * TILE, a, block * 32, rows, part, sum);
-        VF scale = vf_half(w + part * LANES * 2);
+        nibbles(w + format_of(format).scales * TILE, a, block * 32, rows, part, sum);
+        VF d = vf_half(w + part * LANES * 2), least = vf_half(w + 2 * TILE + part * LANES * 2);
         EACH_ROW {
-            VI whole = vi_sub(vs_sum(sum[r]), vi_set(8 * a->sums_32[r][block]));
-            acc[r][part] = vf_add(acc[r][part], vf_mul(vi_float(whole), vf_mul(scale, vf_set(a->scales[r][block]))));
+            int of_others = a->sums_32[r][block];
+            VF by = vf_set(a->scales[r][block]), value;
+            if (format == Q4_0) value = vf_mul(vi_float(vi_sub(vs_sum(sum[r]), vi_set(8 * of_others))), vf_mul(d, by));
+            else value = vf_mul(vf_add(vf_mul(d, vi_float(vs_sum(sum[r]))), vf_mul(least, vf_set((float)of_others))), by);
+            acc[r][part] = vf_add(acc[r][part], value);
         }
     }
 }
@@ -180,18 +198,18 @@ ALWAYS void k_block(const uint8_t *w, const TileRows *a, int block, int rows, in
     }
 }
 
-/* Sum of minima times the sums of 32 activations, two blocks a pair. */
-ALWAYS void minima_of(const uint8_t *pairs, const TileRows *a, int block, int rows, int part, VI *minima) {
+/* Sum of minima times the sums of activations, two of them a pair. */
+ALWAYS void minima_of(const uint8_t *pairs, const int16_t *const *sums, int at, int count, int rows, int part, VI *minima) {
     EACH_ROW minima[r] = vi_set(0);
-    for (int pair = 0; pair < 4; pair++) {
+    for (int pair = 0; pair < count / 2; pair++) {
         VI m = vp_unsigned(pairs + pair * 2 * TILE + part * LANES * 2);
-        EACH_ROW minima[r] = vi_add(minima[r], vp_dot(m, a->sums_32[r] + block * 8 + 2 * pair));
+        EACH_ROW minima[r] = vi_add(minima[r], vp_dot(m, sums[r] + at + 2 * pair));
     }
 }
 
 /* A block: d, dmin (halves), scales and minima (pairs of bytes), weights. */
 ALWAYS void q4_k_tile(const uint8_t *w, int inputs, const TileRows *a, int rows, VF acc[ROWS][PARTS]) {
-    for (int block = 0; block < inputs / 256; block++, w += Q4_K_BYTES) EACH_PART {
+    for (int block = 0; block < inputs / 256; block++, w += block_bytes(Q4_K)) EACH_PART {
         const uint8_t *scales = w + 4 * TILE, *weights = scales + 16 * TILE;
         VI scaled[ROWS], minima[ROWS];
         EACH_ROW scaled[r] = vi_set(0);
@@ -204,66 +222,61 @@ ALWAYS void q4_k_tile(const uint8_t *w, int inputs, const TileRows *a, int rows,
                 EACH_ROW scaled[r] = vi_add(scaled[r], vs_scaled(sum[r], scale));
             }
         }
-        minima_of(scales + 8 * TILE, a, block, rows, part, minima);
+        minima_of(scales + 8 * TILE, a->sums_32, block * 8, 8, rows, part, minima);
         k_block(w, a, block, rows, part, 1, scaled, minima, acc);
     }
 }
 
-/* 256 weights of 6 bits, four at the low end of each byte's half in `low`, two in `high`; a scale for 16 each. `offset` gets the sum of
- * scales times the sums of 16 activations. */
-ALWAYS void sixes(const uint8_t *scales, int is_signed, const uint8_t *low, const uint8_t *high, const TileRows *a, int block, int rows,
-                  int part, VI *scaled, VI *offset) {
-    EACH_ROW scaled[r] = offset[r] = vi_set(0);
-    for (int pair = 0; pair < 8; pair++) {
-        const uint8_t *at = scales + pair * 2 * TILE + part * LANES * 2;
-        VI pairs = is_signed ? vp_signed(at) : vp_unsigned(at);
-        if (is_signed) EACH_ROW offset[r] = vi_add(offset[r], vp_dot(pairs, a->sums[r] + block * 16 + 2 * pair));
-        for (int sub = 0; sub < 2; sub++) {
-            VI scale = sub ? vp_second(pairs) : vp_first(pairs);
-            int sixteen = pair * 2 + sub;
-            if (part == 0) __builtin_prefetch(high + AHEAD + sixteen * 4 * TILE);
-            VI upper = vi_load(high + sixteen * 4 * TILE + part * VECTOR);
-            VS sum[ROWS];
-            EACH_ROW sum[r] = vs_zero();
-            for (int two = 0; two < 2; two++) {
-                if (part == 0) __builtin_prefetch(low + AHEAD + (sixteen * 2 + two) * 4 * TILE);
-                VI both = vi_load(low + (sixteen * 2 + two) * 4 * TILE + part * VECTOR);
-                VI first = vi_or(vi_low(both), vi_two(upper, 2 * two)), second = vi_or(vi_high(both), vi_two(upper, 2 * two + 1));
-                EACH_ROW {
-                    const int8_t *q = a->quants[r] + block * 256 + sixteen * 16 + two * 8;
-                    sum[r] = vs_dot(vs_dot(sum[r], first, vi_four(q)), second, vi_four(q + 4));
-                    if (two == 1 || GROUPS_OF_SIX == 2) {
-                        scaled[r] = vi_add(scaled[r], vs_scaled(sum[r], scale));
-                        sum[r] = vs_zero();
+/* Types with a scale for 16 weights, which have 4 (Q3_K) or 32 (Q6_K) added where scales are signed. A block: d, or d and dmin (halves); scales,
+ * and minima of 16 (Q2_K) or 32 (Q5_K); two planes of weights, or one (Q2_K). */
+ALWAYS void sixteens_tile(int format, const uint8_t *w, int inputs, const TileRows *a, int rows, VF acc[ROWS][PARTS]) {
+    Format f = format_of(format);
+    int has_minima = format == Q2_K || format == Q5_K;
+    for (int block = 0; block < inputs / 256; block++, w += block_bytes(format)) EACH_PART {
+        const uint8_t *scales = w + (has_minima ? 4 : 2) * TILE, *low = w + f.scales * TILE, *high = low + 32 * f.low * TILE;
+        VI scaled[ROWS], others[ROWS];
+        EACH_ROW scaled[r] = others[r] = vi_set(0);
+        for (int pair = 0; pair < 8; pair++) {
+            const uint8_t *at = scales + pair * 2 * TILE + part * LANES * 2;
+            VI pairs = has_minima ? vp_unsigned(at) : vp_signed(at);
+            if (!has_minima) EACH_ROW others[r] = vi_add(others[r], vp_dot(pairs, a->sums[r] + block * 16 + 2 * pair));
+            for (int sub = 0; sub < 2; sub++) {
+                VI scale = sub ? vp_second(pairs) : vp_first(pairs);
+                int sixteen = pair * 2 + sub, first_high = f.high == 1 ? sub * 4 : 0;
+                const uint8_t *upper_at = high + (f.high == 1 ? pair : sixteen) * 4 * TILE + part * VECTOR;
+                if (f.high && part == 0) __builtin_prefetch(upper_at + AHEAD);
+                VI upper = f.high ? vi_load(upper_at) : vi_set(0);
+                VS sum[ROWS];
+                EACH_ROW sum[r] = vs_zero();
+                for (int two = 0; two < 2; two++) {
+                    const uint8_t *both_at = low + (f.low == 4 ? sixteen * 2 + two : sixteen) * 4 * TILE + part * VECTOR;
+                    if (part == 0) __builtin_prefetch(both_at + AHEAD);
+                    VI both = vi_load(both_at), v[2];
+                    for (int i = 0; i < 2; i++) {
+                        int group = two * 2 + i;
+                        v[i] = vi_bits(both, group * f.low % 8, (1 << f.low) - 1);
+                        if (f.high) v[i] = vi_or(v[i], vi_bits(upper, (first_high + group) * f.high - f.low, ((1 << f.high) - 1) << f.low));
+                    }
+                    EACH_ROW {
+                        const int8_t *q = a->quants[r] + block * 256 + sixteen * 16 + two * 8;
+                        sum[r] = vs_dot(vs_dot(sum[r], v[0], vi_four(q)), v[1], vi_four(q + 4));
+                        if (two == 1 || (f.low == 4 && GROUPS_OF_SIX == 2)) {
+                            scaled[r] = vi_add(scaled[r], vs_scaled(sum[r], scale));
+                            sum[r] = vs_zero();
+                        }
                     }
                 }
             }
         }
-    }
-}
-
-ALWAYS void q6_k_tile(const uint8_t *w, int inputs, const TileRows *a, int rows, VF acc[ROWS][PARTS]) {
-    for (int block = 0; block < inputs / 256; block++, w += Q6_K_BYTES) EACH_PART {
-        const uint8_t *scales = w + 2 * TILE, *low = scales + 16 * TILE;
-        VI scaled[ROWS], offset[ROWS];
-        sixes(scales, 1, low, low + 128 * TILE, a, block, rows, part, scaled, offset);
-        EACH_ROW scaled[r] = vi_sub(scaled[r], vi_times_32(offset[r])); /* weights have 32 added */
-        k_block(w, a, block, rows, part, 0, scaled, offset, acc);
-    }
-}
-
-ALWAYS void q5_k_tile(const uint8_t *w, int inputs, const TileRows *a, int rows, VF acc[ROWS][PARTS]) {
-    for (int block = 0; block < inputs / 256; block++, w += Q5_K_BYTES) EACH_PART {
-        const uint8_t *scales = w + 4 * TILE, *low = scales + 24 * TILE;
-        VI scaled[ROWS], minima[ROWS];
-        sixes(scales, 0, low, low + 128 * TILE, a, block, rows, part, scaled, minima);
-        minima_of(scales + 16 * TILE, a, block, rows, part, minima);
-        k_block(w, a, block, rows, part, 1, scaled, minima, acc);
+        if (format == Q2_K) minima_of(scales + 16 * TILE, a->sums, block * 16, 16, rows, part, others);
+        else if (format == Q5_K) minima_of(scales + 16 * TILE, a->sums_32, block * 8, 8, rows, part, others);
+        else EACH_ROW scaled[r] = vi_sub(scaled[r], vi_up(others[r], format == Q3_K ? 2 : 5));
+        k_block(w, a, block, rows, part, has_minima, scaled, others, acc);
     }
 }
 
 ALWAYS void tile_rows(const Matrix *m, int tile, const Activations *a, int row, int rows, float *out, int64_t stride, int adds) {
-    int inputs = m->inputs, num_scales = m->format == Q8_0 || m->format == Q4_0 ? inputs / 32 : inputs / 256;
+    int inputs = m->inputs, num_scales = inputs / format_of(m->format).other;
     TileRows of;
     EACH_ROW {
         of.quants[r] = a->quants + (int64_t)(row + r) * inputs;
@@ -275,11 +288,17 @@ ALWAYS void tile_rows(const Matrix *m, int tile, const Activations *a, int row, 
     EACH_ROW EACH_PART acc[r][part] = vf_set(0);
     const uint8_t *w = (const uint8_t *)m->data + tile * tile_bytes(m->format, inputs);
     switch (m->format) {
-    case Q8_0: q8_0_tile(w, inputs, &of, rows, acc); break;
-    case Q4_0: q4_0_tile(w, inputs, &of, rows, acc); break;
+    case Q8_0: bytes_tile(Q8_0, w, inputs, &of, rows, acc); break;
+    case Q4_0: nibbles_tile(Q4_0, w, inputs, &of, rows, acc); break;
+    case Q4_1: nibbles_tile(Q4_1, w, inputs, &of, rows, acc); break;
+    case IQ4_NL: bytes_tile(IQ4_NL, w, inputs, &of, rows, acc); break;
+    case IQ4_XS: bytes_tile(IQ4_XS, w, inputs, &of, rows, acc); break;
+    case MXFP4: bytes_tile(MXFP4, w, inputs, &of, rows, acc); break;
+    case Q2_K: sixteens_tile(Q2_K, w, inputs, &of, rows, acc); break;
+    case Q3_K: sixteens_tile(Q3_K, w, inputs, &of, rows, acc); break;
     case Q4_K: q4_k_tile(w, inputs, &of, rows, acc); break;
-    case Q5_K: q5_k_tile(w, inputs, &of, rows, acc); break;
-    default: q6_k_tile(w, inputs, &of, rows, acc);
+    case Q5_K: sixteens_tile(Q5_K, w, inputs, &of, rows, acc); break;
+    default: sixteens_tile(Q6_K, w, inputs, &of, rows, acc);
     }
     EACH_ROW put_tile(acc[r], m, tile, out + (row + r) * stride, adds);
 }

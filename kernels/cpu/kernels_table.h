@@ -29,17 +29,47 @@ typedef struct {
     float (*share)(const float *logits, int64_t n, int64_t of);
 } Kernels;
 
-static inline int64_t tile_bytes(int format, int64_t inputs) {
+/* A block of a format: how many inputs, bytes in a file, and in a tile, of each output, bytes of scales before the weights, bits of a weight
+ * in the first plane of weights, and in the second; and for how many inputs the other side of a product has a scale (0: it is in floats). */
+typedef struct {
+    int inputs, bytes, scales, low, high, other;
+} Format;
+
+static inline Format format_of(int format) {
     switch (format) {
-    case F32: return inputs * TILE * 4;
-    case F16: return inputs * TILE * 2;
-    case BF16: return (inputs + 1) / 2 * TILE * 4;
-    case Q8_0: return inputs / 32 * Q8_0_BYTES;
-    case Q4_0: return inputs / 32 * Q4_0_BYTES;
-    case Q4_K: return inputs / 256 * Q4_K_BYTES;
-    case Q5_K: return inputs / 256 * Q5_K_BYTES;
-    default: return inputs / 256 * Q6_K_BYTES;
+    case F32: return (Format){1, 4, 0, 32, 0, 0};
+    case F16: return (Format){1, 2, 0, 16, 0, 0};
+    case BF16: return (Format){2, 4, 0, 16, 0, 0};
+    case Q8_0: return (Format){32, 34, 2, 8, 0, 32};
+    case Q4_0: return (Format){32, 18, 2, 4, 0, 32};
+    case Q4_1: return (Format){32, 20, 4, 4, 0, 32};
+    case IQ4_NL: return (Format){32, 18, 2, 4, 0, 32};
+    case IQ4_XS: return (Format){256, 136, 10, 4, 0, 32};
+    case MXFP4: return (Format){32, 17, 2, 4, 0, 32};
+    case Q2_K: return (Format){256, 84, 36, 2, 0, 256};
+    case Q3_K: return (Format){256, 110, 18, 2, 1, 256};
+    case Q4_K: return (Format){256, 144, 20, 4, 0, 256};
+    case Q5_K: return (Format){256, 176, 28, 4, 2, 256};
+    default: return (Format){256, 210, 18, 4, 2, 256};
     }
+}
+
+/* Bytes of a block of a tile. */
+static inline int64_t block_bytes(int format) {
+    Format f = format_of(format);
+    return (f.scales + f.inputs * (f.low + f.high) / 8) * TILE;
+}
+
+static inline int64_t tile_bytes(int format, int64_t inputs) {
+    int of = format_of(format).inputs;
+    return (inputs + of - 1) / of * block_bytes(format);
+}
+
+/* What quants of 4 bits stand for in IQ4_NL and IQ4_XS, and in MXFP4 (ggml's kvalues_iq4nl and kvalues_mxfp4). */
+static inline const int8_t *codes(int format) {
+    static const int8_t iq4[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+    static const int8_t mxfp4[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+    return format == MXFP4 ? mxfp4 : iq4;
 }
 
 static inline float highest(const float *x, int64_t n) {

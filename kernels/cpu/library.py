@@ -18,7 +18,12 @@ from ...core.errors import InternalBug
 from ...core.vocabulary import SamplingParams
 from ..backend import F32
 
-FORMATS = {name: number for number, name in enumerate(("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K"))}
+FORMATS = {
+    name: number
+    for number, name in enumerate(
+        "F32 F16 BF16 Q8_0 Q4_0 Q4_1 IQ4_NL IQ4_XS MXFP4 Q2_K Q3_K Q4_K Q5_K Q6_K".split()
+    )
+}
 #: Instruction sets, best first. Which of them there are depends on the processor.
 INSTRUCTION_SETS = ("avx512", "avx2", "neon", "portable")
 LOG, RING, CHUNK = range(3)

@@ -15,12 +15,17 @@ static void get_scales_k4(const uint8_t *packed, int i, uint8_t *scale, uint8_t 
     }
 }
 
-/* The quants of one block of one output, unsigned where the tile's are: 32 of Q8_0 and Q4_0, 256 of the others. */
+/* The quants of one block of one output, unsigned where the tile's are. */
 static void quants_of(int format, const uint8_t *block, uint8_t *q) {
+    const uint8_t *packed = block + (format == MXFP4 ? 1 : format == Q4_1 ? 4 : format == IQ4_XS ? 8 : 2);
     switch (format) {
     case Q8_0: memcpy(q, block + 2, 32); break;
-    case Q4_0:
-        for (int i = 0; i < 16; i++) q[i] = block[2 + i] & 15, q[16 + i] = block[2 + i] >> 4;
+    case Q2_K:
+    case Q3_K:
+        for (int i = 0; i < 256; i++) {
+            q[i] = block[(format == Q2_K ? 16 : 32) + i / 128 * 32 + i % 32] >> (i / 32 % 4 * 2) & 3;
+            if (format == Q3_K) q[i] |= (uint8_t)((block[i % 32] >> (i / 32) & 1) << 2);
+        }
         break;
     case Q4_K:
     case Q5_K:
@@ -30,66 +35,88 @@ static void quants_of(int format, const uint8_t *block, uint8_t *q) {
             if (format == Q5_K) q[i] |= (uint8_t)((block[16 + i % 32] >> (i / 32) & 1) << 4);
         }
         break;
-    default:
+    case Q6_K:
         for (int i = 0; i < 256; i++) {
             int of = i % 128;
             const uint8_t *low = block + i / 128 * 64 + of % 64, *high = block + 128 + i / 128 * 32 + of % 32;
             q[i] = (uint8_t)((of < 64 ? *low & 15 : *low >> 4) | (*high >> (of / 32 * 2) & 3) << 4);
         }
+        break;
+    default:
+        for (int i = 0; i < format_of(format).inputs; i++) q[i] = packed[i / 32 * 16 + i % 16] >> (i % 32 / 16 * 4) & 15;
     }
 }
 
-static int block_values(int format) { return format == BF16 ? 2 : format <= F16 ? 1 : format == Q8_0 || format == Q4_0 ? 32 : 256; }
+/* Where a tile has the i-th weight of output `o`: a plane has `bits` of each, those of four inputs in four bytes that follow each other. */
+static int place(int bits, int i, int o) { return i / 4 / (8 / bits) * 4 * TILE + 4 * o + i % 4; }
+static int shift(int bits, int i) { return i / 4 % (8 / bits) * bits; }
 
-static int block_bytes(int format) {
+/* Scales of several inputs each, two beside one another, as a tile has them. */
+static uint8_t *pair(uint8_t *scales, int i, int o) { return scales + i / 2 * 2 * TILE + 2 * o + i % 2; }
+
+static void put_scales(int format, const uint8_t *block, int o, uint8_t *tile) {
+    Format f = format_of(format);
+    uint8_t *first = tile + 2 * o, *scales = tile + (format == Q2_K || format == Q4_K || format == Q5_K ? 4 : 2) * TILE, *minima;
     switch (format) {
-    case F32:
-    case BF16: return 4;
-    case F16: return 2;
-    case Q8_0: return 34;
-    case Q4_0: return 18;
-    case Q4_K: return 144;
-    case Q5_K: return 176;
-    default: return 210;
+    case MXFP4: { /* 2^(e - 128) as a bfloat16 */
+        uint16_t power = (uint16_t)(block[0] < 2 ? 0x20 << block[0] : (block[0] - 1) << 7);
+        memcpy(first, &power, 2);
+        break;
+    }
+    case IQ4_XS:
+        memcpy(first, block, 2);
+        for (int i = 0; i < 8; i++) {
+            int low = block[4 + i / 2] >> (i % 2 * 4) & 15, high = block[2 + i / 4] >> (i % 4 * 2) & 3;
+            scales[i * TILE + o] = (uint8_t)((low | high << 4) - 32);
+        }
+        break;
+    case Q2_K:
+        memcpy(first, block + 80, 2);
+        memcpy(first + 2 * TILE, block + 82, 2);
+        for (int i = 0; i < 16; i++) *pair(scales, i, o) = block[i] & 15, *pair(scales + 16 * TILE, i, o) = block[i] >> 4;
+        break;
+    case Q3_K:
+        memcpy(first, block + 108, 2);
+        for (int i = 0; i < 16; i++) {
+            int low = block[96 + i % 8] >> (i / 8 * 4) & 15, high = block[104 + i % 4] >> (i / 4 * 2) & 3;
+            *pair(scales, i, o) = (uint8_t)((low | high << 4) - 32);
+        }
+        break;
+    case Q4_K:
+    case Q5_K:
+        memcpy(first, block, 2);
+        memcpy(first + 2 * TILE, block + 2, 2);
+        minima = tile + (f.scales - 8) * TILE;
+        for (int i = 0; i < 8; i++) {
+            uint8_t scale;
+            get_scales_k4(block + 4, i, &scale, pair(minima, i, o));
+            if (format == Q4_K) *pair(scales, i, o) = scale;
+            else *pair(scales, 2 * i, o) = *pair(scales, 2 * i + 1, o) = scale; /* 16 weights each */
+        }
+        break;
+    case Q6_K:
+        memcpy(first, block + 208, 2);
+        for (int i = 0; i < 16; i++) *pair(scales, i, o) = block[192 + i];
+        break;
+    default:
+        memcpy(first, block, 2);
+        if (format == Q4_1) memcpy(first + 2 * TILE, block + 2, 2);
     }
 }
 
 /* Output `o` of one block of a tile, all of whose bytes are zero. */
 static void put(int format, const uint8_t *block, int o, uint8_t *tile) {
-    uint8_t q[256], *weights;
+    Format f = format_of(format);
     if (format <= BF16) {
-        memcpy(tile + o * block_bytes(format), block, (size_t)block_bytes(format));
+        memcpy(tile + o * f.bytes, block, (size_t)f.bytes);
         return;
     }
+    uint8_t q[256], *low = tile + f.scales * TILE, *high = low + f.inputs * f.low / 8 * TILE;
+    put_scales(format, block, o, tile);
     quants_of(format, block, q);
-    const uint8_t *d = format == Q6_K ? block + 208 : block;
-    memcpy(tile + 2 * o, d, 2);
-    if (format == Q8_0) {
-        for (int i = 0; i < 32; i++) tile[2 * TILE + i / 4 * 4 * TILE + 4 * o + i % 4] = q[i];
-        return;
-    }
-    if (format == Q4_0)
-        weights = tile + 2 * TILE;
-    else if (format == Q6_K) {
-        for (int i = 0; i < 16; i++) tile[2 * TILE + i / 2 * 2 * TILE + 2 * o + i % 2] = block[192 + i];
-        weights = tile + 18 * TILE;
-    } else {
-        uint8_t *scales = tile + 4 * TILE, *minima = scales + (format == Q4_K ? 8 : 16) * TILE;
-        memcpy(tile + 2 * TILE + 2 * o, block + 2, 2);
-        for (int i = 0; i < 8; i++) {
-            uint8_t scale, minimum;
-            get_scales_k4(block + 4, i, &scale, &minimum);
-            minima[i / 2 * 2 * TILE + 2 * o + i % 2] = minimum;
-            if (format == Q4_K) scales[i / 2 * 2 * TILE + 2 * o + i % 2] = scale;
-            else scales[i * 2 * TILE + 2 * o] = scales[i * 2 * TILE + 2 * o + 1] = scale; /* 16 weights each */
-        }
-        weights = minima + 8 * TILE;
-    }
-    for (int i = 0; i < block_values(format); i++) {
-        int group = i / 4;
-        weights[group / 2 * 4 * TILE + 4 * o + i % 4] |= (uint8_t)((q[i] & 15) << (group % 2 * 4));
-        if (format == Q5_K || format == Q6_K)
-            weights[128 * TILE + group / 4 * 4 * TILE + 4 * o + i % 4] |= (uint8_t)(q[i] >> 4 << (group % 4 * 2));
+    for (int i = 0; i < f.inputs; i++) {
+        low[place(f.low, i, o)] |= (uint8_t)((q[i] & ((1 << f.low) - 1)) << shift(f.low, i));
+        if (f.high) high[place(f.high, i, o)] |= (uint8_t)(q[i] >> f.low << shift(f.high, i));
     }
 }
 
@@ -107,13 +134,14 @@ static int num_tiles(const void *what, int step) {
 static void pack_tile(void *what, int step, int tile, int thread) {
     (void)step, (void)thread;
     const Packing *p = what;
-    int blocks = p->inputs / block_values(p->format), bytes = block_bytes(p->format), odd = p->format == BF16 && p->inputs % 2;
-    int64_t size = tile_bytes(p->format, p->inputs), step_size = size / (blocks + odd), row_bytes = (int64_t)blocks * bytes + 2 * odd;
+    Format f = format_of(p->format);
+    int blocks = p->inputs / f.inputs, odd = p->format == BF16 && p->inputs % 2;
+    int64_t size = tile_bytes(p->format, p->inputs), block = block_bytes(p->format), row_bytes = (int64_t)blocks * f.bytes + 2 * odd;
     memset(p->tiles + tile * size, 0, (size_t)size);
     for (int o = 0; o < TILE && tile * TILE + o < p->outputs; o++) {
         const uint8_t *row = p->raw + (tile * TILE + o) * row_bytes;
-        for (int b = 0; b < blocks; b++) put(p->format, row + (int64_t)b * bytes, o, p->tiles + tile * size + b * step_size);
-        if (odd) memcpy(p->tiles + tile * size + blocks * step_size + 4 * o, row + (int64_t)blocks * bytes, 2);
+        for (int b = 0; b < blocks; b++) put(p->format, row + (int64_t)b * f.bytes, o, p->tiles + tile * size + b * block);
+        if (odd) memcpy(p->tiles + tile * size + blocks * block + 4 * o, row + (int64_t)blocks * f.bytes, 2);
     }
 }
 
@@ -130,10 +158,35 @@ int forerun_pack(int format, int outputs, int inputs, const void *raw, void *til
     return status;
 }
 
-static int quant_at(const uint8_t *weights, int i, int o, int has_six) {
-    int group = i / 4, q = weights[group / 2 * 4 * TILE + 4 * o + i % 4] >> (group % 2 * 4) & 15;
-    if (has_six) q |= (weights[128 * TILE + group / 4 * 4 * TILE + 4 * o + i % 4] >> (group % 4 * 2) & 3) << 4;
-    return q;
+static int quant_at(Format f, const uint8_t *tile, int i, int o) {
+    const uint8_t *low = tile + f.scales * TILE, *high = low + f.inputs * f.low / 8 * TILE;
+    int q = low[place(f.low, i, o)] >> shift(f.low, i) & ((1 << f.low) - 1);
+    return f.high ? q | (high[place(f.high, i, o)] >> shift(f.high, i) & ((1 << f.high) - 1)) << f.low : q;
+}
+
+/* The i-th weight of output `o` in a block: as put_scales and put laid it out. */
+static float weight_at(int format, Format f, const uint8_t *tile, int i, int o) {
+    float d = half(tile + 2 * o), least = half(tile + 2 * TILE + 2 * o);
+    int q = quant_at(f, tile, i, o);
+#define PAIR(at, i) tile[(at) * TILE + (i) / 2 * 2 * TILE + 2 * o + (i) % 2]
+    switch (format) {
+    case Q8_0: return d * (float)(int8_t)q;
+    case Q4_0: return d * (float)(q - 8);
+    case Q4_1: return d * (float)q + least;
+    case IQ4_NL: return d * (float)codes(format)[q];
+    case IQ4_XS: return d * (float)(int8_t)tile[2 * TILE + i / 32 * TILE + o] * (float)codes(format)[q];
+    case MXFP4: {
+        uint32_t bits = (uint32_t)(tile[2 * o] | tile[2 * o + 1] << 8) << 16;
+        memcpy(&d, &bits, 4);
+        return d * (float)codes(format)[q];
+    }
+    case Q2_K: return d * (float)PAIR(4, i / 16) * (float)q - least * (float)PAIR(20, i / 16);
+    case Q3_K: return d * (float)(int8_t)PAIR(2, i / 16) * (float)(q - 4);
+    case Q4_K: return d * (float)PAIR(4, i / 32) * (float)q - least * (float)PAIR(12, i / 32);
+    case Q5_K: return d * (float)PAIR(4, i / 16) * (float)q - least * (float)PAIR(20, i / 32);
+    default: return d * (float)(int8_t)PAIR(2, i / 16) * (float)(q - 32);
+    }
+#undef PAIR
 }
 
 void row_of(const Matrix *m, int output, float *out) {
@@ -150,27 +203,7 @@ void row_of(const Matrix *m, int output, float *out) {
         }
         return;
     }
-    int blocks = m->inputs / block_values(m->format);
-    int64_t step = size / blocks;
-    for (int b = 0; b < blocks; b++, tile += step, out += block_values(m->format)) {
-        float d = half(tile + 2 * o);
-        if (m->format == Q8_0)
-            for (int i = 0; i < 32; i++) out[i] = d * (float)(int8_t)tile[2 * TILE + i / 4 * 4 * TILE + 4 * o + i % 4];
-        else if (m->format == Q4_0)
-            for (int i = 0; i < 32; i++) out[i] = d * (float)(quant_at(tile + 2 * TILE, i, o, 0) - 8);
-        else if (m->format == Q6_K)
-            for (int i = 0; i < 256; i++) {
-                int scale = (int8_t)tile[2 * TILE + i / 32 * 2 * TILE + 2 * o + i / 16 % 2];
-                out[i] = d * (float)scale * (float)(quant_at(tile + 18 * TILE, i, o, 1) - 32);
-            }
-        else {
-            const uint8_t *scales = tile + 4 * TILE, *minima = scales + (m->format == Q4_K ? 8 : 16) * TILE;
-            float dmin = half(tile + 2 * TILE + 2 * o);
-            for (int i = 0; i < 256; i++) {
-                int sub = i / 32, minimum = minima[sub / 2 * 2 * TILE + 2 * o + sub % 2];
-                int scale = m->format == Q4_K ? scales[sub / 2 * 2 * TILE + 2 * o + sub % 2] : scales[sub * 2 * TILE + 2 * o];
-                out[i] = d * (float)scale * (float)quant_at(minima + 8 * TILE, i, o, m->format == Q5_K) - dmin * (float)minimum;
-            }
-        }
-    }
+    Format f = format_of(m->format);
+    for (int at = 0; at < m->inputs; at += f.inputs, tile += block_bytes(m->format))
+        for (int i = 0; i < f.inputs; i++) out[at + i] = weight_at(m->format, f, tile, i, o);
 }

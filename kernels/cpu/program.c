@@ -127,7 +127,8 @@ static int rows_of(const Run *run, const Op *op) { return op->is_last ? run->cal
 
 enum { BLOCKS_OF_32 = 1, BLOCKS_OF_256 = 2 };
 static int needs(int format) {
-    return format == Q8_0 || format == Q4_0 ? BLOCKS_OF_32 : format >= Q4_K ? BLOCKS_OF_256 : 0;
+    int other = format_of(format).other;
+    return other == 32 ? BLOCKS_OF_32 : other == 256 ? BLOCKS_OF_256 : 0;
 }
 
 /* Quantised rows from `row` on. */

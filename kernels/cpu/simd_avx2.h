@@ -22,6 +22,10 @@ static inline void vf_sum_8(const VF *v, float *sums) {
     _mm256_storeu_ps(sums, _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31)));
 }
 static inline VF vf_half(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+/* LANES bfloat16. */
+static inline VF vf_wide(const void *p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+}
 /* 2 * LANES bfloat16: those at even places, and those at odd ones. */
 static inline void vf_bf16(const void *p, VF *even, VF *odd) {
     __m256i v = _mm256_loadu_si256((const __m256i *)p);
@@ -31,16 +35,19 @@ static inline void vf_bf16(const void *p, VF *even, VF *odd) {
 
 static inline VI vi_load(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
 static inline VI vi_set(int x) { return _mm256_set1_epi32(x); }
+/* LANES signed bytes. */
+static inline VI vi_signed(const void *p) { return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)); }
+/* 16 bytes, and those of them that bytes from 0 to 15 stand for. */
+static inline VI vi_table(const int8_t *p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p)); }
+static inline VI vi_lookup(VI table, VI at) { return _mm256_shuffle_epi8(table, at); }
 static inline VI vi_four(const int8_t *p) { int x; memcpy(&x, p, 4); return _mm256_set1_epi32(x); }
 static inline VI vi_add(VI a, VI b) { return _mm256_add_epi32(a, b); }
 static inline VI vi_sub(VI a, VI b) { return _mm256_sub_epi32(a, b); }
-static inline VI vi_times_32(VI v) { return _mm256_slli_epi32(v, 5); }
+static inline VI vi_up(VI v, int n) { return _mm256_slli_epi32(v, n); }
 static inline VF vi_float(VI v) { return _mm256_cvtepi32_ps(v); }
-static inline VI vi_low(VI v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
-static inline VI vi_high(VI v) { return _mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi8(15)); }
-/* The two bits from `2 * i` on of each byte, at places 4 and 5. */
-static inline VI vi_two(VI v, int i) {
-    return _mm256_and_si256(i < 2 ? _mm256_slli_epi16(v, 4 - 2 * i) : _mm256_srli_epi16(v, 2 * i - 4), _mm256_set1_epi8(48));
+/* Each byte moved down by so many places (up, if there are less than none), and of it the bits of `mask`, to which no other byte's come. */
+static inline VI vi_bits(VI v, int by, int mask) {
+    return _mm256_and_si256(by < 0 ? _mm256_slli_epi16(v, -by) : _mm256_srli_epi16(v, by), _mm256_set1_epi8((char)mask));
 }
 static inline VI vi_or(VI a, VI b) { return _mm256_or_si256(a, b); }
 

@@ -23,6 +23,9 @@ static inline void vf_sum_8(const VF *v, float *sums) {
     _mm256_storeu_ps(sums, _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31)));
 }
 static inline VF vf_half(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+static inline VF vf_wide(const void *p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+}
 static inline void vf_bf16(const void *p, VF *even, VF *odd) {
     __m512i v = _mm512_loadu_si512(p);
     *even = _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
@@ -31,15 +34,16 @@ static inline void vf_bf16(const void *p, VF *even, VF *odd) {
 
 static inline VI vi_load(const void *p) { return _mm512_loadu_si512(p); }
 static inline VI vi_set(int x) { return _mm512_set1_epi32(x); }
+static inline VI vi_signed(const void *p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)); }
+static inline VI vi_table(const int8_t *p) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)p)); }
+static inline VI vi_lookup(VI table, VI at) { return _mm512_shuffle_epi8(table, at); }
 static inline VI vi_four(const int8_t *p) { int x; memcpy(&x, p, 4); return _mm512_set1_epi32(x); }
 static inline VI vi_add(VI a, VI b) { return _mm512_add_epi32(a, b); }
 static inline VI vi_sub(VI a, VI b) { return _mm512_sub_epi32(a, b); }
-static inline VI vi_times_32(VI v) { return _mm512_slli_epi32(v, 5); }
+static inline VI vi_up(VI v, int n) { return _mm512_slli_epi32(v, (unsigned)n); }
 static inline VF vi_float(VI v) { return _mm512_cvtepi32_ps(v); }
-static inline VI vi_low(VI v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
-static inline VI vi_high(VI v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15)); }
-static inline VI vi_two(VI v, int i) {
-    return _mm512_and_si512(i < 2 ? _mm512_slli_epi16(v, 4 - 2 * i) : _mm512_srli_epi16(v, 2 * i - 4), _mm512_set1_epi8(48));
+static inline VI vi_bits(VI v, int by, int mask) {
+    return _mm512_and_si512(by < 0 ? _mm512_slli_epi16(v, (unsigned)-by) : _mm512_srli_epi16(v, (unsigned)by), _mm512_set1_epi8((char)mask));
 }
 static inline VI vi_or(VI a, VI b) { return _mm512_or_si512(a, b); }
 

@@ -20,6 +20,7 @@ static inline void vf_sum_8(const VF *v, float *sums) {
         vst1q_f32(sums + i, vpaddq_f32(vpaddq_f32(v[i], v[i + 1]), vpaddq_f32(v[i + 2], v[i + 3])));
 }
 static inline VF vf_half(const void *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *)p))); }
+static inline VF vf_wide(const void *p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16((const uint16_t *)p), 16)); }
 static inline void vf_bf16(const void *p, VF *even, VF *odd) {
     uint32x4_t v = vreinterpretq_u32_u16(vld1q_u16((const uint16_t *)p));
     *even = vreinterpretq_f32_u32(vshlq_n_u32(v, 16));
@@ -30,15 +31,20 @@ static inline void vf_bf16(const void *p, VF *even, VF *odd) {
 #define WORDS(v) vreinterpretq_s32_u8(v)
 static inline VI vi_load(const void *p) { return WORDS(vld1q_u8((const uint8_t *)p)); }
 static inline VI vi_set(int x) { return vdupq_n_s32(x); }
+static inline VI vi_signed(const void *p) {
+    int32_t four;
+    memcpy(&four, p, 4);
+    return vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)))));
+}
+static inline VI vi_table(const int8_t *p) { return vi_load(p); }
+static inline VI vi_lookup(VI table, VI at) { return WORDS(vqtbl1q_u8(BYTES(table), BYTES(at))); }
 static inline VI vi_four(const int8_t *p) { int x; memcpy(&x, p, 4); return vdupq_n_s32(x); }
 static inline VI vi_add(VI a, VI b) { return vaddq_s32(a, b); }
 static inline VI vi_sub(VI a, VI b) { return vsubq_s32(a, b); }
-static inline VI vi_times_32(VI v) { return vshlq_n_s32(v, 5); }
+static inline VI vi_up(VI v, int n) { return vshlq_s32(v, vdupq_n_s32(n)); }
 static inline VF vi_float(VI v) { return vcvtq_f32_s32(v); }
-static inline VI vi_low(VI v) { return WORDS(vandq_u8(BYTES(v), vdupq_n_u8(15))); }
-static inline VI vi_high(VI v) { return WORDS(vshrq_n_u8(BYTES(v), 4)); }
-static inline VI vi_two(VI v, int i) {
-    return WORDS(vandq_u8(vshlq_u8(BYTES(v), vdupq_n_s8((int8_t)(4 - 2 * i))), vdupq_n_u8(48)));
+static inline VI vi_bits(VI v, int by, int mask) {
+    return WORDS(vandq_u8(vshlq_u8(BYTES(v), vdupq_n_s8((int8_t)-by)), vdupq_n_u8((uint8_t)mask)));
 }
 static inline VI vi_or(VI a, VI b) { return vorrq_s32(a, b); }
 

@@ -22,6 +22,13 @@ static inline VF vf_half(const void *p) {
     for (int i = 0; i < LANES; i++) v[i] = half((const uint8_t *)p + 2 * i);
     return v;
 }
+static inline VF vf_wide(const void *p) {
+    VI v;
+    for (int i = 0; i < LANES; i++) v[i] = ((const int8_t *)p)[2 * i + 1] * (1 << 24) | ((const uint8_t *)p)[2 * i] << 16;
+    VF floats;
+    memcpy(&floats, &v, sizeof v);
+    return floats;
+}
 static inline void vf_bf16(const void *p, VF *even, VF *odd) {
     VI v;
     memcpy(&v, p, sizeof v);
@@ -32,14 +39,26 @@ static inline void vf_bf16(const void *p, VF *even, VF *odd) {
 
 static inline VI vi_load(const void *p) { VI v; memcpy(&v, p, sizeof v); return v; }
 static inline VI vi_set(int x) { return (VI){x, x, x, x, x, x, x, x}; }
+static inline VI vi_signed(const void *p) {
+    VI v;
+    for (int i = 0; i < LANES; i++) v[i] = ((const int8_t *)p)[i];
+    return v;
+}
+static inline VI vi_table(const int8_t *p) { VI v; memcpy(&v, p, 16); memcpy((char *)&v + 16, p, 16); return v; }
+static inline VI vi_lookup(VI table, VI at) {
+    int8_t bytes[32], places[32];
+    memcpy(bytes, &table, 32);
+    memcpy(places, &at, 32);
+    for (int i = 0; i < 32; i++) places[i] = bytes[places[i]];
+    memcpy(&at, places, 32);
+    return at;
+}
 static inline VI vi_four(const int8_t *p) { int x; memcpy(&x, p, 4); return vi_set(x); }
 static inline VI vi_add(VI a, VI b) { return a + b; }
 static inline VI vi_sub(VI a, VI b) { return a - b; }
-static inline VI vi_times_32(VI v) { return v * 32; }
+static inline VI vi_up(VI v, int n) { return v * (1 << n); }
 static inline VF vi_float(VI v) { return __builtin_convertvector(v, VF); }
-static inline VI vi_low(VI v) { return v & 0x0f0f0f0f; }
-static inline VI vi_high(VI v) { return v >> 4 & 0x0f0f0f0f; }
-static inline VI vi_two(VI v, int i) { return (i < 2 ? v << (4 - 2 * i) : v >> (2 * i - 4)) & 0x30303030; }
+static inline VI vi_bits(VI v, int by, int mask) { return (by < 0 ? v << -by : v >> by) & mask * 0x01010101; }
 static inline VI vi_or(VI a, VI b) { return a | b; }
 
 static inline VI vi_start(int sum) { (void)sum; return vi_set(0); }

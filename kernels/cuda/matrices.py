@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from ...core.errors import ModelFileError
 from ..backend import F32
-from ..formats.stored import U8, Stored, quantise, unpack_minima, unpack_q4_0, unpack_q6_k
+from ..formats.stored import U8, Stored, quantise, unpack_codes, unpack_minima, unpack_q3_k, unpack_q4_0, unpack_q6_k
 from ..model.config import ModelConfig
 from .device import Address, Array, Device, Kernels, MatrixStruct, problem_with, sizes_of
 
@@ -235,16 +235,36 @@ def _pack_q4_0(weight: Stored) -> tuple[int, list[U8]]:
     return _pack_q8(quants, d)
 
 
+def _pack_codes(weight: Stored) -> tuple[int, list[U8]]:
+    """As Q8_0, in twice the memory: the same values, but scales are halves, to which those of IQ4_XS are rounded. What a half cannot hold of
+    a power of two goes into the quants of MXFP4, as far as they can."""
+    scales, quants = unpack_codes(weight)
+    if weight.type == "MXFP4":
+        held = np.clip(scales, 2.0**-24, 2.0**15)
+        blocks = np.rint(quants.reshape(*scales.shape, 32) * (scales / held)[:, :, None])
+        scales, quants = held, np.clip(blocks, -127, 127).astype(np.int8).reshape(quants.shape)
+    return _pack_q8(quants, scales.astype(np.float16))
+
+
+def _pack_q3_k(weight: Stored) -> tuple[int, list[U8]]:
+    """As Q6_K: the same values, in twice the memory."""
+    d, scales, quants = unpack_q3_k(weight)
+    return _pack_sixes(d, scales, (quants + np.int8(32)).view(np.uint8))
+
+
 def _pack_minima(weight: Stored) -> tuple[int, list[U8]]:
     d, dmin, scales, minima, quants = unpack_minima(weight)
     return _pack_k(Q4_K if weight.type == "Q4_K" else Q5_K, np.stack([d, dmin], 2), np.stack([scales, minima], 3), quants)
 
 
 def _pack_q6_k(weight: Stored) -> tuple[int, list[U8]]:
-    d, scales, quants = unpack_q6_k(weight)
+    return _pack_sixes(*unpack_q6_k(weight))
+
+
+def _pack_sixes(d: npt.NDArray[np.float16], scales: npt.NDArray[np.int8], quants: U8) -> tuple[int, list[U8]]:
     return _pack_k(Q6_K, np.stack([d, np.zeros_like(d)], 2), scales.view(np.uint8).reshape(*scales.shape[:2], 8, 2), quants)
 
 
 PACK: dict[str, Callable[[Stored], tuple[int, list[U8]]]] = {
-    "Q8_0": _pack_q8_0, "Q4_0": _pack_q4_0, "Q4_K": _pack_minima, "Q5_K": _pack_minima, "Q6_K": _pack_q6_k,
+    "Q8_0": _pack_q8_0, "Q4_0": _pack_q4_0, "IQ4_NL": _pack_codes, "IQ4_XS": _pack_codes, "MXFP4": _pack_codes, "Q3_K": _pack_q3_k, "Q4_K": _pack_minima, "Q5_K": _pack_minima, "Q6_K": _pack_q6_k,
 }  # fmt: skip

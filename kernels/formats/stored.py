@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -16,6 +17,15 @@ import numpy.typing as npt
 from ..backend import F32
 
 U8 = npt.NDArray[np.uint8]
+I8 = npt.NDArray[np.int8]
+Halves = npt.NDArray[np.float16]
+
+#: What quants of 4 bits stand for (ggml's kvalues_iq4nl and kvalues_mxfp4; those of MXFP4 are twice the OCP format's, scales are half).
+CODES = {
+    "IQ4_NL": np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8),
+    "MXFP4": np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8),
+}
+CODES["IQ4_XS"] = CODES["IQ4_NL"]
 
 
 # Blocks [blocks, bytes] to values [blocks, values].
@@ -37,12 +47,69 @@ def _q8_0(blocks: U8) -> F32:
     return cast("F32", _half(blocks[:, :2]) * np.ascontiguousarray(blocks[:, 2:]).view(np.int8).astype(np.float32))
 
 
-def _quants_4_0(blocks: U8) -> npt.NDArray[np.int8]:
-    return np.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], axis=1).view(np.int8) - np.int8(8)
+def _halves_of_bytes(packed: U8) -> U8:
+    """[blocks, 16] as [blocks, 32]: all low nibbles, then all high ones."""
+    return np.concatenate([packed & 15, packed >> 4], axis=1)
+
+
+def _quants_4_0(blocks: U8) -> I8:
+    return _halves_of_bytes(blocks[:, 2:]).view(np.int8) - np.int8(8)
 
 
 def _q4_0(blocks: U8) -> F32:
     return cast("F32", _half(blocks[:, :2]) * _quants_4_0(blocks).astype(np.float32))
+
+
+def _q4_1(blocks: U8) -> F32:
+    d, least = _half(blocks[:, :2]), _half(blocks[:, 2:4])
+    return cast("F32", d * _halves_of_bytes(blocks[:, 4:]).astype(np.float32) + least)
+
+
+def _codes(kind: str, blocks: U8) -> tuple[F32, I8]:
+    """What IQ4_NL, IQ4_XS and MXFP4 are made of: scales of 32 values [blocks, groups], and quants [blocks, groups, 32]. A value is scale *
+    quant."""
+    if kind == "MXFP4":
+        scales, packed = np.ldexp(np.float32(1), blocks[:, :1].astype(np.int32) - 128), blocks[:, 1:]
+    elif kind == "IQ4_NL":
+        scales, packed = _half(blocks[:, :2]), blocks[:, 2:]
+    else:
+        low = (blocks[:, 4:8, None] >> np.array([0, 4], np.uint8) & 15).reshape(-1, 8)
+        high = np.ascontiguousarray(blocks[:, 2:4]).view("<u2") >> np.arange(0, 16, 2, dtype=np.uint16) & 3
+        scales = _half(blocks[:, :2]) * ((low | high << 4).astype(np.float32) - np.float32(32))
+        packed = blocks[:, 8:]
+    quants = CODES[kind][_halves_of_bytes(packed.reshape(-1, 16))]
+    return cast("F32", scales), quants.reshape(len(blocks), -1, 32)
+
+
+def _coded(kind: str, blocks: U8) -> F32:
+    scales, quants = _codes(kind, blocks)
+    return cast("F32", (scales[:, :, None] * quants.astype(np.float32)).reshape(len(blocks), -1))
+
+
+def _quants_2(packed: U8) -> U8:
+    """Quants of Q2_K, and the low bits of Q3_K [blocks, 64], as [blocks, 2, 4, 32]."""
+    return packed.reshape(-1, 2, 1, 32) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & np.uint8(3)
+
+
+def _q2_k(blocks: U8) -> F32:
+    scales, minima = (blocks[:, :16] & 15).astype(np.float32), (blocks[:, :16] >> 4).astype(np.float32)
+    return _with_minima(blocks[:, 80:], scales, minima, _quants_2(blocks[:, 16:80]).reshape(-1, 16, 16).astype(np.float32))
+
+
+def _parts_3(blocks: U8) -> tuple[Halves, I8, I8]:
+    """What Q3_K is made of: d [blocks, 1], scales of 16 values [blocks, 16] from -32 to 31, and quants [blocks, 16, 16] from -4 to 3. A
+    value is d * scale * quant."""
+    low = np.concatenate([blocks[:, 96:104] & 15, blocks[:, 96:104] >> 4], axis=1)
+    high = (blocks[:, None, 104:108] >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & np.uint8(3)).reshape(-1, 16)
+    third = blocks[:, None, :32] >> np.arange(8, dtype=np.uint8)[:, None] & np.uint8(1)
+    quants = _quants_2(blocks[:, 32:96]).reshape(-1, 8, 32) | third << np.uint8(2)
+    scales = (low | high << np.uint8(4)).view(np.int8) - np.int8(32)
+    return _halves(blocks, 108), scales, (quants.view(np.int8) - np.int8(4)).reshape(-1, 16, 16)
+
+
+def _q3_k(blocks: U8) -> F32:
+    d, scales, quants = _parts_3(blocks)
+    return cast("F32", ((d.astype(np.float32) * scales)[:, :, None] * quants.astype(np.float32)).reshape(len(blocks), -1))
 
 
 def _scales_k4(raw: U8) -> tuple[F32, F32]:
@@ -104,8 +171,10 @@ class _Type(NamedTuple):
 
 TYPES = {
     0: _Type("F32", 1, 4, _f32), 1: _Type("F16", 1, 2, _half), 30: _Type("BF16", 1, 2, _bf16), 2: _Type("Q4_0", 32, 18, _q4_0),
-    8: _Type("Q8_0", 32, 34, _q8_0), 12: _Type("Q4_K", 256, 144, _q4_k), 13: _Type("Q5_K", 256, 176, _q5_k),
-    14: _Type("Q6_K", 256, 210, _q6_k),
+    3: _Type("Q4_1", 32, 20, _q4_1), 8: _Type("Q8_0", 32, 34, _q8_0), 10: _Type("Q2_K", 256, 84, _q2_k), 11: _Type("Q3_K", 256, 110, _q3_k),
+    12: _Type("Q4_K", 256, 144, _q4_k), 13: _Type("Q5_K", 256, 176, _q5_k), 14: _Type("Q6_K", 256, 210, _q6_k),
+    20: _Type("IQ4_NL", 32, 18, partial(_coded, "IQ4_NL")), 23: _Type("IQ4_XS", 256, 136, partial(_coded, "IQ4_XS")),
+    39: _Type("MXFP4", 32, 17, partial(_coded, "MXFP4")),
 }  # fmt: skip
 BY_NAME = {each.name: each for each in TYPES.values()}
 
@@ -136,9 +205,6 @@ class Stored:
         return Stored(self.type, self.inputs, self.raw[at])
 
 
-Halves = npt.NDArray[np.float16]
-
-
 def _blocks(tensor: Stored) -> tuple[U8, tuple[int, int]]:
     """Blocks of a matrix [blocks, bytes], and how many outputs of how many of them it has."""
     kind = BY_NAME[tensor.type]
@@ -149,11 +215,27 @@ def _halves(blocks: U8, at: int) -> Halves:
     return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2")
 
 
-def unpack_q4_0(tensor: Stored) -> tuple[Halves, npt.NDArray[np.int8]]:
+def unpack_q4_0(tensor: Stored) -> tuple[Halves, I8]:
     """What a matrix [outputs, inputs] of Q4_0 is made of: d [outputs, blocks], quants [outputs, inputs] from -8 to 7. A value is
     d * quant."""
     blocks, shape = _blocks(tensor)
     return _halves(blocks, 0).reshape(shape), _quants_4_0(blocks).reshape(shape[0], -1)
+
+
+def unpack_codes(tensor: Stored) -> tuple[F32, I8]:
+    """What a matrix [outputs, inputs] of IQ4_NL, IQ4_XS or MXFP4 is made of: scales of 32 inputs [outputs, inputs / 32], quants [outputs,
+    inputs] from -127 to 113. A value is scale * quant."""
+    blocks, (outputs, _) = _blocks(tensor)
+    scales, quants = _codes(tensor.type, blocks)
+    return scales.reshape(outputs, -1), quants.reshape(outputs, -1)
+
+
+def unpack_q3_k(tensor: Stored) -> tuple[Halves, I8, I8]:
+    """What a matrix [outputs, inputs] of Q3_K is made of: d [outputs, blocks], scales of 16 inputs [outputs, blocks, 16] from -32 to 31,
+    quants [outputs, inputs] from -4 to 3. A value is d * scale * quant."""
+    blocks, shape = _blocks(tensor)
+    d, scales, quants = _parts_3(blocks)
+    return d.reshape(shape), scales.reshape(*shape, 16), quants.reshape(shape[0], -1)
 
 
 def unpack_minima(tensor: Stored) -> tuple[Halves, Halves, U8, U8, U8]:
@@ -165,7 +247,7 @@ def unpack_minima(tensor: Stored) -> tuple[Halves, Halves, U8, U8, U8]:
     return _halves(blocks, 0).reshape(shape), _halves(blocks, 2).reshape(shape), scales, minima, quants.reshape(shape[0], -1)
 
 
-def unpack_q6_k(tensor: Stored) -> tuple[Halves, npt.NDArray[np.int8], U8]:
+def unpack_q6_k(tensor: Stored) -> tuple[Halves, I8, U8]:
     """What a matrix [outputs, inputs] of Q6_K is made of: d [outputs, blocks], scales of 16 inputs [outputs, blocks, 16], quants [outputs,
     inputs] from 0 to 63. A value is d * scale * (quant - 32)."""
     blocks, shape = _blocks(tensor)

@@ -29,9 +29,11 @@ from forerun.kernels.model.trunk import Rows
 from forerun.kernels.model.weights import FolderCheckpoint, load_weights
 
 from tests.checkpoints import LAYOUTS, prompt
+from tests.kernels.blocks import random_weights
 
 #: Outputs beyond whole tiles, and beyond one unit of work.
 OUTPUTS = 83
+FLOATS = ("F32", "F16", "BF16")
 
 
 def supported() -> list[str]:
@@ -55,16 +57,7 @@ def config(checkpoints: dict[str, Path]) -> ModelConfig:
 
 
 def stored(kind: str, inputs: int) -> Stored:
-    """Random weights of all the values that a type can have."""
-    each, rng = BY_NAME[kind], np.random.default_rng(3)
-    blocks = rng.integers(0, 256, (OUTPUTS * inputs // each.block, each.size), np.uint8)
-    for at in {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q8_0": (0,), "Q4_0": (0,)}.get(kind, ()):
-        blocks[:, at : at + 2] = rng.normal(0, 1, (len(blocks), 1)).astype("<f2").view(np.uint8)
-    if kind in ("F32", "F16"):
-        blocks = rng.normal(0, 1, (len(blocks), 1)).astype("<f4" if kind == "F32" else "<f2").view(np.uint8)
-    if kind == "BF16":
-        blocks = (rng.normal(0, 1, (len(blocks), 1)).astype("<f4").view(np.uint32) >> 16).astype("<u2").view(np.uint8)
-    return Stored(kind, inputs, blocks.reshape(OUTPUTS, -1))
+    return random_weights(kind, OUTPUTS, inputs, np.random.default_rng(3))
 
 
 def product(config: ModelConfig, matrix: CpuMatrix, x: Any, num_threads: int = 2, onto: Any = None) -> Any:
@@ -77,10 +70,10 @@ def product(config: ModelConfig, matrix: CpuMatrix, x: Any, num_threads: int = 2
 
 
 def rounded(kind: str, x: Any) -> Any:
-    """What a product sees of its rows: bytes with a scale for 32 values, for 256 (K types), or the values themselves."""
-    if kind in ("F32", "F16", "BF16"):
+    """What a product sees of its rows: bytes with a scale for 32 values, for 256 (those with names in _K), or the values themselves."""
+    if kind in FLOATS:
         return x.astype(np.float64)
-    blocks = x.reshape(len(x), -1, 256 if kind.endswith("K") else 32).astype(np.float64)
+    blocks = x.reshape(len(x), -1, 256 if kind.endswith("_K") else 32).astype(np.float64)
     scale = np.abs(blocks).max(-1, keepdims=True) / 127
     return (np.rint(blocks / np.where(scale > 0, scale, 1)) * scale).reshape(x.shape)
 
@@ -112,7 +105,7 @@ def test_products(instructions: str, config: ModelConfig, kind: str, inputs: int
     np.testing.assert_array_equal(product(config, short, x), alone[:, :33])
 
 
-@pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind.startswith("Q")])
+@pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind not in FLOATS])
 def test_quantised_products_have_the_same_bits_everywhere(config: ModelConfig, kind: str) -> None:
     matrix = CpuBackend(2).matrix(stored(kind, 512))
     x = np.random.default_rng(6).normal(0, 1, (7, 512)).astype(np.float32)

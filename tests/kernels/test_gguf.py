@@ -26,6 +26,7 @@ from forerun.kernels.reference import ReferenceBackend
 from forerun.tools.convert import convert, info
 
 from tests.checkpoints import prompt
+from tests.kernels.blocks import random_blocks
 
 
 def half(block: bytes, at: int) -> float:
@@ -40,14 +41,52 @@ def scale_of(block: bytes, j: int) -> tuple[int, int]:
     return (q[j + 4] & 15) | (q[j - 4] >> 6 << 4), (q[j + 4] >> 4) | (q[j] >> 6 << 4)
 
 
+IQ4 = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
+E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+
+
+def nibble(block: bytes, at: int, i: int) -> int:
+    return block[at + i % 16] >> (4 if i >= 16 else 0) & 15
+
+
 def twin(kind: str, block: bytes) -> list[float]:
+    values: list[float]
     match kind:
         case "Q8_0":
             return [half(block, 0) * byte for byte in np.frombuffer(block, np.int8, 32, 2)]
         case "Q4_0":
-            return [half(block, 0) * ((block[2 + i % 16] >> (4 if i >= 16 else 0) & 15) - 8) for i in range(32)]
+            return [half(block, 0) * (nibble(block, 2, i) - 8) for i in range(32)]
+        case "Q4_1":
+            return [half(block, 0) * nibble(block, 4, i) + half(block, 2) for i in range(32)]
+        case "IQ4_NL":
+            return [half(block, 0) * IQ4[nibble(block, 2, i)] for i in range(32)]
+        case "IQ4_XS":
+            values = []
+            for i in range(256):
+                j = i // 32
+                low, high = block[4 + j // 2] >> (4 if j % 2 else 0) & 15, int.from_bytes(block[2:4], "little") >> 2 * j & 3
+                values.append(half(block, 0) * ((low | high << 4) - 32) * IQ4[nibble(block, 8 + 16 * j, i % 32)])
+            return values
+        case "MXFP4":  # a sign, two bits of exponent, one of fraction; a power of two for all
+            codes = [nibble(block, 1, i) for i in range(32)]
+            return [(-1) ** (code >> 3) * E2M1[code & 7] * 2.0 ** (block[0] - 127) for code in codes]
+        case "Q2_K":
+            values = []
+            for i in range(256):
+                quant = block[16 + i // 128 * 32 + i % 32] >> 2 * (i % 128 // 32) & 3
+                values.append(half(block, 80) * (block[i // 16] & 15) * quant - half(block, 82) * (block[i // 16] >> 4))
+            return values
+        case "Q3_K":
+            values = []
+            for i in range(256):
+                quant = block[32 + i // 128 * 32 + i % 32] >> 2 * (i % 128 // 32) & 3
+                quant -= 0 if block[i % 32] >> (i // 32) & 1 else 4
+                j = i // 16
+                scale = (block[96 + j % 8] >> (4 if j >= 8 else 0) & 15) + 16 * (block[104 + j % 4] >> 2 * (j // 4) & 3)
+                values.append(half(block, 108) * (scale - 32) * quant)
+            return values
         case "Q4_K" | "Q5_K":
-            values: list[float] = []
+            values = []
             packed = block[16:] if kind == "Q4_K" else block[48:]
             for i in range(256):
                 scale, least = scale_of(block, i // 32)
@@ -75,14 +114,11 @@ def twin(kind: str, block: bytes) -> list[float]:
 
 @pytest.mark.parametrize("kind", BY_NAME)
 def test_every_type_is_read_as_it_is_defined(kind: str) -> None:
-    each, rng = BY_NAME[kind], np.random.default_rng(5)
-    blocks = rng.integers(0, 256, (40, each.size), np.uint8)
-    for at in {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}.get(kind, (0,)):  # scales that are numbers
-        blocks[:, at : at + 2] = rng.normal(0, 1, (40, 1)).astype("<f2").view(np.uint8)
-    if kind == "F32":
-        blocks = rng.normal(0, 1, (40, 1)).astype("<f4").view(np.uint8)
+    blocks = random_blocks(kind, 40, np.random.default_rng(5))
+    if kind == "MXFP4":
+        blocks[:8, 0] = 0, 1, 2, 3, 127, 128, 129, 250
     expected = np.array([twin(kind, block.tobytes()) for block in blocks])
-    np.testing.assert_allclose(each.read(blocks), expected, rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(BY_NAME[kind].read(blocks), expected, rtol=2e-6, atol=1e-6)
 
 
 def test_what_is_written_is_what_is_read_as_near_as_the_type_allows(tmp_path: Path) -> None:
