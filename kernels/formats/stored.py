@@ -167,14 +167,15 @@ class _Type(NamedTuple):
     block: int  # values
     size: int  # bytes
     read: Callable[[U8], F32]
+    halves: tuple[int, ...] = ()  # bytes of a block at which halves are that scale it, then what is added or taken away
 
 
 TYPES = {
-    0: _Type("F32", 1, 4, _f32), 1: _Type("F16", 1, 2, _half), 30: _Type("BF16", 1, 2, _bf16), 2: _Type("Q4_0", 32, 18, _q4_0),
-    3: _Type("Q4_1", 32, 20, _q4_1), 8: _Type("Q8_0", 32, 34, _q8_0), 10: _Type("Q2_K", 256, 84, _q2_k), 11: _Type("Q3_K", 256, 110, _q3_k),
-    12: _Type("Q4_K", 256, 144, _q4_k), 13: _Type("Q5_K", 256, 176, _q5_k), 14: _Type("Q6_K", 256, 210, _q6_k),
-    20: _Type("IQ4_NL", 32, 18, partial(_coded, "IQ4_NL")), 23: _Type("IQ4_XS", 256, 136, partial(_coded, "IQ4_XS")),
-    39: _Type("MXFP4", 32, 17, partial(_coded, "MXFP4")),
+    0: _Type("F32", 1, 4, _f32), 1: _Type("F16", 1, 2, _half), 30: _Type("BF16", 1, 2, _bf16), 2: _Type("Q4_0", 32, 18, _q4_0, (0,)),
+    3: _Type("Q4_1", 32, 20, _q4_1, (0, 2)), 8: _Type("Q8_0", 32, 34, _q8_0, (0,)), 10: _Type("Q2_K", 256, 84, _q2_k, (80, 82)),
+    11: _Type("Q3_K", 256, 110, _q3_k, (108,)), 12: _Type("Q4_K", 256, 144, _q4_k, (0, 2)), 13: _Type("Q5_K", 256, 176, _q5_k, (0, 2)),
+    14: _Type("Q6_K", 256, 210, _q6_k, (208,)), 20: _Type("IQ4_NL", 32, 18, partial(_coded, "IQ4_NL"), (0,)),
+    23: _Type("IQ4_XS", 256, 136, partial(_coded, "IQ4_XS"), (0,)), 39: _Type("MXFP4", 32, 17, partial(_coded, "MXFP4")),
 }  # fmt: skip
 BY_NAME = {each.name: each for each in TYPES.values()}
 
@@ -255,8 +256,12 @@ def unpack_q6_k(tensor: Stored) -> tuple[Halves, I8, U8]:
     return _halves(blocks, 208).reshape(shape), scales, _quants_6(blocks).reshape(shape[0], -1)
 
 
+#: Types that values are written in.
+WRITTEN = ("F32", "F16", "BF16", "Q8_0")
+
+
 def quantise(values: F32, kind: str) -> U8:
-    """Rows [..., inner] as F32, F16, BF16 or Q8_0, in bytes. Rounds to nearest, as ggml does."""
+    """Rows [..., inner] as one of WRITTEN, in bytes. Rounds to nearest, as ggml does."""
     flat = np.ascontiguousarray(values, "<f4").reshape(-1)
     if kind == "F32":
         return flat.view(np.uint8)

@@ -9,22 +9,20 @@ import numpy as np
 
 from ...core.errors import InvalidRequest
 from ..backend import F32
-from ..formats.stored import BY_NAME, Stored, quantise
+from ..formats.stored import BY_NAME, CODES, U8, WRITTEN, Stored, quantise
 from .config import ModelConfig
 from .sizes import PUBLISHED
 from .weights import HubLayout
 
 #: Random values that are made, in turns of which every matrix consists: drawing billions would take longer than measuring.
 NUM_RANDOM = 2**20
-KINDS = ("F32", "F16", "BF16", "Q8_0")
 
 
 def size_of(text: str) -> tuple[ModelConfig, str]:
     """Of NAME:TYPE, as 0.8B:Q8_0. InvalidRequest when there is no such size, or no weights of it can be made."""
     name, _, kind = text.partition(":")
-    sizes = [each for each, config in PUBLISHED.items() if config.moe is None]
-    if name not in sizes or kind.upper() not in KINDS:
-        known = f"{', '.join(sizes)}, then : and one of {', '.join(KINDS)}"
+    if name not in PUBLISHED or kind.upper() not in BY_NAME:
+        known = f"{', '.join(PUBLISHED)}, then : and one of {', '.join(BY_NAME)}"
         raise InvalidRequest([("--size", f"{text!r:.50} is unknown; expected one of {known}")])
     return PUBLISHED[name], kind.upper()
 
@@ -51,11 +49,34 @@ class SyntheticCheckpoint(HubLayout):
 
     def stored(self, name: str) -> Stored:
         *outer, inputs = self._shapes[name]
-        type_ = BY_NAME[self._kind if inputs % 32 == 0 else "F32"]
-        row = inputs // type_.block * type_.size
+        kind = self._kind if inputs % BY_NAME[self._kind].block == 0 else "F16"
+        row = inputs // BY_NAME[kind].block * BY_NAME[kind].size
         num_rows = min(math.prod(outer), max(NUM_RANDOM // inputs, 1))
-        values = self._rng.standard_normal(num_rows * inputs).astype(np.float32) * np.float32(inputs**-0.5)
-        return Stored(type_.name, inputs, np.resize(quantise(values, type_.name), (math.prod(outer), row)).reshape(*outer, row))
+        made = random_values(kind, num_rows * inputs, inputs**-0.5, self._rng)
+        return Stored(kind, inputs, np.resize(made, (math.prod(outer), row)).reshape(*outer, row))
 
     def fingerprint(self, config: ModelConfig, backend: str) -> str:
         return "0" * 64
+
+
+def random_values(kind: str, count: int, deviation: float, rng: np.random.Generator) -> U8:
+    """So many values of a type, in bytes, with about no mean: normal where it is one that is written, else of random quants."""
+    type_ = BY_NAME[kind]
+    if kind in WRITTEN:
+        return quantise(rng.standard_normal(count).astype(np.float32) * np.float32(deviation), kind)
+    blocks = rng.integers(0, 256, (count // type_.block, type_.size), np.uint8)
+    if kind == "MXFP4":
+        blocks[:, 0] = 128 + round(math.log2(deviation / float(np.std(CODES[kind]))))
+        return blocks.reshape(-1)
+
+    def scaled(*by: float) -> F32:
+        for at, value in zip(type_.halves, by, strict=True):
+            blocks[:, at : at + 2] = np.full((1, 1), value, "<f2").view(np.uint8)
+        return type_.read(blocks)
+
+    others = (0.0,) * (len(type_.halves) - 1)
+    of_scales = scaled(1, *others)
+    ratio = tuple(-float(of_scales.mean()) / float(scaled(0, *(1.0 for _ in others)).mean()) for _ in others)
+    by = deviation / float(scaled(1, *ratio).std())
+    scaled(by, *(by * each for each in ratio))
+    return blocks.reshape(-1)

@@ -9,12 +9,6 @@ import numpy as np
 import numpy.typing as npt
 from forerun.kernels.formats.stored import BY_NAME, Stored, quantise
 
-#: Where a block has scales that are halves; elsewhere any bytes will do.
-HALVES = {
-    "F32": (), "F16": (0,), "BF16": (), "MXFP4": (), "Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "IQ4_NL": (0,), "IQ4_XS": (0,),
-    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
-}  # fmt: skip
-
 Draw = Callable[[np.random.Generator, int], npt.NDArray[Any]]
 
 
@@ -24,10 +18,10 @@ def normal(rng: np.random.Generator, count: int) -> npt.NDArray[Any]:
 
 def random_blocks(kind: str, count: int, rng: np.random.Generator, draw: Draw = normal) -> npt.NDArray[np.uint8]:
     """[count, bytes of a block], of all the values that the type can have (MXFP4: with scales near 1)."""
-    if not kind.startswith(("Q", "IQ", "MX")):
+    if kind in ("F32", "F16", "BF16"):
         return quantise(rng.normal(0, 1, count).astype(np.float32), kind).reshape(count, -1)
-    blocks = rng.integers(0, 256, (count, BY_NAME[kind].size), np.uint8)
-    for at in HALVES[kind]:
+    blocks = rng.integers(0, 256, (count, BY_NAME[kind].size), np.uint8)  # any will do, but for halves
+    for at in BY_NAME[kind].halves:
         blocks[:, at : at + 2] = draw(rng, count).astype("<f2")[:, None].view(np.uint8)
     if kind == "MXFP4":
         blocks[:, 0] = rng.integers(118, 132, count)

@@ -13,8 +13,11 @@ static uint32_t draw(void) { /* xorshift64 */
 static float normal(void) { return ((float)(draw() % 2001) - 1000) / 700; }
 
 enum { OUTPUTS = 45, INPUTS = 512, MOST = 7 };
-static const int block_values[] = {1, 1, 1, 32, 32, 256, 256, 256}, block_bytes[] = {4, 2, 2, 34, 18, 144, 176, 210};
-static const int scale_at[][2] = {{-1, -1}, {-1, -1}, {-1, -1}, {0, 0}, {0, 0}, {0, 2}, {0, 2}, {208, 208}};
+/* Where a block has halves. */
+static const int halves[NUM_FORMATS][2] = {
+    [F32] = {-1}, [F16] = {0, 0}, [BF16] = {-1}, [Q8_0] = {0, 0}, [Q4_0] = {0, 0}, [Q4_1] = {0, 2}, [IQ4_NL] = {0, 0}, [IQ4_XS] = {0, 0},
+    [MXFP4] = {-1}, [Q2_K] = {80, 82}, [Q3_K] = {108, 108}, [Q4_K] = {0, 2}, [Q5_K] = {0, 2}, [Q6_K] = {208, 208},
+};
 
 int main(void) {
     static const char *names[] = {"portable", "avx512", "avx2", "neon"};
@@ -24,19 +27,20 @@ int main(void) {
         for (int i = 0; i < INPUTS; i++) x[r][i] = normal() * (r == 3 ? 1e-3f : 1);
     uint8_t *raw[NUM_FORMATS], *tiles[NUM_FORMATS];
     for (int format = 0; format < NUM_FORMATS; format++) {
-        int blocks = OUTPUTS * INPUTS / block_values[format];
-        raw[format] = malloc((size_t)blocks * block_bytes[format]);
+        Format f = format_of(format);
+        int blocks = OUTPUTS * INPUTS / f.inputs;
+        raw[format] = malloc((size_t)blocks * f.bytes);
         for (int b = 0; b < blocks; b++) {
-            uint8_t *block = raw[format] + (size_t)b * block_bytes[format];
-            for (int i = 0; i < block_bytes[format]; i++) block[i] = (uint8_t)draw();
+            uint8_t *block = raw[format] + (size_t)b * f.bytes;
+            for (int i = 0; i < f.bytes; i++) block[i] = (uint8_t)draw();
             float value = normal();
             uint32_t bits;
             memcpy(&bits, &value, 4);
-            uint16_t upper = (uint16_t)(bits >> 16), one_and_some = (uint16_t)(0x3800 | (draw() & 0x83ff)); /* a half of 0.5 to 1 */
+            uint16_t upper[2] = {(uint16_t)(bits >> 16), (uint16_t)(bits >> 16)}, one_and_some = (uint16_t)(0x3800 | (draw() & 0x83ff)); /* a half of 0.5 to 1 */
             if (format == F32) memcpy(block, &value, 4);
-            if (format == BF16) memcpy(block, &upper, 2);
-            if (format == F16) memcpy(block, &one_and_some, 2);
-            for (int i = 0; i < 2 && scale_at[format][i] >= 0; i++) memcpy(block + scale_at[format][i], &one_and_some, 2);
+            if (format == BF16) memcpy(block, upper, 4);
+            if (format == MXFP4) block[0] = (uint8_t)(118 + draw() % 14);
+            for (int i = 0; i < 2 && halves[format][i] >= 0; i++) memcpy(block + halves[format][i], &one_and_some, 2);
         }
         tiles[format] = aligned_alloc(64, ((size_t)forerun_packed_bytes(format, OUTPUTS, INPUTS) + 63) / 64 * 64);
         forerun_pack(format, OUTPUTS, INPUTS, raw[format], tiles[format], 2);

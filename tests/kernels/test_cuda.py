@@ -36,7 +36,7 @@ from forerun.kernels.sampling import choose, share
 
 from tests.checkpoints import LAYOUTS, prompt, prompt_with_rows
 from tests.conftest import cuda_backend, load
-from tests.kernels.blocks import HALVES, random_weights
+from tests.kernels.blocks import random_weights
 from tests.kernels.cuda_on_cpu import HostDevice
 
 

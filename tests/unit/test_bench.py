@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from forerun.kernels.backends import make_backend, make_memory, make_trunk
 from forerun.kernels.model.config import load_config
+from forerun.kernels.formats.stored import BY_NAME
 from forerun.kernels.model.memory import alone
-from forerun.kernels.model.synthetic import SyntheticCheckpoint, size_of
+from forerun.kernels.model.synthetic import SyntheticCheckpoint, random_values, size_of
 from forerun.kernels.model.trunk import Rows
 from forerun.kernels.model.weights import load_weights
 from forerun.tools.bench import DRAFTS, ROW_COSTS, BenchParams, Figure, bench, table
@@ -69,7 +70,7 @@ async def test_what_makes_no_sense_is_refused(change: dict[str, Any], message: s
         await bench("demo", replace(SMALL, **change))
 
 
-@pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0"])
+@pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0", "Q4_1", "MXFP4"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_random_weights_compute(layout: str, kind: str, checkpoints: dict[str, Path]) -> None:
     config, backend = load_config(checkpoints[layout]), make_backend(None, 2)
@@ -84,3 +85,12 @@ def test_random_weights_compute(layout: str, kind: str, checkpoints: dict[str, P
 def test_sizes_have_names() -> None:
     config, kind = size_of("27B:bf16")
     assert (config.hidden, kind) == (5120, "BF16")
+
+
+@pytest.mark.parametrize("kind", BY_NAME)
+def test_random_values_have_the_deviation_asked_for(kind: str) -> None:
+    raw = random_values(kind, 2**16, 0.03, np.random.default_rng(2))
+    values = BY_NAME[kind].read(raw.reshape(-1, BY_NAME[kind].size))
+    assert values.size == 2**16
+    assert abs(values.mean()) < 0.005
+    assert values.std() == pytest.approx(0.03, rel=0.4 if kind == "MXFP4" else 0.02)  # which has powers of two
