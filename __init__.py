@@ -7,9 +7,11 @@ async with forerun.open_engine("demo") as engine:
 """
 
 from .actors.embedding import Embedding
-from .actors.engine import ActorStatistics, Engine, EngineStatistics, open_engine
+from .actors.engine import Engine, EngineStatistics
 from .actors.model import Model, load_model
+from .actors.opening import open_engine
 from .actors.stream import DEFAULT_MAX_TOKENS, Options, Stream
+from .actors.tree import ActorStatistics
 from .core.embeddings import EmbeddingRows
 from .core.errors import (
     DeadlineExceeded,

@@ -115,7 +115,7 @@ async def test_a_saved_request_has_its_rows_and_goes_on_without_memory(dense: fo
             await stream.save(path)
     async with forerun.open_engine(dense, spec_type="draft-mtp") as engine, engine.restore(path) as stream:
         await anext(stream)
-        engine.supervisor.kill("target decoder", RuntimeError("killed by a test"))
+        engine.tree.supervisor.kill("target decoder", RuntimeError("killed by a test"))
         async for _ in stream:
             pass
         assert stream.result.token_ids == expected

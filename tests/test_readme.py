@@ -35,7 +35,7 @@ async def test_the_drafter_that_is_shown_drafts(monkeypatch: pytest.MonkeyPatch)
     exec(compile(code, "actors/README.md", "exec"), shown)  # noqa: S102
     assert len(code.splitlines()) <= 40
     period = Family("ngram-simple", lambda salt: shown["Period"]())
-    monkeypatch.setattr("forerun.actors.engine.family", Mock(return_value=period))
+    monkeypatch.setattr("forerun.actors.tree.family", Mock(return_value=period))
     prompt, answers = [7, 8, 9, 10] * 12, list[forerun.Result]()
     for spec_type in ("none", "ngram-simple"):
         async with forerun.open_engine("demo", spec_type=spec_type, choose="first") as engine:

@@ -36,7 +36,7 @@ async def test_killing_each_actor_in_the_middle_leaves_the_text_as_it_is(demo: f
                 async for delta in stream:
                     pieces.append(delta)
                     if len(pieces) == 4:
-                        engine.supervisor.kill(actor, RuntimeError(f"the {actor} was killed by a test"))
+                        engine.tree.supervisor.kill(actor, RuntimeError(f"the {actor} was killed by a test"))
             result = stream.result
             assert (result.token_ids, result.text) == (alone.token_ids, alone.text)
             assert "".join(piece.text for piece in pieces) == alone.text

@@ -72,7 +72,7 @@ async def test_a_saved_request_goes_on_in_another_engine_and_a_used_slot(
             assert 0 < len(tokens) <= len(whole.token_ids) - num_before
             assert tuple(tokens) == whole.token_ids[-len(tokens) :]
             assert whole.text.endswith("".join(delta.text for delta in deltas))
-        engine.supervisor.kill("target decoder", RuntimeError("killed by a test"))
+        engine.tree.supervisor.kill("target decoder", RuntimeError("killed by a test"))
         assert (await engine.complete(HELD_OUT[0], **OPTIONS)).token_ids == whole.token_ids
 
 
@@ -82,7 +82,7 @@ async def test_a_restored_request_survives_the_loss_of_its_memory(demo: forerun.
         whole, _ = await save_in_the_middle(engine, path)
         async with engine.restore(path) as stream:
             await anext(stream)
-            engine.supervisor.kill("target decoder", RuntimeError("killed by a test"))
+            engine.tree.supervisor.kill("target decoder", RuntimeError("killed by a test"))
             async for _ in stream:
                 pass
         assert stream.result.token_ids == whole.token_ids
@@ -163,7 +163,7 @@ async def test_a_forged_answer_ends_its_own_request_when_it_is_computed_again(de
             with pytest.raises(forerun.RequestFailed, match="as it was saved"):
                 async with engine.restore(tmp_path / "forged") as stream:
                     await anext(stream)
-                    engine.supervisor.kill("target decoder", RuntimeError("killed by a test"))
+                    engine.tree.supervisor.kill("target decoder", RuntimeError("killed by a test"))
                     async for _ in stream:
                         pass
             async for _ in other:

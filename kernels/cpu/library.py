@@ -21,7 +21,7 @@ from ..backend import F32
 FORMATS = {
     name: number
     for number, name in enumerate(
-        "F32 F16 BF16 Q8_0 Q4_0 Q4_1 IQ4_NL IQ4_XS MXFP4 Q2_K Q3_K Q4_K Q5_K Q6_K".split()
+        ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "IQ4_NL", "IQ4_XS", "MXFP4", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
     )
 }
 #: Instruction sets, best first. Which of them there are depends on the processor.

@@ -236,8 +236,8 @@ def _pack_q4_0(weight: Stored) -> tuple[int, list[U8]]:
 
 
 def _pack_codes(weight: Stored) -> tuple[int, list[U8]]:
-    """As Q8_0, in twice the memory: the same values, but scales are halves, to which those of IQ4_XS are rounded. What a half cannot hold of
-    a power of two goes into the quants of MXFP4, as far as they can."""
+    """As Q8_0, in twice the memory: the same values, but scales are halves, to which those of IQ4_XS are rounded. What a half cannot hold
+    of a power of two goes into the quants of MXFP4, as far as they can."""
     scales, quants = unpack_codes(weight)
     if weight.type == "MXFP4":
         held = np.clip(scales, 2.0**-24, 2.0**15)
@@ -266,5 +266,6 @@ def _pack_sixes(d: npt.NDArray[np.float16], scales: npt.NDArray[np.int8], quants
 
 
 PACK: dict[str, Callable[[Stored], tuple[int, list[U8]]]] = {
-    "Q8_0": _pack_q8_0, "Q4_0": _pack_q4_0, "IQ4_NL": _pack_codes, "IQ4_XS": _pack_codes, "MXFP4": _pack_codes, "Q3_K": _pack_q3_k, "Q4_K": _pack_minima, "Q5_K": _pack_minima, "Q6_K": _pack_q6_k,
+    "Q8_0": _pack_q8_0, "Q4_0": _pack_q4_0, "IQ4_NL": _pack_codes, "IQ4_XS": _pack_codes, "MXFP4": _pack_codes,
+    "Q3_K": _pack_q3_k, "Q4_K": _pack_minima, "Q5_K": _pack_minima, "Q6_K": _pack_q6_k,
 }  # fmt: skip

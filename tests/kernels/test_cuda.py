@@ -90,7 +90,8 @@ def config(checkpoints: dict[str, Path]) -> Any:
     ("kind", "inputs"),
     [
         ("BF16", 160), ("BF16", 40), ("F32", 64), ("Q8_0", 160), ("Q8_0", 1024), ("Q4_K", 256), ("Q4_K", 768), ("Q4_0", 64), ("Q5_K", 256),
-        ("Q5_K", 768), ("Q6_K", 256), ("Q6_K", 768), ("Q4_1", 64), ("IQ4_NL", 64), ("IQ4_XS", 256), ("MXFP4", 64), ("Q2_K", 256), ("Q3_K", 256),
+        ("Q5_K", 768), ("Q6_K", 256), ("Q6_K", 768), ("Q4_1", 64), ("IQ4_NL", 64), ("IQ4_XS", 256), ("MXFP4", 64), ("Q2_K", 256),
+        ("Q3_K", 256),
     ],
 )  # fmt: skip
 def test_products_are_those_of_rounded_rows(cuda: CudaBackend, config: Any, kind: str, inputs: int) -> None:

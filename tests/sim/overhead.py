@@ -12,7 +12,8 @@ from typing import Any
 
 import anyio
 import numpy as np
-from forerun.actors.engine import EngineParams, run_engine
+from forerun.actors.engine import run_engine
+from forerun.actors.tree import EngineParams
 from forerun.core.begun import Begun
 from forerun.core.speculation import SpeculationParams, parse_spec_type
 from forerun.kernels.model.drafts import Drafted, Following, MtpRows, Wanted

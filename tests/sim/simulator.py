@@ -25,16 +25,17 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import anyio
 import trio
-from forerun.actors.engine import PERIOD_SECONDS, RESTARTS, Engine, EngineParams, run_engine
+from forerun.actors.engine import Engine, run_engine
 from forerun.actors.mtp_drafter import MtpDrafter
 from forerun.actors.ngram_drafter import NgramDrafter
 from forerun.actors.sequence import MAX_FRUITLESS_REPLAYS
+from forerun.actors.tree import PERIOD_SECONDS, RESTARTS
 from forerun.core.actor import Actor
-from forerun.core.channel import Envelope, Reply
+from forerun.core.channel import Envelope
 from forerun.core.errors import (
     DeadlineExceeded,
     EngineClosed,
@@ -48,13 +49,13 @@ from forerun.core.errors import (
 )
 from forerun.core.messages import Mail, Propose, Verify
 from forerun.core.protocol import ENDS
-from forerun.core.speculation import DRAFTERS, Draft, DrafterName, SpeculationParams
 from forerun.core.trace import Event, Notice, Subscription, Trace
-from forerun.core.vocabulary import FinishReason, SamplingParams
-from forerun.kernels.model.memory import MemoryParams
+from forerun.core.vocabulary import FinishReason
 from trio.testing import MockClock
 
-from tests.sim.fakes import NUM_TOKEN_IDS, FakeModel, reference
+from tests.sim.fakes import FakeModel, reference
+from tests.sim.faults import Crash, DeviceError, SimulatedMark, Spoilt, raising
+from tests.sim.plans import RequestPlan, make_plan
 
 T = TypeVar("T")
 
@@ -62,191 +63,6 @@ T = TypeVar("T")
 HANG_SECONDS = 3000.0
 #: Of the device, in one run: each costs half a minute, and too many of them leave no time for anything else.
 MAX_HANGS = 8
-
-
-class DeviceError(Exception):
-    """The simulated device failed."""
-
-
-class Crash(Exception):
-    """An actor died, as the seed has it."""
-
-
-@dataclass
-class RequestPlan:
-    prompt: list[int]
-    is_text: bool
-    max_tokens: int
-    sampling: SamplingParams
-    arrival: float
-    timeout: float | None  # its deadline
-    cancel_at_message: float  # counted over all actors; inf: never
-    leave_after: float  # deltas
-    pause: float  # seconds between two reads, at most
-    stall_at: float  # deltas; then the reader sleeps for long, once
-    save_at: float  # deltas; then it is put into a file, from which another goes on once this one has ended
-
-
-@dataclass
-class Plan:
-    """All that a seed decides before the start."""
-
-    requests: list[RequestPlan]
-    params: EngineParams
-    crashes: dict[tuple[str, int], str]  # (actor, its n-th message) -> "before", "within", "after" or "stuck"
-    storm: str | None  # an actor that dies at every third message
-    device_errors: float  # chance a call
-    device_hangs: float
-    spoilt_drafts: float
-    late_drafts: float
-    drain_at: float
-    close_at: float
-    is_cancelled: bool  # at close_at, from outside, and not closed
-    latency: float  # seconds of a call to the device, on average
-    is_elsewhere: bool  # the device goes on while whoever asked it does other things
-    inline_seconds: float  # up to so many nothing waits for the device, and actors that have nothing to do are asked at once
-    has_raising_observer: bool
-
-    @property
-    def loses_actors(self) -> bool:
-        return bool(self.crashes or self.storm or self.device_errors or self.device_hangs or self.late_drafts)
-
-
-def make_plan(rng: random.Random) -> Plan:
-    has = {
-        fault: rng.random() < 0.3
-        for fault in ("cancel", "deadline", "crash", "device", "hang", "spoilt", "late", "drain", "close", "stall", "save")
-    }
-    requests: list[RequestPlan] = []
-    is_long = rng.random() < 0.2
-    for _ in range(rng.randint(2, 9)):
-        length = rng.choice([1, 3, 20, 63, 64, 65, 130]) if not is_long else rng.randint(200, 900)
-        unit = [rng.randrange(NUM_TOKEN_IDS) for _ in range(rng.choice([1, 5, length]))]
-        former = rng.choice(requests).prompt if requests and rng.random() < 0.5 else []
-        requests.append(
-            RequestPlan(
-                prompt=(former[: rng.choice([20, 64, 130])] + unit * length)[: max(length, len(former))],
-                is_text=rng.random() < 0.3,
-                max_tokens=rng.randint(1, 40),
-                sampling=SamplingParams(rng.choice([0.0, 0.0, 0.3]), seed=rng.randrange(1000)),
-                arrival=rng.choice([0.0, rng.random() * 0.05, rng.random() * 0.3, 100.0 if rng.random() < 0.4 else 0.0]),
-                timeout=rng.random() * rng.choice([0.2, 5.0]) if has["deadline"] and rng.random() < 0.5 else None,
-                cancel_at_message=rng.randrange(300) if has["cancel"] and rng.random() < 0.5 else math.inf,
-                leave_after=rng.randrange(4) if has["cancel"] and rng.random() < 0.2 else math.inf,
-                pause=rng.choice([0.0, 0.0, 0.01]),
-                stall_at=rng.randint(1, 5) if has["stall"] and rng.random() < 0.4 else math.inf,
-                save_at=rng.randint(1, 5) if has["save"] and rng.random() < 0.4 else math.inf,
-            )
-        )
-    others = rng.choice([0.0, 0.25, 0.25])  # the head drafts behind verifies only where it is alone, or clearly the best
-    types: tuple[DrafterName, ...] = tuple(name for name in DRAFTERS if rng.random() < (0.8 if name == "draft-mtp" else others))
-    names = ("tokenizer", "memory manager", "target decoder", "MTP drafter", *(f"{name} drafter" for name in types if name != "draft-mtp"))
-    how = ("before", "within", "after", "stuck")
-    crashes = {(rng.choice(names), rng.randint(1, 60)): rng.choice(how) for _ in range(rng.randint(1, 6) if has["crash"] else 0)}
-    num_slots = rng.randint(1, 4)
-    params = EngineParams(
-        SpeculationParams(
-            types,
-            draft_n_max=rng.randint(1, 4),
-            ngram_simple_size_n=rng.randint(1, 3),
-            ngram_simple_size_m=rng.randint(1, 8),
-            ngram_map_k_size_n=2,
-            ngram_map_k4v_size_n=1,
-            ngram_mod_n_match=2,
-            ngram_mod_n_min=1,
-            ngram_suffix_shared=rng.random() < 0.5,
-            choose=rng.choice(["rate", "first"]),
-        ),
-        MemoryParams(
-            num_slots, num_pages=rng.choice([3, 4, 8, 20]) if not is_long else 50, prefix_bytes=rng.choice([0, 60, 10_000]), store="log"
-        ),
-        queue_size=rng.choice([0, 2, 100, 100, 100]),
-        overlap=rng.random() < 0.8,
-        preempt_after_seconds=rng.choice([math.inf, 0.0, 0.02, 0.2]),
-        mailbox_capacity=rng.choice([1, 4, 2048, 2048]),
-        outbox_capacity=rng.choice([1, 2, 16]),
-        merged_tokens=rng.choice([1, 6, 256]),
-    )
-    storm = rng.choice(names) if has["crash"] and rng.random() < 0.2 else None
-    return Plan(
-        requests,
-        params,
-        crashes,
-        storm=storm,
-        device_errors=0.01 if has["device"] else 0.0,
-        device_hangs=rng.choice([0.005, 0.3]) if has["hang"] else 0.0,
-        spoilt_drafts=0.3 if has["spoilt"] else 0.0,
-        late_drafts=0.02 if has["late"] else 0.0,
-        drain_at=rng.random() * 0.2 if has["drain"] else math.inf,
-        close_at=rng.random() * 0.3 if has["close"] and rng.random() < 0.7 else math.inf,
-        is_cancelled=rng.random() < 0.5,
-        # With a slow device a storm of deaths never exceeds what a minute allows, nor does anything get done.
-        latency=rng.choice([0.002, 0.002, 0.002, 1.0]) if storm is None else 0.002,
-        has_raising_observer=rng.random() < 0.2,
-        inline_seconds=math.inf if (kind := rng.random()) < 0.3 else 0.008 if kind < 0.5 else -1.0,
-        is_elsewhere=random.Random(rng.getstate()[1][0]).random() < 0.3,  # draws nothing: what else a seed decides stays
-    )
-
-
-def raising(event: Event) -> None:
-    """An observer with a bug."""
-    raise ZeroDivisionError
-
-
-@dataclass
-class SpoiltReply:
-    inner: Reply[Any]
-    spoilt: Callable[[Draft], Draft]
-
-    def set(self, value: Draft | None) -> None:
-        self.inner.set(self.spoilt(value) if value is not None else None)
-
-    def fail(self, error: ForerunError) -> None:
-        self.inner.fail(error)
-
-    async def wait(self) -> Draft | None:
-        return await self.inner.wait()
-
-
-class Spoilt(Envelope):
-    """A question to a drafter, or a verify, whose draft is garbage, or the draft of the question before."""
-
-    __slots__ = ("_former", "_rng")
-
-    def __init__(self, envelope: Envelope, rng: random.Random, former: list[tuple[int, ...]]) -> None:
-        for name in Envelope.__slots__:
-            setattr(self, name, getattr(envelope, name))
-        self._rng, self._former = rng, former
-
-    def answer(self, value: object) -> None:
-        if isinstance(value, Draft):
-            value = self._spoilt(value)
-        super().answer(value)
-
-    def promise(self) -> Reply[Any]:
-        return cast("Reply[Any]", SpoiltReply(super().promise(), self._spoilt))
-
-    def _spoilt(self, draft: Draft) -> Draft:
-        garbage = tuple(self._rng.randrange(-2, NUM_TOKEN_IDS + 2) for _ in range(self._rng.randrange(80)))
-        tokens = self._rng.choice([garbage, *self._former[-3:]])
-        self._former.append(draft.tokens)
-        return Draft(draft.drafter, tokens)
-
-
-@dataclass(frozen=True)
-class SimulatedMark:
-    end: float
-    is_failing: bool
-
-    def is_done(self) -> bool:
-        if self.is_failing:
-            raise DeviceError
-        return anyio.current_time() >= self.end
-
-    def wait(self) -> None:
-        """In place nothing takes time."""
-        if self.is_failing:
-            raise DeviceError
 
 
 @dataclass
@@ -337,7 +153,7 @@ class Simulation:
 
             def counted(lease: int, position: int, next_token: tuple[int, ...]) -> Any:
                 rows = catch_up(lease, position, next_token)
-                pool: Any = self.engine and self.engine._pool  # pyright: ignore[reportPrivateUsage]
+                pool: Any = self.engine and self.engine.tree.pool
                 self._num_skips += rows is None and lease not in pool._revoked
                 return rows
 
@@ -451,7 +267,7 @@ class Simulation:
     def _explain(self, plan: RequestPlan, error: ForerunError) -> None:
         """An error is one that this seed can explain."""
         assert self.engine is not None
-        restarts = self.engine.supervisor.num_restarts
+        restarts = self.engine.tree.supervisor.num_restarts
         match error:
             case DeadlineExceeded():
                 assert plan.timeout is not None
@@ -503,7 +319,7 @@ class Simulation:
             raise AssertionError(f"hangs: {self.engine and self.engine.statistics()}") from None
         except EngineDead:
             assert self.engine is not None
-            assert max(self.engine.supervisor.num_restarts.values()) >= RESTARTS
+            assert max(self.engine.tree.supervisor.num_restarts.values()) >= RESTARTS
         assert all(count <= 1 for count in self.num_terminal.values())
 
     @staticmethod
@@ -534,7 +350,7 @@ class Simulation:
                 assert self._drafts[1] > 0.25 * self._drafts[0], f"the head's first drafts are mostly wrong: {self._drafts}"
         assert (statistics.num_requests_running, statistics.num_requests_waiting, statistics.num_slots_used) == (0, 0, 0)
         assert statistics.num_pages_used == statistics.prefixes.num_pages
-        engine._pool.check_integrity()  # pyright: ignore[reportPrivateUsage]
+        engine.tree.pool.check_integrity()
         for name, actor in statistics.actors.items():
             assert (actor.mailbox.num_waiting, actor.mailbox.num_unanswered) == (0, 0), f"{name}: {actor}"
         for actor in self._actors.values():
@@ -564,11 +380,11 @@ class Checker(trio.abc.Instrument):
 
     def _problem(self, engine: Any) -> str | None:
         jobs = {job.request_id: job for job in engine._jobs}
-        owners = list(engine._pool.owners.values())
-        if len(owners) > engine._pool.num_slots or len(set(owners)) < len(owners):
+        owners = list(engine.tree.pool.owners.values())
+        if len(owners) > engine.tree.pool.num_slots or len(set(owners)) < len(owners):
             return f"memory is held twice: {owners}"
         # It may be filling memory from a file, for who has left meanwhile.
-        is_filling = engine._memory is not None and engine._memory.allowed_seconds < math.inf
+        is_filling = engine.tree.memory is not None and engine.tree.memory.allowed_seconds < math.inf
         if lost := [owner for owner in owners if owner not in jobs and engine._end is None and not is_filling]:
             return f"memory of {lost} is lost: they have ended"
         for mailbox in engine._mailboxes.values():

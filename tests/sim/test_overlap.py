@@ -9,7 +9,8 @@ import anyio
 import pytest
 import trio
 from forerun.actors.drafting import Drafting
-from forerun.actors.engine import Engine, EngineParams, run_engine
+from forerun.actors.engine import Engine, run_engine
+from forerun.actors.tree import EngineParams
 from forerun.core.speculation import SpeculationParams
 from forerun.kernels.model.memory import MemoryParams
 from trio.testing import MockClock

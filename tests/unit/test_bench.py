@@ -11,8 +11,8 @@ import forerun
 import numpy as np
 import pytest
 from forerun.kernels.backends import make_backend, make_memory, make_trunk
-from forerun.kernels.model.config import load_config
 from forerun.kernels.formats.stored import BY_NAME
+from forerun.kernels.model.config import load_config
 from forerun.kernels.model.memory import alone
 from forerun.kernels.model.synthetic import SyntheticCheckpoint, random_values, size_of
 from forerun.kernels.model.trunk import Rows
