@@ -11,7 +11,7 @@ from ..core.errors import InvalidRequest, SavedSequenceError
 from ..core.vocabulary import Request, SamplingParams, SavedFile
 from ..kernels.model import saved
 from ..kernels.model.inputs import violations_of
-from ..kernels.model.recurrent import Snapshot
+from ..kernels.model.prefix import Snapshot
 from .model import Model
 from .sequence import Origin
 from .stream import DEFAULT_MAX_TOKENS, Job, Options

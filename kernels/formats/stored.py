@@ -49,7 +49,7 @@ def _q8_0(blocks: U8) -> F32:
 
 def _halves_of_bytes(packed: U8) -> U8:
     """[blocks, 16] as [blocks, 32]: all low nibbles, then all high ones."""
-    return np.concatenate([packed & 15, packed >> 4], axis=1)
+    return np.concatenate([packed & 15, packed >> 4], axis=1, dtype=np.uint8)
 
 
 def _quants_4_0(blocks: U8) -> I8:

@@ -73,7 +73,7 @@ MUTANTS = [
            "            if is_exhausted:\n", "            if False:\n"),
     Mutant("stuck actor", "the watchdog looks away", "core/supervisor.py",
            "if seen[actor][1] * WATCHDOG_SECONDS > actor.allowed_seconds:", "if seen[actor][1] * WATCHDOG_SECONDS > 1e9:"),
-    Mutant("device error", "the dead target's memory goes on being used", "actors/engine.py", ", reset=pool.reset)", ")"),
+    Mutant("device error", "the dead target's memory goes on being used", "actors/tree.py", ", reset=pool.reset)", ")"),
     Mutant("device hang", "closing waits for work that never ends", "core/supervisor.py",
            "                for actor in life.actors.values():  # whatever ends this life, nobody waits for its work\n"
            "                    actor.leave_work()\n", ""),

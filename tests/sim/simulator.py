@@ -387,7 +387,7 @@ class Checker(trio.abc.Instrument):
         is_filling = engine.tree.memory is not None and engine.tree.memory.allowed_seconds < math.inf
         if lost := [owner for owner in owners if owner not in jobs and engine._end is None and not is_filling]:
             return f"memory of {lost} is lost: they have ended"
-        for mailbox in engine._mailboxes.values():
+        for mailbox in engine.tree.mailboxes.values():
             if len(mailbox._waiting) > mailbox.capacity:
                 return f"the {mailbox.name} has {len(mailbox._waiting)} messages waiting"
         for job in jobs.values():
