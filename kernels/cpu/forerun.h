@@ -25,7 +25,8 @@ typedef struct {
 
 /* Rows of activations, quantised where the format of a product asks for it. */
 typedef struct {
-    const float *x; /* [rows, stride] */
+    const int32_t *rows; /* which of them a product's rows are; NULL: the first ones */
+    const float *x;      /* [rows, stride] */
     int64_t stride;
     int8_t *quants; /* [rows, inputs] */
     float *scales;  /* one for 32 or 256 inputs: [rows, inputs / 32] */

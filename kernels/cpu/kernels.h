@@ -48,6 +48,8 @@ static float dot(const float *x, const float *y, int n) {
 
 /* ---- products: tiles of floats ---- */
 
+ALWAYS int64_t row_at(const Activations *a, int row) { return a->rows ? a->rows[row] : row; }
+
 ALWAYS void put_tile(const VF *sums, const Matrix *m, int tile, float *out, int adds) {
     int first = tile * TILE, count = m->outputs - first < TILE ? m->outputs - first : TILE;
     if (count == TILE && !adds)
@@ -68,7 +70,7 @@ ALWAYS void float_tiles(int format, const Matrix *m, int tile, int tiles, const 
     const char *w = (const char *)m->data + tile * size;
     const float *x[6];
     VF sum[2][6][PARTS];
-    for (int r = 0; r < rows; r++) x[r] = a->x + (row + r) * a->stride;
+    for (int r = 0; r < rows; r++) x[r] = a->x + row_at(a, row + r) * a->stride;
     for (int t = 0; t < tiles; t++)
         for (int r = 0; r < rows; r++)
             for (int part = 0; part < PARTS; part++) sum[t][r][part] = vf_set(0);
@@ -279,10 +281,11 @@ ALWAYS void tile_rows(const Matrix *m, int tile, const Activations *a, int row, 
     int inputs = m->inputs, num_scales = inputs / format_of(m->format).other;
     TileRows of;
     EACH_ROW {
-        of.quants[r] = a->quants + (int64_t)(row + r) * inputs;
-        of.scales[r] = a->scales + (int64_t)(row + r) * num_scales;
-        of.sums[r] = a->sums + (int64_t)(row + r) * (inputs / 16);
-        of.sums_32[r] = a->sums_32 + (int64_t)(row + r) * (inputs / 32);
+        int64_t at = row_at(a, row + r);
+        of.quants[r] = a->quants + at * inputs;
+        of.scales[r] = a->scales + at * num_scales;
+        of.sums[r] = a->sums + at * (inputs / 16);
+        of.sums_32[r] = a->sums_32 + at * (inputs / 32);
     }
     VF acc[ROWS][PARTS];
     EACH_ROW EACH_PART acc[r][part] = vf_set(0);

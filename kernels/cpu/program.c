@@ -57,9 +57,19 @@ const char *forerun_use(const char *name) {
 
 /* ---- memory: one arena for all calls, as they run one at a time ---- */
 
+/* Who uses which expert of a layer: users are row * used + rank. */
+typedef struct {
+    int32_t count;           /* of experts that are used */
+    int32_t *expert, *first; /* [count], [count + 1]: where in `users` its own begin */
+    int32_t *users, *end;    /* [rows * used]; [experts], for counting */
+    uint8_t *is_taken;       /* [experts] */
+} Routed;
+
 typedef struct {
     const Call *call;
     float **buffers;
+    Routed routed;
+    int *forms; /* that the products of each op ask for */
     Activations quants_32, quants_256; /* of the rows of one LINEAR */
     float *scratch; /* one part a thread */
     int64_t scratch_size;
@@ -92,11 +102,12 @@ static size_t lay_out(Run *run, char *base, int num_threads) {
         if (base) (to) = (void *)(base + at);                            \
         at = (at + (size_t)(count) * sizeof *(to) + 127) / 64 * 64;      \
     } while (0)
-    int64_t rows = most(call->num_rows, 1), inputs = 1;
+    int64_t rows = most(call->num_rows, 1), inputs = 1, experts = 0, users = 0;
     for (int i = 0; i < call->num_ops; i++) {
         const Op *op = call->ops + i;
         if (op->code == LINEAR || op->code == EXPERTS_UP) inputs = most(inputs, op->matrices->inputs);
         if (op->code == EXPERTS_DOWN) inputs = most(inputs, (int64_t)op->matrices[2].inputs * op->num_used);
+        if (op->code == ROUTE) experts = most(experts, call->widths[op->in[0]]), users = most(users, rows * op->num_used);
     }
     TAKE(run->buffers, call->num_buffers);
     for (int i = 0; i < call->num_buffers; i++) {
@@ -115,6 +126,12 @@ static size_t lay_out(Run *run, char *base, int num_threads) {
     TAKE(run->scratch, run->scratch_size * num_threads);
     TAKE(run->span_of, rows);
     TAKE(run->first_row, call->num_spans + 1);
+    TAKE(run->forms, call->num_ops);
+    TAKE(run->routed.expert, experts);
+    TAKE(run->routed.first, experts + 1);
+    TAKE(run->routed.users, users);
+    TAKE(run->routed.end, experts);
+    TAKE(run->routed.is_taken, experts);
 #undef TAKE
     return at;
 }
@@ -131,34 +148,27 @@ static int needs(int format) {
     return other == 32 ? BLOCKS_OF_32 : other == 256 ? BLOCKS_OF_256 : 0;
 }
 
-/* Quantised rows from `row` on. */
-static Activations part(const Activations *a, int64_t inputs, int block, int64_t row) {
-    Activations from = {.quants = a->quants + row * inputs, .scales = a->scales + row * (inputs / block)};
-    from.sums = a->sums + row * (inputs / 16), from.sums_32 = a->sums_32 + row * (inputs / 32);
-    return from;
-}
-
 static void prepare_row(Run *run, int what, const float *x, int64_t inputs, int64_t row) {
     for (int is_32 = 0; is_32 < 2; is_32++) {
         if (!(what & (is_32 ? BLOCKS_OF_32 : BLOCKS_OF_256))) continue;
         int block = is_32 ? 32 : 256;
-        Activations a = part(is_32 ? &run->quants_32 : &run->quants_256, inputs, block, row);
-        kernels->quantise(x, (int)inputs, block, a.quants, a.scales, a.sums, a.sums_32);
+        const Activations *to = is_32 ? &run->quants_32 : &run->quants_256;
+        kernels->quantise(x, (int)inputs, block, to->quants + row * inputs, to->scales + row * (inputs / block), to->sums + row * (inputs / 16),
+                          to->sums_32 + row * (inputs / 32));
     }
 }
 
-/* Rows from `row` on, of x [rows, stride], in the form that a format asks for. */
-static Activations activations(const Run *run, int format, const float *x, int64_t stride, int64_t inputs, int64_t row) {
-    Activations a = {0};
-    if (needs(format) == BLOCKS_OF_32) a = part(&run->quants_32, inputs, 32, row);
-    else if (needs(format) == BLOCKS_OF_256) a = part(&run->quants_256, inputs, 256, row);
-    a.x = x + row * stride, a.stride = stride;
+/* Rows x [rows, stride] in the form that a format asks for. */
+static Activations activations(const Run *run, int format, const float *x, int64_t stride) {
+    Activations a = needs(format) == BLOCKS_OF_32 ? run->quants_32 : run->quants_256;
+    a.x = x, a.stride = stride;
     return a;
 }
 
-/* What the formats of a step's products ask for. */
+/* What the formats of an op's products ask for. */
 static int forms_of(const Op *op) {
     int what = 0;
+    if (op->code != LINEAR && op->code != EXPERTS_UP && op->code != EXPERTS_DOWN) return 0;
     for (int i = 0; i < op->num_matrices; i++)
         if (op->code == LINEAR || (op->code == EXPERTS_UP ? i % 3 < 2 : i % 3 == 2)) what |= needs(op->matrices[i].format);
     return what;
@@ -171,25 +181,22 @@ static void linear(Run *run, const Op *op, int unit) {
     int64_t stride = call->widths[op->in[0]];
     for (int count; unit >= (count = units(m->outputs, UNIT)); m++) unit -= count;
     int first = unit * UNIT, last = first + UNIT < m->outputs ? first + UNIT : m->outputs, to = op->out[m - op->matrices];
-    Activations a = activations(run, m->format, run->buffers[op->in[0]], stride, m->inputs, 0);
+    Activations a = activations(run, m->format, run->buffers[op->in[0]], stride);
     kernels->product(m, first, last, &a, rows_of(run, op), run->buffers[to] + op->offset, call->widths[to], op->adds);
 }
 
 /* ---- routed experts ---- */
 
-/* out [rows, 2 * used]: for each row the experts it uses, in ascending order, then their shares, which sum to 1. */
-static void route(Run *run, const Op *op, int row) {
-    int experts = run->call->widths[op->in[0]], used = op->num_used;
-    const float *logits = run->buffers[op->in[0]] + (int64_t)row * experts;
-    float *ids = run->buffers[op->out[0]] + (int64_t)row * 2 * used, *shares = ids + used, highest = logits[0], total = 0;
+/* The experts that a row uses, in ascending order, then their shares, which sum to 1. */
+static void route_row(const float *logits, int experts, int used, uint8_t *is_taken, float *ids, float *shares) {
+    float highest = logits[0], total = 0;
     for (int i = 1; i < experts; i++) highest = logits[i] > highest ? logits[i] : highest;
+    memset(is_taken, 0, (size_t)experts);
     for (int rank = 0; rank < used; rank++) { /* ties go to the lowest */
         int best = -1;
-        for (int i = 0; i < experts; i++) {
-            int is_taken = 0;
-            for (int j = 0; j < rank; j++) is_taken |= (int)ids[j] == i;
-            if (!is_taken && (best < 0 || logits[i] > logits[best])) best = i;
-        }
+        for (int i = 0; i < experts; i++)
+            if (!is_taken[i] && (best < 0 || logits[i] > logits[best])) best = i;
+        is_taken[best] = 1;
         ids[rank] = (float)best;
         shares[rank] = expf(logits[best] - highest);
         total += shares[rank];
@@ -202,27 +209,54 @@ static void route(Run *run, const Op *op, int row) {
         }
 }
 
-/* Outputs [first, last) of an expert's gate and up, with the gate applied; or of its down, for all rows that use it. */
-static void expert(Run *run, const Op *op, int unit) {
-    int is_up = op->code == EXPERTS_UP, used = op->num_used;
-    const Matrix *of = op->matrices;
-    int inputs = is_up ? of[0].inputs : of[2].inputs, outputs = is_up ? of[0].outputs : of[2].outputs, chunks = units(outputs, UNIT);
-    const float *x = run->buffers[op->in[0]], *routes = run->buffers[op->in[1]];
+/* out [rows, 2 * used]: experts and shares of each row. Then who uses which expert, for the steps that follow. */
+static void route(Run *run, const Op *op) {
+    int experts = run->call->widths[op->in[0]], used = op->num_used, rows = rows_of(run, op);
     float *out = run->buffers[op->out[0]];
-    int expert = unit / chunks, first = unit % chunks * UNIT, last = first + UNIT < outputs ? first + UNIT : outputs;
-    for (int row = 0; row < rows_of(run, op); row++)
-        for (int rank = 0; rank < used; rank++) {
-            if ((int)routes[(int64_t)row * 2 * used + rank] != expert) continue;
-            const Matrix *m = of + 3 * expert + (is_up ? 0 : 2);
-            float *to = out + ((int64_t)row * used + rank) * outputs;
-            Activations a = activations(run, m->format, x, inputs, inputs, is_up ? row : (int64_t)row * used + rank);
-            kernels->product(m, first, last, &a, 1, to, outputs, 0);
-            if (!is_up) continue;
-            float up[UNIT]; /* product() counts from the matrix' first output */
-            Activations b = activations(run, m[1].format, x, inputs, inputs, row);
-            kernels->product(m + 1, first, last, &b, 1, up - first, outputs, 0);
-            kernels->swiglu(to + first, up, last - first);
-        }
+    Routed *to = &run->routed;
+    for (int row = 0; row < rows; row++) {
+        float *ids = out + (int64_t)row * 2 * used;
+        route_row(run->buffers[op->in[0]] + (int64_t)row * experts, experts, used, to->is_taken, ids, ids + used);
+    }
+    memset(to->end, 0, sizeof *to->end * (size_t)experts);
+    for (int i = 0; i < rows * used; i++) to->end[(int)out[i / used * 2 * used + i % used]]++;
+    to->count = 0;
+    for (int e = 0, total = 0; e < experts; e++) {
+        if (to->end[e]) to->expert[to->count++] = e;
+        to->end[e] = total += to->end[e];
+    }
+    for (int i = rows * used - 1; i >= 0; i--) to->users[--to->end[(int)out[i / used * 2 * used + i % used]]] = i;
+    for (int j = 0; j < to->count; j++) to->first[j] = to->end[to->expert[j]]; /* which has become the first of its own */
+    to->first[to->count] = rows * used;
+}
+
+/* Outputs of one expert, [first, last) of them, for up to TOGETHER of its users: of its gate and up, with the gate applied; or of its down. */
+enum { TOGETHER = 16 };
+static void expert_rows(Run *run, const Op *op, const Matrix *m, int first, int last, const int32_t *users, int count) {
+    int32_t from[TOGETHER];
+    float both[2][TOGETHER][UNIT], *out = run->buffers[op->out[0]];
+    int is_up = op->code == EXPERTS_UP;
+    for (int r = 0; r < count; r++) from[r] = is_up ? users[r] / op->num_used : users[r];
+    for (int i = 0; i <= is_up; i++) {
+        Activations a = activations(run, m[i].format, run->buffers[op->in[0]], m[i].inputs);
+        a.rows = from;
+        kernels->product(m + i, first, last, &a, count, both[i][0] - first, UNIT, 0); /* which counts from the first output */
+    }
+    for (int r = 0; r < count; r++) {
+        if (is_up) kernels->swiglu(both[0][r], both[1][r], last - first);
+        memcpy(out + (int64_t)users[r] * m->outputs + first, both[0][r], sizeof(float) * (size_t)(last - first));
+    }
+}
+
+/* A unit of the outputs of an expert that somebody uses, for all who do. There may be units of none. */
+static void expert(Run *run, const Op *op, int unit) {
+    const Routed *routed = &run->routed;
+    int which = op->code == EXPERTS_UP ? 0 : 2, chunks = units(op->matrices[which].outputs, UNIT), i = unit / chunks;
+    if (i >= routed->count) return;
+    const Matrix *m = op->matrices + 3 * routed->expert[i] + which;
+    int first = unit % chunks * UNIT, last = first + UNIT < m->outputs ? first + UNIT : m->outputs;
+    for (int at = routed->first[i], left; (left = routed->first[i + 1] - at) > 0; at += TOGETHER)
+        expert_rows(run, op, m, first, last, routed->users + at, left < TOGETHER ? left : TOGETHER);
 }
 
 /* out += shares of the experts' outputs, in ascending order, + the shared expert's with its gate. */
@@ -397,14 +431,17 @@ static int count(const void *what, int step) {
     const Run *run = what;
     const Call *call = run->call;
     const Op *op = call->ops + step / 2;
-    int rows = rows_of(run, op), total = 0, has_products = op->code == LINEAR || op->code == EXPERTS_UP || op->code == EXPERTS_DOWN;
-    if (step % 2 == 0) return has_products && forms_of(op) ? num_inputs(run, op) : 0;
+    int rows = rows_of(run, op), total = 0;
+    if (step % 2 == 0) return run->forms[step / 2] ? num_inputs(run, op) : 0;
     switch (op->code) {
     case LINEAR:
         for (int i = 0; i < op->num_matrices; i++) total += units(op->matrices[i].outputs, UNIT);
         return total;
-    case EXPERTS_UP: return op->num_matrices / 3 * units(op->matrices[0].outputs, UNIT);
-    case EXPERTS_DOWN: return op->num_matrices / 3 * units(op->matrices[2].outputs, UNIT);
+    case ROUTE: return 1;
+    case EXPERTS_UP:
+    case EXPERTS_DOWN: /* no more experts than there are users */
+        total = op->num_matrices / 3 < rows * op->num_used ? op->num_matrices / 3 : rows * op->num_used;
+        return total * units(op->matrices[op->code == EXPERTS_UP ? 0 : 2].outputs, UNIT);
     case SWIGLU: return units((int64_t)rows * call->widths[op->in[0]], CHUNK_OF_SWIGLU);
     case DELTA: return call->num_spans * call->sizes->value_heads;
     case COLUMNS:
@@ -423,7 +460,7 @@ static void do_unit(void *what, int step, int unit, int thread) {
     if (step % 2 == 0) {
         int inputs = op->matrices[op->code == EXPERTS_DOWN ? 2 : 0].inputs;
         int64_t stride = op->code == LINEAR ? call->widths[op->in[0]] : inputs;
-        prepare_row(run, forms_of(op), run->buffers[op->in[0]] + unit * stride, inputs, unit);
+        prepare_row(run, run->forms[step / 2], run->buffers[op->in[0]] + unit * stride, inputs, unit);
         return;
     }
     switch (op->code) {
@@ -450,7 +487,7 @@ static void do_unit(void *what, int step, int unit, int thread) {
     case COLUMNS: keep_columns(run, op, unit); break;
     case KEYS: keys(run, op, unit); break;
     case ATTEND: attend(run, op, unit / z->kv_heads, unit % z->kv_heads, scratch); break;
-    case ROUTE: route(run, op, unit); break;
+    case ROUTE: route(run, op); break;
     case EXPERTS_UP:
     case EXPERTS_DOWN: expert(run, op, unit); break;
     case LAST:
@@ -480,6 +517,7 @@ int forerun_run(const Call *call, int num_threads) {
             run.first_row[span] = row;
             for (int i = 0; i < call->spans[span].num_rows; i++) run.span_of[row++] = span;
         }
+        for (int i = 0; i < call->num_ops; i++) run.forms[i] = forms_of(call->ops + i);
         Work work = {&run, 2 * call->num_ops, 1, count, do_unit};
         status = pool_run(num_threads, &work);
     }
