@@ -1,1 +1,1 @@
-"""One file an actor; engine.py puts them together and is the in-process API."""
+"""One file an actor; tree.py puts them together, engine.py is the in-process API."""

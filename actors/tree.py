@@ -69,7 +69,7 @@ class SupervisionTree:
         self._model, self._params, self._trace = model, params, trace
         self.pool = SequencePool(model.memory(), params.memory)
         self.mailboxes: dict[str, Mailbox] = {}
-        self.memory: MemoryManager | None = None
+        self.memory: MemoryManager | None = None  # in its present life
         self.supervisor = Supervisor(self._groups(), trace, die)
 
     def _groups(self) -> list[Group]:

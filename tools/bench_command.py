@@ -39,7 +39,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--size",
         action="append",
-        help="random weights of such a size and type, as 0.8B:q8_0, 35B-A3B:iq4_xs, instead of a model; with --device, may be given again",
+        help="random weights of such a size and type, as 0.8B:q8_0 or 35B-A3B:iq4_xs, instead of a model; with --device, of bf16, q8_0, "
+        "q4_k, q5_k or q6_k, and may be given again",
     )
 
 

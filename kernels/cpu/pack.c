@@ -58,7 +58,7 @@ static void put_scales(int format, const uint8_t *block, int o, uint8_t *tile) {
     Format f = format_of(format);
     uint8_t *first = tile + 2 * o, *scales = tile + (format == Q2_K || format == Q4_K || format == Q5_K ? 4 : 2) * TILE, *minima;
     switch (format) {
-    case MXFP4: { /* 2^(e - 128) as a bfloat16 */
+    case MXFP4: { /* 2^(e - 128) as a bfloat16; below 2^-126 it counts as zero, as all numbers do that are so small (pool.h) */
         uint16_t power = (uint16_t)(block[0] < 2 ? 0x20 << block[0] : (block[0] - 1) << 7);
         memcpy(first, &power, 2);
         break;

@@ -57,7 +57,7 @@ const char *forerun_use(const char *name) {
 
 /* ---- memory: one arena for all calls, as they run one at a time ---- */
 
-/* Who uses which expert of a layer: users are row * used + rank. */
+/* Who uses which expert, as the last ROUTE found, for the EXPERTS that follow it: users are row * used + rank. */
 typedef struct {
     int32_t count;           /* of experts that are used */
     int32_t *expert, *first; /* [count], [count + 1]: where in `users` its own begin */

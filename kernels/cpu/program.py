@@ -88,8 +88,8 @@ class Program:
         h, y = self.buffer("experts", used * of[0].outputs), self.buffer("experts down", used * c.hidden)
         self.linear(u, (w.ffn.router, router), (w.ffn.shared_gate, gate))
         self.op(ROUTE, [router], [routes], num_used=used)
-        self.op(EXPERTS_UP, [u, routes], [h], of, num_used=used)
-        self.op(EXPERTS_DOWN, [h, routes], [y], of, num_used=used)
+        self.op(EXPERTS_UP, [u], [h], of, num_used=used)
+        self.op(EXPERTS_DOWN, [h], [y], of, num_used=used)
         self.linear(self._dense(u, w.ffn.shared), (w.ffn.shared.down, shared))
         self.op(MIX, [y, routes, shared, gate], [x], num_used=used)
         return x

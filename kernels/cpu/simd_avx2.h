@@ -59,7 +59,7 @@ static inline VI vi_dot(VI sum, VI w, VI a) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
-/* Unsigned weights of 4 or 6 bits. 16 bits hold 8 sums of 4 products with 4 bits, 2 with 6. */
+/* Unsigned weights of 2 to 6 bits. 16 bits hold 8 sums of 4 products with 4 bits, 2 with 6. */
 #define GROUPS_OF_SIX 2
 static inline VS vs_zero(void) { return _mm256_setzero_si256(); }
 static inline VS vs_dot(VS sum, VI w, VI a) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, a)); }

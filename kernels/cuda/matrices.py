@@ -236,14 +236,13 @@ def _pack_q4_0(weight: Stored) -> tuple[int, list[U8]]:
 
 
 def _pack_codes(weight: Stored) -> tuple[int, list[U8]]:
-    """As Q8_0, in twice the memory: the same values, but scales are halves, to which those of IQ4_XS are rounded. What a half cannot hold
-    of a power of two goes into the quants of MXFP4, as far as they can."""
+    """As Q8_0, in twice the memory: the same values, but scales are halves, to which those of IQ4_XS are rounded. What is beyond a half of
+    them goes into the quants, as far as these can take it."""
     scales, quants = unpack_codes(weight)
-    if weight.type == "MXFP4":
-        held = np.clip(scales, 2.0**-24, 2.0**15)
-        blocks = np.rint(quants.reshape(*scales.shape, 32) * (scales / held)[:, :, None])
-        scales, quants = held, np.clip(blocks, -127, 127).astype(np.int8).reshape(quants.shape)
-    return _pack_q8(quants, scales.astype(np.float16))
+    held = np.clip(scales, 2.0**-24, 2.0**15) if weight.type == "MXFP4" else np.clip(scales, -65504, 65504)
+    beyond = np.divide(scales, held, out=np.ones_like(scales), where=held != 0)
+    blocks = np.clip(np.rint(quants.reshape(*scales.shape, 32) * beyond[:, :, None]), -127, 127)
+    return _pack_q8(blocks.astype(np.int8).reshape(quants.shape), held.astype(np.float16))
 
 
 def _pack_q3_k(weight: Stored) -> tuple[int, list[U8]]:

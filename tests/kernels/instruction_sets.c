@@ -33,10 +33,10 @@ int main(void) {
         for (int b = 0; b < blocks; b++) {
             uint8_t *block = raw[format] + (size_t)b * f.bytes;
             for (int i = 0; i < f.bytes; i++) block[i] = (uint8_t)draw();
-            float value = normal();
-            uint32_t bits;
-            memcpy(&bits, &value, 4);
-            uint16_t upper[2] = {(uint16_t)(bits >> 16), (uint16_t)(bits >> 16)}, one_and_some = (uint16_t)(0x3800 | (draw() & 0x83ff)); /* a half of 0.5 to 1 */
+            float value = normal(), two[2] = {normal(), normal()};
+            uint32_t bits[2];
+            memcpy(bits, two, 8);
+            uint16_t upper[2] = {(uint16_t)(bits[0] >> 16), (uint16_t)(bits[1] >> 16)}, one_and_some = (uint16_t)(0x3800 | (draw() & 0x83ff)); /* a half of 0.5 to 1 */
             if (format == F32) memcpy(block, &value, 4);
             if (format == BF16) memcpy(block, upper, 4);
             if (format == MXFP4) block[0] = (uint8_t)(118 + draw() % 14);

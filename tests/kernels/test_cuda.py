@@ -106,11 +106,14 @@ def test_products_are_those_of_rounded_rows(cuda: CudaBackend, config: Any, kind
 
 
 def test_powers_of_two_that_halves_cannot_hold(cuda: CudaBackend, config: Any) -> None:
-    """Scales of MXFP4 from 2^-30 to 2^17: a table's row is as near as the smallest half, and no further."""
+    """Scales of MXFP4 from 2^-30 to 2^17, where a table's row is as near as the smallest half, and of IQ4_XS beyond the largest."""
     weight = stored("MXFP4", 40, 256)
     weight.raw[:, ::17] = np.arange(98, 146)[np.arange(320) % 48].reshape(40, 8)
     found = looked_up(cuda, config, weight)
     np.testing.assert_allclose(found, weight.values()[[0, 39, 17], : config.hidden], rtol=1e-6, atol=2.0**-25)
+    weight = random_weights("IQ4_XS", 40, 256, np.random.default_rng(1), lambda _, count: np.full(count, 2100.0))
+    found = looked_up(cuda, config, weight)
+    np.testing.assert_allclose(found, weight.values()[[0, 39, 17], : config.hidden], atol=4 * 65504)  # four steps of a quant
 
 
 @pytest.mark.parametrize("kind", KINDS)
