@@ -239,8 +239,8 @@ async def test_an_order_to_drain(tmp_path: Path) -> None:
 
 
 async def test_while_the_model_is_loaded_it_is_not_serving() -> None:
-    slow = "import time; from forerun.actors import engine; load = engine.load_model\n"
-    slow += "def later(*args, **kwargs):\n    time.sleep(2)\n    return load(*args, **kwargs)\nengine.load_model = later\n" + CODE
+    slow = "import time; from forerun.actors import opening; load = opening.load_model\n"
+    slow += "def later(*args, **kwargs):\n    time.sleep(2)\n    return load(*args, **kwargs)\nopening.load_model = later\n" + CODE
     with serving(code=slow) as first:  # to know a port that is free
         pass
     port = first.address.rpartition(":")[2]
