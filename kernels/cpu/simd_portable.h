@@ -45,7 +45,7 @@ static inline VI vi_signed(const void *p) {
     return v;
 }
 static inline VI vi_table(const int8_t *p) { VI v; memcpy(&v, p, 16); memcpy((char *)&v + 16, p, 16); return v; }
-static inline VI vi_lookup(VI table, VI at) {
+static __attribute__((noinline)) VI vi_lookup(VI table, VI at) { /* inlined it takes compilers long */
     int8_t bytes[32], places[32];
     memcpy(bytes, &table, 32);
     memcpy(places, &at, 32);
