@@ -51,8 +51,8 @@ static void quants_of(int format, const uint8_t *block, uint8_t *q) {
 static int place(int bits, int i, int o) { return i / 4 / (8 / bits) * 4 * TILE + 4 * o + i % 4; }
 static int shift(int bits, int i) { return i / 4 % (8 / bits) * bits; }
 
-/* Scales of several inputs each, two beside one another, as a tile has them. */
-static uint8_t *pair(uint8_t *scales, int i, int o) { return scales + i / 2 * 2 * TILE + 2 * o + i % 2; }
+/* Where the i-th of scales of several inputs each is, two beside one another. */
+static int pair(int i, int o) { return i / 2 * 2 * TILE + 2 * o + i % 2; }
 
 static void put_scales(int format, const uint8_t *block, int o, uint8_t *tile) {
     Format f = format_of(format);
@@ -73,13 +73,13 @@ static void put_scales(int format, const uint8_t *block, int o, uint8_t *tile) {
     case Q2_K:
         memcpy(first, block + 80, 2);
         memcpy(first + 2 * TILE, block + 82, 2);
-        for (int i = 0; i < 16; i++) *pair(scales, i, o) = block[i] & 15, *pair(scales + 16 * TILE, i, o) = block[i] >> 4;
+        for (int i = 0; i < 16; i++) scales[pair(i, o)] = block[i] & 15, scales[16 * TILE + pair(i, o)] = block[i] >> 4;
         break;
     case Q3_K:
         memcpy(first, block + 108, 2);
         for (int i = 0; i < 16; i++) {
             int low = block[96 + i % 8] >> (i / 8 * 4) & 15, high = block[104 + i % 4] >> (i / 4 * 2) & 3;
-            *pair(scales, i, o) = (uint8_t)((low | high << 4) - 32);
+            scales[pair(i, o)] = (uint8_t)((low | high << 4) - 32);
         }
         break;
     case Q4_K:
@@ -89,14 +89,14 @@ static void put_scales(int format, const uint8_t *block, int o, uint8_t *tile) {
         minima = tile + (f.scales - 8) * TILE;
         for (int i = 0; i < 8; i++) {
             uint8_t scale;
-            get_scales_k4(block + 4, i, &scale, pair(minima, i, o));
-            if (format == Q4_K) *pair(scales, i, o) = scale;
-            else *pair(scales, 2 * i, o) = *pair(scales, 2 * i + 1, o) = scale; /* 16 weights each */
+            get_scales_k4(block + 4, i, &scale, minima + pair(i, o));
+            if (format == Q4_K) scales[pair(i, o)] = scale;
+            else scales[pair(2 * i, o)] = scales[pair(2 * i + 1, o)] = scale; /* 16 weights each */
         }
         break;
     case Q6_K:
         memcpy(first, block + 208, 2);
-        for (int i = 0; i < 16; i++) *pair(scales, i, o) = block[192 + i];
+        for (int i = 0; i < 16; i++) scales[pair(i, o)] = block[192 + i];
         break;
     default:
         memcpy(first, block, 2);
@@ -168,7 +168,6 @@ static int quant_at(Format f, const uint8_t *tile, int i, int o) {
 static float weight_at(int format, Format f, const uint8_t *tile, int i, int o) {
     float d = half(tile + 2 * o), least = half(tile + 2 * TILE + 2 * o);
     int q = quant_at(f, tile, i, o);
-#define PAIR(at, i) tile[(at) * TILE + (i) / 2 * 2 * TILE + 2 * o + (i) % 2]
     switch (format) {
     case Q8_0: return d * (float)(int8_t)q;
     case Q4_0: return d * (float)(q - 8);
@@ -180,13 +179,12 @@ static float weight_at(int format, Format f, const uint8_t *tile, int i, int o) 
         memcpy(&d, &bits, 4);
         return d * (float)codes(format)[q];
     }
-    case Q2_K: return d * (float)PAIR(4, i / 16) * (float)q - least * (float)PAIR(20, i / 16);
-    case Q3_K: return d * (float)(int8_t)PAIR(2, i / 16) * (float)(q - 4);
-    case Q4_K: return d * (float)PAIR(4, i / 32) * (float)q - least * (float)PAIR(12, i / 32);
-    case Q5_K: return d * (float)PAIR(4, i / 16) * (float)q - least * (float)PAIR(20, i / 32);
-    default: return d * (float)(int8_t)PAIR(2, i / 16) * (float)(q - 32);
+    case Q2_K: return d * (float)tile[4 * TILE + pair(i / 16, o)] * (float)q - least * (float)tile[20 * TILE + pair(i / 16, o)];
+    case Q3_K: return d * (float)(int8_t)tile[2 * TILE + pair(i / 16, o)] * (float)(q - 4);
+    case Q4_K: return d * (float)tile[4 * TILE + pair(i / 32, o)] * (float)q - least * (float)tile[12 * TILE + pair(i / 32, o)];
+    case Q5_K: return d * (float)tile[4 * TILE + pair(i / 16, o)] * (float)q - least * (float)tile[20 * TILE + pair(i / 32, o)];
+    default: return d * (float)(int8_t)tile[2 * TILE + pair(i / 16, o)] * (float)(q - 32);
     }
-#undef PAIR
 }
 
 void row_of(const Matrix *m, int output, float *out) {

@@ -48,7 +48,7 @@ def _q8_0(blocks: U8) -> F32:
 
 
 def _halves_of_bytes(packed: U8) -> U8:
-    """[blocks, 16] as [blocks, 32]: all low nibbles, then all high ones."""
+    """[blocks, n] as [blocks, 2 n]: all low nibbles, then all high ones."""
     return np.concatenate([packed & 15, packed >> 4], axis=1, dtype=np.uint8)
 
 
@@ -99,7 +99,7 @@ def _q2_k(blocks: U8) -> F32:
 def _parts_3(blocks: U8) -> tuple[Halves, I8, I8]:
     """What Q3_K is made of: d [blocks, 1], scales of 16 values [blocks, 16] from -32 to 31, and quants [blocks, 16, 16] from -4 to 3. A
     value is d * scale * quant."""
-    low = np.concatenate([blocks[:, 96:104] & 15, blocks[:, 96:104] >> 4], axis=1)
+    low = _halves_of_bytes(blocks[:, 96:104])
     high = (blocks[:, None, 104:108] >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & np.uint8(3)).reshape(-1, 16)
     third = blocks[:, None, :32] >> np.arange(8, dtype=np.uint8)[:, None] & np.uint8(1)
     quants = _quants_2(blocks[:, 32:96]).reshape(-1, 8, 32) | third << np.uint8(2)
