@@ -10,8 +10,10 @@ from .actors.embedding import Embedding
 from .actors.engine import Engine, EngineStatistics
 from .actors.model import Model, load_model
 from .actors.opening import open_engine
+from .actors.reply import CallArguments, CallBegun, Content, Reasoning, ReplyParser, ReplyPiece
 from .actors.stream import DEFAULT_MAX_TOKENS, Options, Stream
 from .actors.tree import ActorStatistics
+from .core.chat import Chat, Message, ToolCall
 from .core.embeddings import EmbeddingRows
 from .core.errors import (
     DeadlineExceeded,
@@ -26,7 +28,7 @@ from .core.errors import (
 )
 from .core.speculation import DRAFTERS, DrafterStatistics, Speculation, SpeculationOptions, SpeculationParams
 from .core.trace import Counter, Event, Flow, Notice, Span, Stage, Subscription
-from .core.vocabulary import Delta, FinishReason, Message, Prompt, Result, SamplingParams, Started, Timings, TokenLogprob, Usage
+from .core.vocabulary import Delta, FinishReason, Prompt, Result, SamplingParams, Started, Timings, TokenLogprob, Usage
 from .kernels.backends import BACKENDS
 from .kernels.model.prefix import PrefixStatistics
 from .kernels.model.recurrent import StoreName
@@ -38,6 +40,10 @@ __all__ = [
     "DEFAULT_MAX_TOKENS",
     "DRAFTERS",
     "ActorStatistics",
+    "CallArguments",
+    "CallBegun",
+    "Chat",
+    "Content",
     "Counter",
     "DeadlineExceeded",
     "Delta",
@@ -61,6 +67,9 @@ __all__ = [
     "Overloaded",
     "PrefixStatistics",
     "Prompt",
+    "Reasoning",
+    "ReplyParser",
+    "ReplyPiece",
     "RequestFailed",
     "Result",
     "SamplingParams",
@@ -76,6 +85,7 @@ __all__ = [
     "Subscription",
     "Timings",
     "TokenLogprob",
+    "ToolCall",
     "Usage",
     "load_model",
     "open_engine",

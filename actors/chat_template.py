@@ -6,19 +6,22 @@ import json
 import re
 import secrets
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import anyio
 
+from ..core.chat import Chat
 from ..core.errors import InvalidRequest, RequestFailed
-from ..core.vocabulary import Message
 
 TEMPLATE_CHARACTERS = 1_000_000
 DEADLINE_SECONDS = 10.0
 
 
-async def render(template: str, messages: list[Message], specials: list[str]) -> list[tuple[bool, str]]:
-    """The rendered chat as parts: (True, text in which `specials` are special) and (False, user text that only looks like one).
+async def render(template: str, chat: Chat, specials: list[str]) -> list[tuple[bool, str]]:
+    """The rendered chat, whose form was checked, as parts: (True, text in which `specials` are special) and (False, user text that only
+    looks like one).
     Raises InvalidRequest when the template refuses, fails or exceeds its limits. Cancelled: the process is killed."""
     if len(template) > TEMPLATE_CHARACTERS:
         raise InvalidRequest([("chat_template", f"is longer than {TEMPLATE_CHARACTERS} characters")])
@@ -30,8 +33,9 @@ async def render(template: str, messages: list[Message], specials: list[str]) ->
         return f"\ue000{nonce}-{len(found) - 1}\ue001"
 
     lookalike = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
-    hidden = [{**message, "content": lookalike.sub(hide, message["content"])} for message in messages]
-    job = {"template": template, "variables": {"messages": hidden, "add_generation_prompt": True}}
+    given = {"messages": chat.messages, **({"tools": chat.tools} if chat.tools else {}), **chat.template_kwargs}
+    variables = _mapped(given, lambda text: lookalike.sub(hide, text))
+    job = {"template": template, "variables": {**variables, "add_generation_prompt": True}}
     worker = str(Path(__file__).with_name("chat_template_worker.py"))
     text: str | None = None
     problem = "exceeded its time or memory"
@@ -52,3 +56,14 @@ async def render(template: str, messages: list[Message], specials: list[str]) ->
         raise InvalidRequest([("chat_template", problem)])
     parts = mark.split(text)
     return [(i % 2 == 0, found[int(part)] if i % 2 else part) for i, part in enumerate(parts) if part]
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with all its texts changed, names too."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(name): _mapped(each, change) for name, each in cast("dict[str, Any]", value).items()}
+    if isinstance(value, list | tuple):
+        return [_mapped(each, change) for each in cast("list[Any]", value)]
+    return value

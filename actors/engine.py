@@ -33,6 +33,7 @@ from ..core.outbox import Outbox
 from ..core.speculation import Speculation
 from ..core.trace import Flow, Stage, Subscription, Trace
 from ..core.vocabulary import (
+    CheckedPrompt,
     FinishReason,
     Prompt,
     Request,
@@ -161,7 +162,7 @@ class Engine:
             raise InvalidRequest(violations)
         return self._begin([], {"timeout_seconds": timeout_seconds, "request_id": request_id}, Path(path))
 
-    def _begin(self, prompt: Prompt, options: Options, saved: Path | None) -> Stream:
+    def _begin(self, prompt: CheckedPrompt, options: Options, saved: Path | None) -> Stream:
         self._check_open()
         assert self._group is not None
         request_id, timeout = options.get("request_id") or self._new_id(), options.get("timeout_seconds")
@@ -204,10 +205,10 @@ class Engine:
         if violations := check_ranges({"timeout_seconds": timeout_seconds}) + self._check_id(request_id):
             raise InvalidRequest(violations)
         self._check_open()
-        prompt, name, stop_ids = check_prompt(prompt, self.model.context), request_id or self._new_id(), self.model.defaults.stop_ids
+        checked, name, stop_ids = check_prompt(prompt, self.model.context), request_id or self._new_id(), self.model.defaults.stop_ids
 
         async def encode() -> Encoded:
-            encoded = await self._encode(name, prompt)
+            encoded = await self._encode(name, checked)
             check_encoded(encoded, self.model)
             return encoded
 
@@ -309,7 +310,7 @@ class Engine:
             raise InvalidRequest([("ids", f"token id {bad[0]} is not below the vocabulary's {self.model.num_token_ids}")])
         return await anyio.to_thread.run_sync(lambda: Detokenizer(vocabulary).push(tuple(token_ids), is_last=True))
 
-    async def _encode(self, request_id: str, prompt: Prompt) -> Encoded:
+    async def _encode(self, request_id: str, prompt: CheckedPrompt) -> Encoded:
         """A tokenizer that dies is asked once more; twice may be this prompt's doing."""
         mailbox, message = self.tree.mailboxes["tokenizer"], Encode(Flow(request_id, 0), prompt)
         try:

@@ -51,7 +51,7 @@ def request_of(job: Job, prompt: Encoded, model: Model) -> Request:
     max_tokens = max_tokens or min(room, DEFAULT_MAX_TOKENS)
     salt = job.options.get("cache_salt") or ""
     num_logprobs = job.options.get("num_logprobs")
-    rest = boundary_ids, salt, stops, num_logprobs, prompt.embeddings
+    rest = boundary_ids, salt, stops, num_logprobs, prompt.embeddings, prompt.opens_reasoning
     return Request(job.request_id, ids, max_tokens, job.sampling, stop_ids, vocabulary, *rest)
 
 

@@ -205,7 +205,8 @@ class Sequence:
             self._clock.admitted = anyio.current_time()
             self._num_cached = min(lease.num_cached, len(prompt))
             waited = self._clock.admitted - self._clock.begun
-            self._started(Started(request.request_id, request.sampling, request.max_tokens, len(prompt), self._num_cached, waited))
+            counts = request.max_tokens, len(prompt), self._num_cached
+            self._started(Started(request.request_id, request.sampling, *counts, waited, request.opens_reasoning))
         self.protocol.restored() if saved is not None else self.protocol.admitted(lease.num_cached)
         if lease.num_cached:
             await self._drafting.resume(self._flow, lease.number)

@@ -13,7 +13,7 @@ import anyio
 
 from ..core.errors import ForerunError, SavedSequenceError
 from ..core.outbox import Outbox
-from ..core.vocabulary import Delta, Prompt, Result, SamplingParams, Started
+from ..core.vocabulary import CheckedPrompt, Delta, Result, SamplingParams, Started
 from .sequence import PrefillProgress, SaveOrder, Sequence
 
 DEFAULT_MAX_TOKENS = 256
@@ -47,7 +47,7 @@ class Job:
     """What a request's task and its stream share."""
 
     request_id: str
-    prompt: Prompt
+    prompt: CheckedPrompt
     options: Options
     sampling: SamplingParams  # in effect
     outbox: Outbox

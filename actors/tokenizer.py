@@ -19,8 +19,9 @@ from ..core.channel import RETRY_AFTER_SECONDS, Envelope, Mailbox
 from ..core.embeddings import EmbeddingRows, Encoded, Part, lay_out
 from ..core.errors import ActorStuck, ForerunError, InternalBug, InvalidRequest, Overloaded, RequestFailed
 from ..core.messages import Encode
-from ..core.vocabulary import Message, Prompt
+from ..core.vocabulary import CheckedPrompt
 from . import chat_template
+from .reply import THINK
 
 logger = logging.getLogger("forerun")
 
@@ -130,7 +131,7 @@ class TokenizerActor(Actor):
                 await self._room.acquire()  # while it waits the mailbox fills, and refuses
                 self._group.start_soon(self._encode, envelope, prompt)
 
-    async def _encode(self, envelope: Envelope, prompt: Prompt) -> None:
+    async def _encode(self, envelope: Envelope, prompt: CheckedPrompt) -> None:
         try:
             if not envelope.is_abandoned:
                 envelope.answer(await self._encoded(prompt))
@@ -147,24 +148,22 @@ class TokenizerActor(Actor):
             self._room.release()
             self.num_steps += 1
 
-    async def _encoded(self, prompt: Prompt) -> Encoded:
-        if not isinstance(prompt, str) and not isinstance(prompt[0], dict):
+    async def _encoded(self, prompt: CheckedPrompt) -> Encoded:
+        if isinstance(prompt, list):
             parts = cast("list[Part]", prompt)
             num_bytes = sum(len(part.data) for part in parts if isinstance(part, EmbeddingRows))
             return await self.compute(lambda: lay_out(parts), num_bytes / BYTES_PER_SECOND)
-        return Encoded(await self._ids(cast("str | list[Message]", prompt)))
-
-    async def _ids(self, prompt: str | list[Message]) -> tuple[int, ...]:
         vocabulary = self._vocabulary
         if vocabulary is None:
             raise InvalidRequest([("prompt", "this model has no tokenizer.json, only token ids can be given")])
         if isinstance(prompt, str):
-            return await self._tokens(lambda: vocabulary.encode(prompt), len(prompt))
+            return Encoded(await self._tokens(lambda: vocabulary.encode(prompt), len(prompt)))
         if vocabulary.chat_template is None:
             raise InvalidRequest([("prompt", "this model has no chat template, give text or token ids")])
         async with self._renderers:
             parts = await chat_template.render(vocabulary.chat_template, prompt, vocabulary.specials)
-        return await self._tokens(lambda: vocabulary.encode_rendered(parts), sum(len(text) for _, text in parts))
+        ids = await self._tokens(lambda: vocabulary.encode_rendered(parts), sum(len(text) for _, text in parts))
+        return Encoded(ids, opens_reasoning=bool(parts) and parts[-1][1].rstrip().endswith(THINK))
 
     async def _tokens(self, work: Callable[[], tuple[int, ...]], length: int) -> tuple[int, ...]:
         if length <= LONG:

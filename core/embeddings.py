@@ -71,10 +71,12 @@ Part = list[int] | EmbeddingRows
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A prompt as the model takes it: an id for every position, and the rows that stand from some of them on, in order."""
+    """A prompt as the model takes it: an id for every position, and the rows that stand from some of them on, in order. Where it
+    `opens_reasoning`, it ends in the beginning of a thought."""
 
     ids: tuple[int, ...]
     embeddings: tuple[tuple[int, EmbeddingRows], ...] = ()
+    opens_reasoning: bool = False
 
     @property
     def token_ids(self) -> Iterator[int]:

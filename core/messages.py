@@ -20,7 +20,7 @@ from typing import ClassVar, Generic, TypeVar
 from .embeddings import Encoded
 from .speculation import Draft
 from .trace import Flow
-from .vocabulary import Choosing, Lease, Prompt, SavedFile, Verdict
+from .vocabulary import CheckedPrompt, Choosing, Lease, SavedFile, Verdict
 
 R = TypeVar("R")
 
@@ -45,7 +45,7 @@ class Mail(Generic[R]):
 class Encode(Mail[Encoded]):
     """Sequence to tokenizer, once: prompt to ids. Special tokens come from the chat template alone."""
 
-    prompt: Prompt
+    prompt: CheckedPrompt
     when_full = WhenFull.REFUSE
 
 

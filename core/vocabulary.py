@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from enum import Enum
 from operator import index
 from pathlib import Path
-from typing import Protocol, SupportsIndex, TypedDict, TypeVar, cast
+from typing import Protocol, SupportsIndex, TypeVar, cast
 
+from .chat import MAX_MESSAGES, MAX_VIOLATIONS, Chat, Message, check_chat
 from .checks import check_logit_bias, check_ranges, check_text
 from .embeddings import EmbeddingRows, Part
 from .errors import InvalidRequest
@@ -18,28 +19,17 @@ from .speculation import Draft, DrafterName, Speculation
 R_co = TypeVar("R_co", covariant=True)
 
 
-class Message(TypedDict):
-    """One message of a chat."""
-
-    role: str
-    content: str
-
-
-#: What a caller may give as a prompt: text, token ids, a chat, or parts that are token ids or embedding rows.
-Prompt = str | list[int] | list[Message] | list[Part]
+#: What a caller may give as a prompt: text, token ids, a chat or its messages, or parts that are token ids or embedding rows.
+Prompt = str | list[int] | Chat | list[Message] | list[Part]
+#: What it is once it was looked at.
+CheckedPrompt = str | list[int] | Chat | list[Part]
 
 
-#: who may speak in a chat
-ROLES = ("system", "user", "assistant", "tool")
-
-
-#: messages a chat may have, and violations that are looked for: what somebody else sends must not keep others waiting
-MAX_MESSAGES, MAX_VIOLATIONS = 4096, 32
-
-
-def check_prompt(prompt: object, most: int) -> Prompt:
+def check_prompt(prompt: object, most: int) -> CheckedPrompt:
     """The prompt, with its ids as plain ints, `most` of them (rows are counted too); InvalidRequest lists what is wrong with its form."""
     violations: list[tuple[str, str]] = []
+    if isinstance(prompt, Chat):
+        return check_chat(prompt)
     if isinstance(prompt, str):
         violations += check_text("prompt", prompt)
     elif not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray) or not prompt:
@@ -49,13 +39,7 @@ def check_prompt(prompt: object, most: int) -> Prompt:
     elif all(type(part) is int for part in cast("Sequence[object]", prompt)):
         return list(cast("Sequence[int]", prompt))
     elif all(isinstance(part, Mapping) for part in cast("Sequence[object]", prompt)):
-        for i, message in enumerate(cast("Sequence[Mapping[str, object]]", prompt)):
-            if message.get("role") not in ROLES:
-                violations.append((f"prompt[{i}].role", f"must be one of {', '.join(ROLES)}"))
-            violations += check_text(f"prompt[{i}].content", message.get("content"))
-            violations += [(f"prompt[{i}].{key}", "is not part of a message") for key in message if key not in ("role", "content")]
-            if len(violations) > MAX_VIOLATIONS:
-                break
+        return check_chat(Chat(cast("Sequence[Message]", prompt)))
     elif (ids := _plain_ids(cast("object", prompt))) is not None:
         return ids
     elif all(isinstance(part, Sequence | EmbeddingRows) for part in cast("Sequence[object]", prompt)):
@@ -64,7 +48,7 @@ def check_prompt(prompt: object, most: int) -> Prompt:
         violations.append(("prompt", "must hold token ids only, chat messages only, or parts only"))
     if violations:
         raise InvalidRequest(violations)
-    return cast(Prompt, prompt)
+    return cast(str, prompt)
 
 
 def _plain_ids(ids: object) -> list[int] | None:
@@ -75,7 +59,7 @@ def _plain_ids(ids: object) -> list[int] | None:
     return [index(each) for each in cast("Sequence[SupportsIndex]", given)]
 
 
-def _check_parts(given: Sequence[object], most: int) -> Prompt:
+def _check_parts(given: Sequence[object], most: int) -> list[Part]:
     parts: list[Part] = []
     violations: list[tuple[str, str]] = []
     for i, part in enumerate(given):
@@ -202,6 +186,7 @@ class Request:
     stop: tuple[str, ...] = ()
     num_logprobs: int | None = None
     embeddings: tuple[tuple[int, EmbeddingRows], ...] = ()  # as in embeddings.Encoded
+    opens_reasoning: bool = False  # likewise
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,7 +269,7 @@ class Usage:
 @dataclass(frozen=True, slots=True)
 class Started:
     """A request that has got memory: how its tokens are chosen, with every default filled in, how many there may be, and how long it
-    waited, in seconds. `num_cached_tokens` of the prompt need not be computed."""
+    waited, in seconds. `num_cached_tokens` of the prompt need not be computed. With `opens_reasoning` the answer begins in mid-thought."""
 
     request_id: str
     sampling: SamplingParams
@@ -292,6 +277,7 @@ class Started:
     num_prompt_tokens: int
     num_cached_tokens: int
     queue_seconds: float
+    opens_reasoning: bool = False
 
 
 @dataclass(frozen=True, slots=True)

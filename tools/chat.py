@@ -9,7 +9,7 @@ from typing import Any
 
 import anyio
 
-from .. import InvalidRequest, Message, Result
+from .. import Chat, InvalidRequest, Message, Result
 from . import flags
 
 
@@ -19,6 +19,7 @@ def add_parser(commands: Any) -> None:
     flags.add_sampling(parser)
     flags.add_speculation(parser)
     flags.option(parser, "--system", help="what the model is told before the conversation")
+    flags.add_template(parser)
 
 
 async def chat(args: argparse.Namespace, write: Callable[[str], Any], figures: Callable[[Result], str]) -> None:
@@ -41,7 +42,7 @@ async def chat(args: argparse.Namespace, write: Callable[[str], Any], figures: C
             elif said.strip():
                 messages.append(Message(role="user", content=said))
                 try:
-                    async with engine.generate(messages, **flags.options(args)) as stream:
+                    async with engine.generate(Chat(messages, (), args.chat_template_kwargs), **flags.options(args)) as stream:
                         async for delta in stream:
                             write(delta.text)
                 except InvalidRequest as error:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Any
+from typing import Any, cast
 
 from .. import BACKENDS, DEFAULT_MAX_TOKENS, DRAFTERS, Engine, SpeculationParams, open_engine
 
@@ -82,6 +83,16 @@ def token_ids(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"expected whole numbers with commas between, got {text!r}") from None
 
 
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        found: Any = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r:.100}")
+    return cast("dict[str, Any]", found)
+
+
 class Bar:
     """A progress bar on stderr when that is a terminal, nothing otherwise. Gone when full."""
 
@@ -118,6 +129,12 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--logit-bias", action="append", type=_bias, default=[], metavar="ID+BIAS", help="as 15043+1 or 15043-1")
     parser.add_argument("--stop", action="append", help="the answer ends where this text begins; may be given again")
     parser.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-text token")
+
+
+def add_template(parser: argparse.ArgumentParser) -> None:
+    """What chat templates are told."""
+    help = """variables for the model's chat template, as '{"enable_thinking": false}'"""
+    option(parser, "--chat-template-kwargs", type=_json_object, default={}, metavar="JSON", help=help)
 
 
 def options(args: argparse.Namespace) -> dict[str, Any]:

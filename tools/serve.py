@@ -33,6 +33,7 @@ def add_parser(commands: Any) -> None:
     flags.option(parser, "--max-message-mib", type=int, default=4, help="MiB a request may have, embedding rows need more (default: 4)")
     flags.option(parser, "--state-folder", type=Path, help="where AdminService saves requests")
     parser.add_argument("--otel", action="store_true", help="export OpenTelemetry spans, where OTEL_EXPORTER_OTLP_ENDPOINT says")
+    flags.add_template(parser)
     flags.option(parser, "--event-loop", default="asyncio", help="asyncio or trio (default: asyncio)")
     flags.add_speculation(parser)
 
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     if not 1 <= args.max_message_mib <= 1024:
         raise InvalidRequest([("--max-message-mib", "must be between 1 and 1024")])
     limits = args.stall_timeout, args.max_message_mib * 2**20
-    params = ServerParams(args.host, args.port, _tokens(args), args.admin_key, tls, args.insecure, *limits)
+    params = ServerParams(args.host, args.port, _tokens(args), args.admin_key, tls, args.insecure, *limits, args.chat_template_kwargs)
     num_pages = None if args.ctx_size is None else max(1, -(-args.ctx_size // PAGE))
     run_server(
         lambda: flags.engine(

@@ -22,7 +22,7 @@ from starlette.routing import Route
 from ...core.errors import ForerunError, InvalidRequest
 from ...core.vocabulary import Delta, Result, Started, check_request_id
 from .home import ended
-from .openai import Asked, Words, asked
+from .openai import Asked, Words, asked, with_names
 from .rpc import BUG, bears_one_of
 from .served import Served
 from .server import GRACE_SECONDS, MAX_CALLS, ServerParams, Tls, is_local
@@ -225,7 +225,11 @@ class Gateway:
         reader = HttpReader(self._served, request.headers, self._params.stall_seconds)
 
         async def work() -> None:
-            await self._served.relay(engine.generate(wanted.prompt, **wanted.options), reader)
+            try:
+                stream = engine.generate(self._served.told(wanted.prompt), **wanted.options)
+            except InvalidRequest as error:
+                raise with_names(error) from None
+            await self._served.relay(stream, reader)
 
         pieces = self._pieces(reader, work)
         gone = asyncio.create_task(_disconnected(request))
@@ -236,7 +240,7 @@ class Gateway:
                 events = _events(words, wanted, first, pieces)
                 return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
             async with aclosing(pieces):
-                result = await _unless(gone, _last(first, pieces)) if first is not None else None
+                result = await _unless(gone, _last(words, first, pieces)) if first is not None else None
                 return JSONResponse(words.whole(result)) if result is not None else _gone()
         finally:
             gone.cancel()
@@ -256,9 +260,11 @@ class Gateway:
             reader.pieces.close()
 
 
-async def _last(first: Started | Delta | Result, pieces: AsyncGenerator[Started | Delta | Result]) -> Result:
+async def _last(words: Words, first: Started | Delta | Result, pieces: AsyncGenerator[Started | Delta | Result]) -> Result:
     if isinstance(first, Result):
         return first
+    if isinstance(first, Started):
+        words.started(first)
     async for piece in pieces:
         if isinstance(piece, Result):
             return piece
@@ -294,16 +300,19 @@ async def _events(
 ) -> AsyncGenerator[str]:
     """Server-sent events."""
     async with aclosing(pieces):
-        opening = words.first()
-        if opening is not None:
-            yield _event(opening)
+        for each in words.first():
+            yield _event(each)
         try:
             piece: Started | Delta | Result | None = first
             while piece is not None:
-                if isinstance(piece, Delta):
-                    yield _event(words.delta(piece))
-                elif isinstance(piece, Result):
-                    yield _event(words.last(piece))
+                if isinstance(piece, Started):
+                    words.started(piece)
+                elif isinstance(piece, Delta):
+                    for each in words.delta(piece):
+                        yield _event(each)
+                else:
+                    for each in words.last(piece):
+                        yield _event(each)
                     if wanted.wants_usage:
                         yield _event(words.usage(piece))
                     yield "data: [DONE]\n\n"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+from ...core.chat import MAX_MESSAGES, Chat, Message
 from ...core.errors import InvalidRequest
-from ...core.vocabulary import MAX_MESSAGES, Delta, FinishReason, Prompt, Result, TokenLogprob
+from ...core.vocabulary import Delta, FinishReason, Prompt, Result, Started, TokenLogprob
+from ..reply import END_CALL, CallArguments, CallBegun, Content, Reasoning, ReplyParser, ReplyPiece
+from ..requests import stops_of
 from ..stream import Options
 from ..tokenizer import Vocabulary
 
@@ -19,10 +23,13 @@ SAME = ("temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "f
 IGNORED = ("model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "stream", "stream_options")
 #: fields that are refused unless they have one of these values, since another would not be heeded
 ONLY: dict[str, tuple[Any, ...]] = {
-    "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
+    "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "tool_choice": ("none", "auto"), "functions": ([],),
     "function_call": ("none", "auto"), "response_format": ({"type": "text"},), "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
 }  # fmt: skip
+#: fields of a chat only
+CHAT = ("messages", "max_completion_tokens", "top_logprobs", "tools", "parallel_tool_calls", "chat_template_kwargs")
+#: fields of a message that are told the chat template, if they are there
+MESSAGE = ("reasoning_content", "tool_calls", "tool_call_id", "name")
 REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.CANCELLED: "stop"}
 
 
@@ -43,7 +50,7 @@ def asked(body: object, is_chat: bool) -> Asked:
         raise InvalidRequest([("body", "must be a JSON object")])
     fields = {name: value for name, value in cast("dict[str, Any]", body).items() if value is not None}
     options: dict[str, Any] = {name: fields[name] for name in SAME if name in fields}
-    own = ("messages", "max_completion_tokens", "top_logprobs") if is_chat else ("prompt",)
+    own = CHAT if is_chat else ("prompt",)
     known = {*SAME, *IGNORED, *own, "max_tokens", "logprobs", "logit_bias", "stop_token_ids"}
     violations = [
         (name[:100], "is not supported" + (" with this value" if name in ONLY else ""))
@@ -57,14 +64,17 @@ def asked(body: object, is_chat: bool) -> Asked:
         options["logit_bias"] = {int(token): value for token, value in bias.items()}
     except (AttributeError, TypeError, ValueError):
         violations.append(("logit_bias", "must be an object of token ids and biases"))
-    switches = ("stream", "ignore_eos", "logprobs") if is_chat else ("stream", "ignore_eos")
+    switches = ("stream", "ignore_eos", "logprobs", "parallel_tool_calls") if is_chat else ("stream", "ignore_eos")
     violations += [(name, "must be true or false") for name in switches if not isinstance(fields.get(name, False), bool)]
     stop = fields.get("stop", [])
     if not isinstance(stop, str | list):
         violations.append(("stop", "must be a text, or a list of texts"))
     if is_chat:
         options["num_logprobs"] = fields.get("top_logprobs", 0) if fields.get("logprobs") else None
-        prompt = _messages(fields.get("messages"), violations)
+        tools: Any = fields.get("tools", []) if fields.get("tool_choice") != "none" else []
+        prompt = Chat(_messages(fields.get("messages"), violations), tools, fields.get("chat_template_kwargs", {}))
+        if tools and fields.get("parallel_tool_calls") is False and isinstance(stop, str | list):
+            options["stop"] = [*stops_of(cast("str | list[str]", stop)), END_CALL]
     else:
         options["num_logprobs"] = fields.get("logprobs")
         prompt = _prompt(fields.get("prompt"), violations)
@@ -78,6 +88,15 @@ def asked(body: object, is_chat: bool) -> Asked:
     return Asked(prompt, cast(Options, options), is_chat, bool(fields.get("stream")), wants_usage)
 
 
+def with_names(error: InvalidRequest) -> InvalidRequest:
+    """The same violations, by the names that fields have here."""
+    violations: list[tuple[str, str]] = []
+    for field, why in error.violations:
+        field = re.sub(r"^prompt\[", "messages[", field)
+        violations.append((re.sub(r"^template_kwargs", "chat_template_kwargs", field), why))
+    return InvalidRequest(violations)
+
+
 def _integers(fields: Mapping[str, Any], name: str, violations: list[tuple[str, str]]) -> list[int]:
     value: Any = fields.get(name, [])
     if not isinstance(value, list) or not all(isinstance(each, int) and not isinstance(each, bool) for each in cast("list[Any]", value)):
@@ -86,27 +105,28 @@ def _integers(fields: Mapping[str, Any], name: str, violations: list[tuple[str, 
     return cast("list[int]", value)
 
 
-def _messages(messages: Any, violations: list[tuple[str, str]]) -> Prompt:
-    """Texts, and texts in parts; the engine checks roles."""
+def _messages(messages: Any, violations: list[tuple[str, str]]) -> list[Message]:
+    """Texts, and texts in parts, and what goes with them; the engine checks the rest."""
     if not isinstance(messages, list) or not messages:
         violations.append(("messages", "must be a list of messages, and not empty"))
         return []
     if len(cast("list[Any]", messages)) > MAX_MESSAGES:
         violations.append(("messages", f"must be at most {MAX_MESSAGES}"))
         return []
-    found: list[Any] = []
+    found: list[Message] = []
     for i, message in enumerate(cast("list[Any]", messages)):
         fields = cast("dict[str, Any]", message) if isinstance(message, dict) else {}
         role, content = fields.get("role"), fields.get("content")
         if isinstance(content, list):
             texts = [_text_part(part) for part in cast("list[Any]", content)]
             content = None if None in texts else "".join(cast("list[str]", texts))
-        elif content is None and role == "assistant" and not fields.get("tool_calls"):
-            content = ""  # it answered nothing
+        elif content is None and role == "assistant":
+            content = ""  # it answered nothing, or called a tool
         if not isinstance(content, str):
             violations.append((f"messages[{i}].content", "must be text, or parts that are text"))
             continue
-        found.append({"role": "system" if role == "developer" else role, "content": content})
+        more = {name: fields[name] for name in MESSAGE if fields.get(name) is not None}
+        found.append(cast(Message, {"role": "system" if role == "developer" else role, "content": content, **more}))
     return found
 
 
@@ -131,33 +151,76 @@ class Words:
     """Makes the answers to one request."""
 
     def __init__(self, asked: Asked, request_id: str, model_name: str, vocabulary: Vocabulary | None) -> None:
-        self._asked, self._vocabulary = asked, vocabulary
+        self._asked, self._request_id, self._vocabulary = asked, request_id, vocabulary
         kind = "chat.completion" if asked.is_chat else "text_completion"
         self._head = {"id": ("chatcmpl-" if asked.is_chat else "cmpl-") + request_id, "created": int(time.time()), "model": model_name}
         self._whole, self._chunk = {**self._head, "object": kind}, {**self._head, "object": kind + (".chunk" if asked.is_chat else "")}
+        self._reply = ReplyParser()
+        self._untold: list[tuple[int, TokenLogprob]] = []  # tokens whose text is held back, or was nobody's
 
-    def first(self) -> dict[str, Any] | None:
+    def started(self, started: Started) -> None:
+        """It has memory. Comes first, if at all."""
+        if isinstance(self._asked.prompt, Chat):
+            self._reply = ReplyParser(self._asked.prompt.tools, started.opens_reasoning)
+
+    def first(self) -> list[dict[str, Any]]:
         """What a stream begins with."""
-        return self._piece({"role": "assistant", "content": ""}, None, None) if self._asked.is_chat else None
+        return [self._piece({"role": "assistant", "content": ""}, None, None)] if self._asked.is_chat else []
 
-    def delta(self, delta: Delta) -> dict[str, Any]:
-        return self._piece({"content": delta.text}, delta.text, self._logprobs(delta.token_ids, delta.logprobs))
+    def delta(self, delta: Delta) -> list[dict[str, Any]]:
+        if not self._asked.is_chat:
+            return [self._piece({}, delta.text, self._logprobs(delta.token_ids, delta.logprobs))]
+        self._untold += zip(delta.token_ids, delta.logprobs, strict=True) if delta.logprobs else ()
+        return self._told(self._reply.push(delta.text))
 
-    def last(self, result: Result) -> dict[str, Any]:
-        return self._piece({}, "", None, REASONS[result.finish_reason])
+    def last(self, result: Result) -> list[dict[str, Any]]:
+        told = self._told(self._reply.end()) if self._asked.is_chat else []
+        if self._untold:
+            told.append(self._piece({}, None, self._taken()))
+        return [*told, self._piece({}, "", None, self._reason(result))]
 
     def usage(self, result: Result) -> dict[str, Any]:
         """What a stream ends with if that was wanted."""
         return {**self._chunk, "choices": [], "usage": self._usage(result)}
 
     def whole(self, result: Result) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": 0, "finish_reason": REASONS[result.finish_reason]}
-        choice["logprobs"] = self._logprobs(result.token_ids, result.logprobs)
+        choice: dict[str, Any] = {"index": 0, "logprobs": self._logprobs(result.token_ids, result.logprobs)}
         if self._asked.is_chat:
-            choice["message"] = {"role": "assistant", "content": result.text, "refusal": None}
+            self._reply.push(result.text)
+            self._reply.end()
+            message = self._reply.message([self._call_id(i) for i in range(self._reply.num_calls)])
+            is_silent = self._reply.num_calls and not message["content"]
+            choice["message"] = {**message, "refusal": None} | ({"content": None} if is_silent else {})
         else:
             choice["text"] = result.text
-        return {**self._whole, "choices": [choice], "usage": self._usage(result)}
+        return {**self._whole, "choices": [choice | {"finish_reason": self._reason(result)}], "usage": self._usage(result)}
+
+    def _reason(self, result: Result) -> str:
+        reason = REASONS[result.finish_reason]
+        return "tool_calls" if reason == "stop" and self._reply.num_calls else reason
+
+    def _told(self, pieces: list[ReplyPiece]) -> list[dict[str, Any]]:
+        return [self._piece(self._said(piece), None, self._taken()) for piece in pieces]
+
+    def _said(self, piece: ReplyPiece) -> dict[str, Any]:
+        match piece:
+            case Reasoning():
+                return {"reasoning_content": piece.text}
+            case Content():
+                return {"content": piece.text}
+            case CallBegun():
+                call: dict[str, Any] = {"id": self._call_id(piece.index), "type": "function"}
+                return {"tool_calls": [{"index": piece.index, **call, "function": {"name": piece.name, "arguments": ""}}]}
+            case CallArguments():
+                return {"tool_calls": [{"index": piece.index, "function": {"arguments": piece.text}}]}
+
+    def _call_id(self, index: int) -> str:
+        return f"call_{self._request_id}_{index}"
+
+    def _taken(self) -> dict[str, Any] | None:
+        """The log probabilities that have not been told."""
+        untold, self._untold = self._untold, []
+        return self._logprobs(tuple(token for token, _ in untold), tuple(each for _, each in untold))
 
     def _piece(self, delta: dict[str, Any], text: str | None, logprobs: Any, reason: str | None = None) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": 0, "finish_reason": reason, "logprobs": logprobs}

@@ -41,7 +41,7 @@ def run_server(
     if event_loop not in EVENT_LOOPS:
         raise InvalidRequest([("event_loop", f"must be one of {', '.join(EVENT_LOOPS)}")])
     home = AsyncioHome() if event_loop == "asyncio" else TrioHome()
-    served = Served(home, model_name, state_folder)
+    served = Served(home, model_name, state_folder, params.template_kwargs)
     if is_traced:
         served.meters.append(_telemetry(model_name))
     asyncio.run(_serve(open_engine, served, params, http_port, announce))
@@ -53,9 +53,10 @@ async def serve(
 ) -> AsyncGenerator[str]:
     """Serves an engine that runs in asyncio, over gRPC, inside the block; yields the address. `meters` watch requests. InvalidRequest when
     the address cannot be had."""
-    served = Served(AsyncioHome(), engine.model.name, state_folder, meters=list(meters))
+    params = params or ServerParams()
+    served = Served(AsyncioHome(), engine.model.name, state_folder, params.template_kwargs, meters=list(meters))
     served.loaded(engine)
-    server = GrpcServer(served, params or ServerParams())
+    server = GrpcServer(served, params)
     await server.start()
     await server.is_serving(True)
     try:

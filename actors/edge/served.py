@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 
+from ...core.chat import Chat
 from ...core.errors import EngineClosed
-from ...core.vocabulary import Delta, Result, Started
+from ...core.vocabulary import Delta, Prompt, Result, Started
 from ..engine import Engine
 from ..stream import Stream
 from .home import Home
@@ -60,6 +61,7 @@ class Served:
     home: Home
     model_name: str
     state_folder: Path | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
     started_at: float = field(default_factory=time.time)
     meters: list[Meter] = field(default_factory=list[Meter])
     on_drain: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
@@ -76,6 +78,12 @@ class Served:
 
     def loaded(self, engine: Engine) -> None:
         self._engine = engine
+
+    def told(self, prompt: Prompt) -> Prompt:
+        """The prompt as it is put to the engine: what this server tells chat templates is in it, where the request says nothing else."""
+        if not isinstance(prompt, Chat) or not isinstance(cast(object, prompt.template_kwargs), Mapping):
+            return prompt
+        return replace(prompt, template_kwargs={**self.template_kwargs, **prompt.template_kwargs})
 
     def begin(self) -> Engine:
         """The engine, for a request that is to begin; Starting, or EngineClosed while draining."""

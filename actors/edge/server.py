@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # pyright: ignore[reportMissingTypeStubs]
 from grpc_reflection.v1alpha import reflection  # pyright: ignore[reportMissingTypeStubs]
 
+from ...core.chat import Chat, Message, check_chat
 from ...core.errors import InvalidRequest
 from .rpc import Gate, Service, handlers
 from .served import Served
@@ -74,6 +76,7 @@ class ServerParams:
     is_insecure: bool = False
     stall_seconds: float = STALL_SECONDS
     message_bytes: int = MESSAGE_BYTES
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])  # what chat templates are told, unless a request says else
 
     def __post_init__(self) -> None:
         violations: list[tuple[str, str]] = []
@@ -86,6 +89,10 @@ class ServerParams:
         if not (is_local(self.host) or self.tls or self.tokens or self.is_insecure):
             problem = f"{self.host} can be reached from other machines: give TLS files or an API key, or say --insecure"
             violations.append(("host", problem))
+        try:
+            check_chat(Chat([Message(role="user", content="")], (), self.template_kwargs))
+        except InvalidRequest as error:
+            violations += error.violations
         if violations:
             raise InvalidRequest(violations)
 

@@ -68,7 +68,7 @@ class GenerationService:
     async def generate(self, request: generation_service_pb2.GenerateRequest, call: Call) -> None:
         engine, options = self._served.begin(), wire.options_of(request)
         options["request_id"], options["timeout_seconds"] = self._served.new_id(), call.time_left
-        stream = engine.generate(wire.prompt_of(request.prompt), **options)
+        stream = engine.generate(self._served.told(wire.prompt_of(request.prompt)), **options)
         await self._served.relay(stream, Answer(call, self._served.model_name, generation_service_pb2.GenerateResponse))
 
     async def abort(self, request: generation_service_pb2.AbortRequest, call: Call) -> generation_service_pb2.AbortResponse:
@@ -76,7 +76,7 @@ class GenerationService:
         return generation_service_pb2.AbortResponse()
 
     async def tokenize(self, request: generation_service_pb2.TokenizeRequest, call: Call) -> generation_service_pb2.TokenizeResponse:
-        ids = await self._served.begin().tokenize(wire.prompt_of(request.prompt))
+        ids = await self._served.begin().tokenize(self._served.told(wire.prompt_of(request.prompt)))
         return generation_service_pb2.TokenizeResponse(ids=ids)
 
     async def detokenize(self, request: generation_service_pb2.DetokenizeRequest, call: Call) -> generation_service_pb2.DetokenizeResponse:
@@ -88,7 +88,7 @@ class GenerationService:
         if request.format not in generation_service_pb2.NumberFormat.values():
             raise InvalidRequest([("format", "must be one of NumberFormat")])
         async with engine.embed(
-            wire.prompt_of(request.prompt), request_id=self._served.new_id(), timeout_seconds=call.time_left
+            self._served.told(wire.prompt_of(request.prompt)), request_id=self._served.new_id(), timeout_seconds=call.time_left
         ) as embedding:
             async for position, rows in embedding:
                 await call.write(

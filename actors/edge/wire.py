@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any, cast
 
 from forerun.v1 import generation_service_pb2 as pb
 from forerun.v1 import trace_service_pb2
 
+from ...core.chat import MAX_MESSAGES, MAX_TOOLS, Chat, Message
 from ...core.embeddings import EmbeddingRows, Part
 from ...core.errors import InvalidRequest
 from ...core.trace import Counter, Event, Span, Stage
 from ...core.vocabulary import (
-    MAX_MESSAGES,
     SAMPLING_NUMBERS,
     Delta,
     FinishReason,
-    Message,
     Prompt,
     Result,
     SamplingParams,
@@ -44,11 +44,34 @@ def prompt_of(prompt: pb.Prompt) -> Prompt:
         case "chat":
             if len(prompt.chat.messages) > MAX_MESSAGES:
                 raise InvalidRequest([("prompt.chat.messages", f"must be at most {MAX_MESSAGES}")])
-            return [Message(role=message.role, content=message.content) for message in prompt.chat.messages]
+            if len(prompt.chat.tools) > MAX_TOOLS:
+                raise InvalidRequest([("prompt.chat.tools", f"must be at most {MAX_TOOLS}")])
+            tools = [_object_of(f"tools[{i}]", tool) for i, tool in enumerate(prompt.chat.tools)]
+            told = _object_of("template_kwargs", prompt.chat.template_kwargs or "{}")
+            return Chat([_message_of(message) for message in prompt.chat.messages], tools, told)
         case "parts":
             return [_part_of(part, f"prompt[{i}]") for i, part in enumerate(prompt.parts.parts)]
         case _:
             raise InvalidRequest([("prompt", "must be text, token_ids, chat or parts")])
+
+
+def _message_of(message: pb.ChatMessage) -> Message:
+    found = Message(role=message.role, content=message.content)
+    if message.reasoning_content:
+        found["reasoning_content"] = message.reasoning_content
+    if message.tool_calls:
+        found["tool_calls"] = [{"id": call.id, "function": {"name": call.name, "arguments": call.arguments}} for call in message.tool_calls]
+    if message.tool_call_id:
+        found["tool_call_id"] = message.tool_call_id
+    return found
+
+
+def _object_of(field: str, text: str) -> dict[str, Any]:
+    """The engine checks what is in it."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise InvalidRequest([(field, "must be the text of a JSON object")]) from None
 
 
 def _part_of(part: pb.PromptPart, field: str) -> Part:
@@ -78,6 +101,8 @@ def with_paths(error: InvalidRequest) -> InvalidRequest:
 def _path_of(field: str) -> str:
     if part := re.fullmatch(r"prompt\[(\d+)\]\.((?:data|width|coordinates).*)", field):
         return f"prompt.parts.parts[{part[1]}].rows.{part[2]}"
+    if re.match(r"tools\[|template_kwargs", field):
+        return f"prompt.chat.{field}"
     return PATHS.get(field, field.replace("prompt[", "prompt.chat.messages["))
 
 
@@ -95,6 +120,7 @@ def started_message(started: Started, model: str) -> pb.Started:
         num_prompt_tokens=started.num_prompt_tokens,
         num_cached_tokens=started.num_cached_tokens,
         queue_seconds=started.queue_seconds,
+        opens_reasoning=started.opens_reasoning,
     )
 
 

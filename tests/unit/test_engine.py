@@ -91,7 +91,7 @@ async def test_text_deltas_make_the_text() -> None:
         ([1, "x"], {}, "prompt"),
         ([1.0], {}, "prompt"),
         (b"x", {}, "prompt"),
-        ([{"role": "user", "content": "x", "name": "y"}], {}, "prompt[0].name"),
+        ([{"role": "user", "content": "x", "mood": "y"}], {}, "prompt[0].mood"),
         ([1], {"temperature": "0.5"}, "temperature"),
         ([1], {"temperature": 10**400}, "temperature"),
         (None, {}, "prompt"),

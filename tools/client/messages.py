@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, cast
 
+from forerun.core.chat import Chat, Message
 from forerun.core.embeddings import EmbeddingRows, Part
 from forerun.core.speculation import DrafterName, DrafterStatistics, Speculation
 from forerun.core.trace import Counter, Event, Flow, Notice, Span, Stage
@@ -35,12 +37,21 @@ def prompt_message(prompt: Prompt) -> pb.Prompt:
     prompt = check_prompt(prompt, 2**32)
     if isinstance(prompt, str):
         return pb.Prompt(text=prompt)
-    if prompt and isinstance(prompt[0], int):
+    if isinstance(prompt, Chat):
+        tools, told = [json.dumps(tool) for tool in prompt.tools], json.dumps(prompt.template_kwargs) if prompt.template_kwargs else ""
+        return pb.Prompt(chat=pb.Chat(messages=map(_chat_message, prompt.messages), tools=tools, template_kwargs=told))
+    if isinstance(prompt[0], int):
         return pb.Prompt(token_ids=pb.TokenIds(ids=cast("list[int]", prompt)))
-    if isinstance(prompt[0], dict):
-        messages = [pb.ChatMessage(role=each["role"], content=each["content"]) for each in cast("list[dict[str, str]]", prompt)]
-        return pb.Prompt(chat=pb.Chat(messages=messages))
     return pb.Prompt(parts=pb.PromptParts(parts=map(_part_message, cast("list[Part]", prompt))))
+
+
+def _chat_message(message: Message) -> pb.ChatMessage:
+    calls = [
+        pb.ToolCall(id=call.get("id", ""), name=call["function"]["name"], arguments=json.dumps(call["function"]["arguments"]))
+        for call in message.get("tool_calls", [])
+    ]
+    texts = {name: message.get(name, "") for name in ("role", "content", "reasoning_content", "tool_call_id")}
+    return pb.ChatMessage(**cast("dict[str, Any]", texts), tool_calls=calls)
 
 
 def _part_message(part: Part) -> pb.PromptPart:
@@ -86,6 +97,7 @@ def started_of(message: pb.Started) -> Started:
         message.num_prompt_tokens,
         message.num_cached_tokens,
         message.queue_seconds,
+        message.opens_reasoning,
     )
 
 

@@ -1,0 +1,306 @@
+"""What an answer to a chat says, told apart while it comes: thoughts, content, and calls of tools.
+
+They are marked as the family's chat templates ask for: `<think>...</think>` first, and any number of `<tool_call>...</tool_call>`, which
+hold `<function=NAME><parameter=KEY>value</parameter>...</function>` (Qwen3-Coder, Qwen3.5), or a JSON object of name and arguments
+(Qwen3-Next).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, cast
+
+from ..core.chat import Message
+
+THINK, END_THINK = "<think>", "</think>"
+CALL, END_CALL = "<tool_call>", "</tool_call>"
+FUNCTION, END_FUNCTION = "<function=", "</function>"
+PARAMETER, END_PARAMETER = "<parameter=", "</parameter>"
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """More of what the model thinks before it answers."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """More of the answer itself."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallBegun:
+    """The answer's call number `index`, from 0, is one of this tool."""
+
+    index: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallArguments:
+    """More of a call's arguments, which together are the text of a JSON object; a part of one if the answer ends in their midst."""
+
+    index: int
+    text: str
+
+
+ReplyPiece = Reasoning | Content | CallBegun | CallArguments
+
+
+class ReplyParser:
+    """Takes the text of an answer in pieces, cut anywhere, and says what they are. `tools` are those of the chat: without any, calls are
+    content; their JSON schemas say which arguments are texts. `opens_reasoning` is what `Stream.started` says. Blanks around thoughts and
+    calls are nobody's; what looks like a call and is none is content."""
+
+    def __init__(self, tools: Iterable[Mapping[str, Any]] = (), opens_reasoning: bool = False) -> None:
+        functions = [cast("Mapping[str, Any]", tool["function"]) for tool in tools]
+        self._schemas = {str(function["name"]): function.get("parameters") for function in functions}
+        self._held, self._is_last = "", False
+        self._pieces: list[ReplyPiece] = []
+        self._step: Callable[[], bool] = self._reasoning if opens_reasoning else self._content
+        self._may_think = not opens_reasoning  # nothing but blanks has come
+        self._skips_blanks = opens_reasoning  # those that come next
+        self._if_no_call = ""  # what belongs to the content if no call follows it
+        self._num_parameters, self._types, self._key = 0, set[str](), ""
+        self._reasoning_text, self._content_text = "", ""
+        self._calls: list[tuple[str, str]] = []
+
+    def push(self, text: str) -> list[ReplyPiece]:
+        """What this text says, as far as that is certain."""
+        self._held += text
+        while self._step():
+            pass
+        pieces, self._pieces = self._pieces, []
+        return pieces
+
+    def end(self) -> list[ReplyPiece]:
+        """What is left to say, when nothing follows."""
+        self._is_last = True
+        return self.push("")
+
+    @property
+    def num_calls(self) -> int:
+        """Calls that have begun."""
+        return len(self._calls)
+
+    def message(self, call_ids: Sequence[str] = ()) -> Message:
+        """All that was said, as a chat goes on from it. Calls are numbered where `call_ids` has no names for them."""
+        message = Message(role="assistant", content=self._content_text)
+        if self._reasoning_text:
+            message["reasoning_content"] = self._reasoning_text
+        if self._calls:
+            ids = call_ids or [f"call_{i}" for i in range(len(self._calls))]
+            message["tool_calls"] = [
+                {"id": each, "type": "function", "function": {"name": name, "arguments": arguments}}
+                for each, (name, arguments) in zip(ids, self._calls, strict=True)
+            ]
+        return message
+
+    # One function for each place in an answer: it takes what it can of what is held, and returns whether the next may go on
+
+    def _reasoning(self) -> bool:
+        found, text = self._until((END_THINK,), str.rstrip)
+        self._say(Reasoning, text.rstrip() if found or self._is_last else text)
+        if found:
+            self._step, self._skips_blanks = self._content, True
+        return bool(found)
+
+    def _content(self) -> bool:
+        markers = ((THINK,) if self._may_think else ()) + ((CALL,) if self._schemas else ())
+        found, text = self._until(markers, str.rstrip)
+        if found == THINK and text.strip():  # a thought would have been first
+            found, text = "", text + THINK
+            self._say(Content, text)
+            return True
+        said = text.rstrip() if found else text
+        self._say(Content, said)
+        if found == THINK:
+            self._step, self._skips_blanks, self._may_think = self._reasoning, True, False
+        elif found:
+            self._step, self._if_no_call = self._call, text[len(said) :] + CALL
+        return bool(found)
+
+    def _call(self) -> bool:
+        held = self._held.lstrip()
+        name, end, rest = held.removeprefix(FUNCTION).partition(">")
+        if held.startswith(FUNCTION) and end and name == name.strip() and "\n" not in name and name:
+            self._begin(name)
+            self._held, self._step = rest, self._parameters
+        elif held.startswith("{"):
+            self._held, self._step = held, self._json
+        elif self._is_last or not (FUNCTION.startswith(held) or (held.startswith(FUNCTION) and not end and "\n" not in name)):
+            return self._no_call()
+        else:
+            return False
+        return True
+
+    def _no_call(self) -> bool:
+        """What stands after the marker is content, and so is the marker."""
+        self._say(Content, self._if_no_call)
+        self._step = self._content
+        return True
+
+    def _json(self) -> bool:
+        text, end, rest = self._held.partition(END_CALL)
+        if not end and not self._is_last:
+            return False
+        try:
+            call: Any = json.loads(text, parse_constant=_refuse) if end else None
+            name, arguments = call["name"], call.get("arguments", {})
+            if not isinstance(name, str) or not isinstance(arguments, dict):
+                raise TypeError
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return self._no_call()
+        self._begin(name)
+        self._argue(json.dumps(arguments, ensure_ascii=False))
+        self._held, self._step, self._skips_blanks = rest, self._content, True
+        return True
+
+    def _parameters(self) -> bool:
+        found, _ = self._until((PARAMETER, END_FUNCTION, END_CALL), str.rstrip)
+        if found == PARAMETER:
+            self._step = self._named
+        elif found:
+            self._argue("}" if self._num_parameters else "{}")
+            self._step, self._skips_blanks = (self._called if found == END_FUNCTION else self._content), True
+        return bool(found)
+
+    def _named(self) -> bool:
+        key, end, rest = self._held.partition(">")
+        if end:
+            self._key, self._types = key, _types_of(self._schemas.get(self._calls[-1][0]), key)
+            self._argue(("{" if not self._num_parameters else ", ") + json.dumps(key, ensure_ascii=False) + ": ")
+            self._num_parameters += 1
+            if self._types == {"string"}:
+                self._argue('"')
+            self._held, self._step = rest, self._first_line
+        return bool(end)
+
+    def _first_line(self) -> bool:
+        if self._held:
+            self._held, self._step = self._held.removeprefix("\n"), self._value
+        return bool(self._held)
+
+    def _value(self) -> bool:
+        if self._types == {"string"}:  # it can be told before it is whole
+            found, text = self._until((END_PARAMETER,), lambda text: text.removesuffix("\n"))
+            self._argue(json.dumps(text.removesuffix("\n") if found else text, ensure_ascii=False)[1:-1] + ('"' if found else ""))
+        else:
+            text, found, rest = self._held.partition(END_PARAMETER)
+            if found:
+                self._argue(_value_of(text.removesuffix("\n"), self._types))
+                self._held = rest
+        if found:
+            self._step = self._parameters
+        return bool(found)
+
+    def _called(self) -> bool:
+        """After a function's end: that of the call, or, though nobody asked for it, one more function."""
+        held = self._held.lstrip()
+        if held.startswith(END_CALL):
+            self._held, self._step = held.removeprefix(END_CALL), self._content
+        elif held.startswith(FUNCTION):
+            self._step, self._if_no_call = self._call, ""
+        elif self._is_last or not (END_CALL.startswith(held) or FUNCTION.startswith(held)):
+            self._step = self._content
+        else:
+            return False
+        return True
+
+    # What they share
+
+    def _until(self, markers: tuple[str, ...], trimmed: Callable[[str], str]) -> tuple[str, str]:
+        """The first of `markers` in what is held, or none, and the text before it. Without one, what may be the beginning of one stays
+        held, and so does what `trimmed` takes off the text before that, until nothing follows."""
+        found = [(at, marker) for marker in markers if (at := self._held.find(marker)) >= 0]
+        if found:
+            at, marker = min(found)
+            text, self._held = self._held[:at], self._held[at + len(marker) :]
+            return marker, text
+        size = len(self._held)
+        if not self._is_last:
+            longest = max(map(len, markers), default=1) - 1
+            size -= next((n for n in range(min(longest, size), 0, -1) if any(each.startswith(self._held[-n:]) for each in markers)), 0)
+            size = len(trimmed(self._held[:size])) if markers else size
+        text, self._held = self._held[:size], self._held[size:]
+        return "", text
+
+    def _say(self, kind: type[Reasoning] | type[Content], text: str) -> None:
+        if self._skips_blanks:
+            text = text.lstrip()
+        if not text:
+            return
+        self._skips_blanks = False
+        if text.strip():
+            self._may_think = False
+        if kind is Reasoning:
+            self._reasoning_text += text
+        else:
+            self._content_text += text
+        before = self._pieces[-1] if self._pieces else None
+        if isinstance(before, Reasoning | Content) and isinstance(before, kind):
+            self._pieces[-1] = kind(before.text + text)
+        else:
+            self._pieces.append(kind(text))
+
+    def _begin(self, name: str) -> None:
+        self._may_think, self._num_parameters = False, 0
+        self._pieces.append(CallBegun(len(self._calls), name))
+        self._calls.append((name, ""))
+
+    def _argue(self, text: str) -> None:
+        if not text:
+            return
+        name, arguments = self._calls[-1]
+        self._calls[-1] = name, arguments + text
+        before = self._pieces[-1] if self._pieces else None
+        if isinstance(before, CallArguments):
+            self._pieces[-1] = CallArguments(before.index, before.text + text)
+        else:
+            self._pieces.append(CallArguments(len(self._calls) - 1, text))
+
+
+def _types_of(schema: object, key: str) -> set[str]:
+    """The JSON types that a schema allows for a property; a text if it does not say."""
+    properties: object = cast("Mapping[str, object]", schema).get("properties") if isinstance(schema, Mapping) else None
+    found = _types_in(cast("Mapping[str, object]", properties).get(key) if isinstance(properties, Mapping) else None)
+    return found or {"string"}
+
+
+def _types_in(schema: object, depth: int = 8) -> set[str]:
+    if not isinstance(schema, Mapping) or depth == 0:
+        return set()
+    given = cast("Mapping[str, object]", schema)
+    kind = given.get("type")
+    kinds = cast("list[object]", kind) if isinstance(kind, list) else [kind]
+    found = {each for each in kinds if isinstance(each, str)}
+    for word in ("anyOf", "oneOf", "allOf"):
+        several = given.get(word)
+        for each in cast("list[object]", several) if isinstance(several, list) else ():
+            found |= _types_in(each, depth - 1)
+    return found
+
+
+def _value_of(text: str, types: set[str]) -> str:
+    """The JSON text of a value as models write it: a JSON value if it can be one of the types, else a text."""
+    plain = text.strip()
+    if "boolean" in types and plain.lower() in ("true", "false"):
+        return plain.lower()
+    if "null" in types and plain.lower() in ("null", "none"):
+        return "null"
+    if "string" not in types:
+        try:
+            return json.dumps(json.loads(plain, parse_constant=_refuse), ensure_ascii=False)
+        except (ValueError, RecursionError):
+            pass
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _refuse(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
