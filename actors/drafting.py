@@ -358,7 +358,7 @@ class Drafting:
             with suppress(ForerunError):
                 await self._tell_all(drafter, flow, lease)
 
-    async def forget(self, flow: Flow, lease: int) -> None:
+    async def forget(self, flow: Flow, lease: int, is_over: bool) -> None:
         """Returns when no drafter works on the lease any more."""
         self._chooser.ended()
         self._began, self._waited, self._tell_at, self._next, self._coming = 0, 0, 0, None, None
@@ -367,10 +367,10 @@ class Drafting:
         self._observed.clear()
         self._told.clear()
         for name, drafter in self._drafters.items():
-            if name != HEAD:  # which learns nothing for others
+            if is_over and name != HEAD:  # which learns nothing for others
                 await self._tell(drafter, flow, lease)
             with suppress(ForerunError):
-                await drafter.mailbox.ask(Forget(flow, lease))
+                await drafter.mailbox.ask(Forget(flow, lease, is_over))
 
     async def _resume(self, drafter: _Drafter, flow: Flow, lease: int) -> bool:
         """Tells a drafter that was restarted all it has to know. Whether that was needed."""

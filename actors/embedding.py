@@ -11,7 +11,7 @@ import anyio
 
 from ..core.channel import Mailbox
 from ..core.embeddings import Encoded
-from ..core.errors import ActorRestarted, DeadlineExceeded, ForerunError, LeaseLost, RequestFailed
+from ..core.errors import ActorRestarted, DeadlineExceeded, ForerunError, LeaseLost, PositionLost, RequestFailed
 from ..core.messages import Admit, Forget, Prefill, Release
 from ..core.protocol import chunk_ends, together
 from ..core.trace import Flow
@@ -49,6 +49,7 @@ class Embedding:
         self._lease: Lease | None = None
         self._num_computed = self._num_given = self._num_losses = 0
         self._is_open = self._was_preempted = False
+        self._is_asked = False  # the next chunk, by a call that was cancelled since
         self._memory_life = 0  # in which the lease was lent
 
     @property
@@ -59,8 +60,8 @@ class Embedding:
     async def __aenter__(self) -> Embedding:
         if self._timeout_seconds is not None:
             self._deadline = anyio.current_time() + self._timeout_seconds
-        self._is_open = True
         self._tell(self, True)
+        self._is_open = True
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -78,7 +79,10 @@ class Embedding:
         if not self._is_open:
             raise RuntimeError("use `async with`")
         with anyio.CancelScope(deadline=self._deadline) as scope:
-            return await self._next()
+            try:
+                return await self._next()
+            except PositionLost as error:  # our fault, and of no use to the caller
+                raise RequestFailed("the request's memory was lost") from error
         assert scope.cancelled_caught
         raise DeadlineExceeded(f"not finished after {self._timeout_seconds} s")
 
@@ -107,7 +111,7 @@ class Embedding:
     async def _compute(self) -> tuple[int, F32]:
         """The chunk after those that memory has. Cancelled: it may have been computed."""
         if self._lease is None:
-            self._num_computed = 0
+            self._num_computed, self._is_asked = 0, False
 
             def keep(lease: Lease) -> None:
                 self._lease = lease
@@ -122,9 +126,14 @@ class Embedding:
         end = next(end for end in self._ends if end > position)
         chunk = self._prompt.ids[position:end]
         choosing = Choosing(SamplingParams())
-        await self._target.ask(Prefill(self._flow, lease, position, chunk, choosing, is_last=False, is_kept=False))
+        was_asked, self._is_asked = self._is_asked, True
+        try:
+            await self._target.ask(Prefill(self._flow, lease, position, chunk, choosing, is_last=False, is_kept=False))
+        except PositionLost:
+            if not was_asked:
+                raise
         rows = self._pool[lease].hidden.read(position, len(chunk))
-        self._num_computed = end
+        self._num_computed, self._is_asked = end, False
         return position, rows
 
     async def _give_back(self) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Unpack
 import anyio
 from anyio.abc import TaskGroup
 
-from ..core.checks import RANGES, check_logit_bias, check_ranges, check_stop
+from ..core.checks import RANGES, check_logit_bias, check_ranges, check_stop, check_stop_ids
 from ..core.embeddings import Encoded
 from ..core.errors import (
     ActorRestarted,
@@ -93,6 +93,7 @@ class Engine:
         self._is_draining = False
         self._idle, self._ended = anyio.Event(), anyio.Event()
         self._group: TaskGroup | None = None
+        self._supervision, self._unsupervised = anyio.CancelScope(), anyio.Event()
         self._call_soon = _call_soon()
 
     # What runs
@@ -103,12 +104,14 @@ class Engine:
 
     async def _supervise(self) -> None:
         try:
-            await self.tree.supervisor.run()
+            with self._supervision:
+                await self.tree.supervisor.run()
         except Exception as error:
             self._die("supervisor", error)
         finally:
             # Also when cancelled from outside: nobody may wait for an actor that is gone.
             self._stop(EngineClosed("the engine is closed"))
+            self._unsupervised.set()
 
     def _die(self, who: str, error: Exception) -> None:
         """What cannot be put right in `who`: told to everybody, and raised by open_engine at its end."""
@@ -132,6 +135,8 @@ class Engine:
             for job in list(self._jobs):
                 job.scope.cancel()
                 await job.done.wait()
+            self._supervision.cancel()  # what actors have is theirs until they have ended
+            await self._unsupervised.wait()
             folder = self._params.folder
             if folder is not None and is_whole:
                 await anyio.to_thread.run_sync(lambda: folder.store_all(prefixes))
@@ -148,13 +153,13 @@ class Engine:
         numbers = {name: value for name, value in options.items() if name in RANGES}
         violations = check_ranges(numbers) + check_salt(options.get("cache_salt")) + self._check_id(options.get("request_id"))
         violations += check_stop(stops_of(options.get("stop"))) + check_logit_bias(tuple((options.get("logit_bias") or {}).items()))
-        if violations:
+        if violations := violations + check_stop_ids(options.get("stop_ids")):
             raise InvalidRequest(violations)
         return self._begin(check_prompt(prompt, self.model.context), options, None)
 
     def restore(self, path: str | Path, *, timeout_seconds: float | None = None, request_id: str | None = None) -> Stream:
         """Goes on with a request that `Stream.save` put into a file, under its own options, and with the tokens it would have had. The
-        stream has what was not yet delivered then; its result has everything.
+        stream has what was not yet delivered then; its result has everything, but log probabilities of what came since alone.
 
         InvalidRequest, EngineClosed and EngineDead are raised here; SavedSequenceError, if the file is damaged or another model's, by
         the stream, and so are Overloaded and DeadlineExceeded."""
@@ -215,6 +220,8 @@ class Engine:
         def tell(embedding: Embedding, is_open: bool) -> None:
             if is_open:
                 self._check_open()
+                if violations := self._check_id(name):
+                    raise InvalidRequest(violations)
                 self._embeddings.add(embedding)
             else:
                 self._embeddings.discard(embedding)

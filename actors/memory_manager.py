@@ -11,7 +11,6 @@ actors that compute.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 from collections import deque
@@ -100,17 +99,24 @@ class MemoryManager(Actor):
             if self._folder is None or (entry := self._pool.prefixes.overdue()) is None:
                 break
             await self._archive(self._folder, entry)
-        waiting = [each for each in self._queue if not each[1].is_replay]
-        sizes = itertools.accumulate(len(admit.prompt.ids) for _, admit, _ in waiting)
-        for place, (each, num_tokens) in enumerate(zip(waiting, sizes, strict=True)):
-            if place >= self._queue_size or num_tokens > self._queue_tokens:
-                self._queue.remove(each)
-                each[0].fail(Overloaded(f"{place} requests are waiting already", RETRY_AFTER_SECONDS))
+        self._refuse()
         self.wake_at = min(self._preempt(now), now + LOOK_SECONDS if self._queue else math.inf)
         self._trace.count("slots used", self._pool.num_used)
         self._trace.count("pages used", self._pool.num_pages - self._pool.num_pages_free)
         if not self._pool.num_used:
             self._pool.check_integrity()
+
+    def _refuse(self) -> None:
+        """Those for whom there is no room behind the others that wait."""
+        num_waiting = num_tokens = 0
+        for each in [each for each in self._queue if not each[1].is_replay]:
+            size = len(each[1].prompt.ids)
+            if num_waiting < self._queue_size and num_tokens + size <= self._queue_tokens:
+                num_waiting, num_tokens = num_waiting + 1, num_tokens + size
+            else:
+                self._queue.remove(each)
+                problem = f"{num_waiting} requests are waiting already, with prompts of {num_tokens} tokens"
+                each[0].fail(Overloaded(problem, RETRY_AFTER_SECONDS))
 
     def _preempt(self, now: float) -> float:
         """Makes room for the first in the queue if its time has come. Returns when to look again, if nothing happens before."""
@@ -199,7 +205,7 @@ class MemoryManager(Actor):
             memory.restore_snapshot(snapshot)
             return snapshot.checkpoint.position
 
-        return replace(lease, num_cached=await self._do(work, 0))
+        return replace(lease, num_cached=await self._do(work, file.num_bytes))
 
     async def _look_up(self, envelope: Envelope, message: Admit) -> None:
         """Brings back the longest checkpoint that the folder has of a prompt, once, if memory does not have as much, and can."""
@@ -218,7 +224,7 @@ class MemoryManager(Actor):
             return
         (end, key), blank = there[-1], self._pool.blank
         try:
-            snapshot = await self._do(lambda: folder.load(key, end, blank), 0)
+            snapshot = await self._do(lambda: folder.load(key, end, blank), folder.size(key))
         except SavedSequenceError as error:
             logger.warning("a checkpoint is forgotten: %s", error)
             return

@@ -125,7 +125,7 @@ class MtpDrafter(Actor):
                 case Resume(_, lease, tokens, _):
                     self._begin(lease, len(tokens))
                     envelope.answer(None)
-                case Forget(_, lease):
+                case Forget(lease=lease):
                     self._behind.pop(lease, None)
                     envelope.answer(None)
                 case other:

@@ -80,9 +80,9 @@ class NgramDrafter(Actor):
                     sequence = self._sequences.get(lease)
                     proposal = NOTHING if sequence is None or envelope.is_abandoned else sequence.propose(ahead, limit)
                     envelope.answer(Draft(self._family.name, *proposal))
-                case Forget(_, lease):
+                case Forget(_, lease, is_over):
                     sequence = self._sequences.pop(lease, None)
-                    if sequence is not None:
+                    if sequence is not None and is_over:
                         end, num_tokens = partial(self._family.ended, sequence.lookup, sequence.salt), len(sequence.lookup.tokens)
                         await self.compute(end, num_tokens * self._family.seconds_to_end)
                     envelope.answer(None)

@@ -70,8 +70,8 @@ def check_encoded(prompt: Encoded, model: Model) -> None:
 
 def request_in(path: Path, request_id: str, model: Model, blank: Snapshot) -> tuple[Request, Origin]:
     """The request of a file, which was found to be whole and of this model. SavedSequenceError."""
-    position, record, checksum, rows = saved.check(path, model.fingerprint, blank)
+    position, record, checksum, num_bytes, rows = saved.check(path, model.fingerprint, blank)
     request, output = saved.parse_record(record, rows, request_id, model.num_token_ids, model.context)
     if position != len(request.prompt_ids) + len(output) - 1:
         raise SavedSequenceError(f"{path}: its request does not fit its position {position}")
-    return request, Origin(SavedFile(path, checksum), output)
+    return request, Origin(SavedFile(path, checksum, num_bytes), output)

@@ -171,7 +171,7 @@ class Sequence:
                 protocol.fail() if isinstance(error, Exception) else protocol.cancel()
             raise
         finally:
-            await self._give_back()
+            await self._give_back(is_over=True)
             protocol.released()
             self._tell_stage(State.FINISHING)
 
@@ -207,7 +207,11 @@ class Sequence:
             waited = self._clock.admitted - self._clock.begun
             counts = request.max_tokens, len(prompt), self._num_cached
             self._started(Started(request.request_id, request.sampling, *counts, waited, request.opens_reasoning))
-        self.protocol.restored() if saved is not None else self.protocol.admitted(lease.num_cached)
+        if saved is not None:
+            self.protocol.restored()
+            self._clock.first_token = self._clock.admitted
+        else:
+            self.protocol.admitted(lease.num_cached)
         if lease.num_cached:
             await self._drafting.resume(self._flow, lease.number)
 
@@ -341,19 +345,19 @@ class Sequence:
             if self._num_deaths > MAX_FRUITLESS_REPLAYS:
                 raise RequestFailed("the target failed each time it worked on this request") from error
         self._was_preempted |= isinstance(error, LeaseLost) and self._memory_life == self._to.memory.life
-        await self._give_back()
+        await self._give_back(is_over=False)
         self.protocol.memory_lost()
 
-    async def _forget(self) -> None:
+    async def _forget(self, is_over: bool) -> None:
         """Nobody may work on memory that is another's: returns when nobody does."""
-        await self._drafting.forget(self._flow, self._held)
+        await self._drafting.forget(self._flow, self._held, is_over)
         with suppress(ForerunError):
-            await self._to.target.ask(Forget(self._flow, self._held))
+            await self._to.target.ask(Forget(self._flow, self._held, is_over))
 
-    async def _give_back(self) -> None:
+    async def _give_back(self, is_over: bool) -> None:
         if self._lease is not None:
             with anyio.CancelScope(shield=True):
-                await self._forget()
+                await self._forget(is_over)
                 with suppress(ForerunError):  # memory that has stopped lends nothing; of a former life's leases it wants to know nothing
                     await self._to.memory.ask(Release(self._flow, self._held))
             self._lease = None

@@ -125,10 +125,10 @@ class SupervisionTree:
         ]
 
     def close(self, why: ForerunError) -> None:
-        """Nobody is heard any more, and all memory is free."""
+        """Nobody is heard any more, and all leases have ended."""
         for mailbox in self.mailboxes.values():
             mailbox.close(why)
-        self.pool.reset()
+        self.pool.release_all()
 
     def statistics(self) -> dict[str, ActorStatistics]:
         """Of every actor, by name."""

@@ -191,8 +191,9 @@ class Actor(ABC):
             return begun.finish()
         try:
             await self._guarded(lambda: self._watch(mark, kind), seconds)
-        except ActorStuck:
-            LEFT.append(begun)
+        except (ActorStuck, anyio.get_cancelled_exc_class()):  # cancelled, if its life was ended
+            if not mark.is_done():
+                LEFT.append(begun)
             raise
         return await self.compute(begun.finish, seconds) if begun.is_long else begun.finish()
 

@@ -93,6 +93,12 @@ def check_logit_bias(bias: object) -> list[tuple[str, str]]:
     return []
 
 
+def check_stop_ids(ids: object) -> list[tuple[str, str]]:
+    """What is wrong with the form of stop tokens; None means none."""
+    given = cast("Sequence[object]", ids) if isinstance(ids, list | tuple) else () if ids is None else (None,)
+    return [] if all(type(each) is int for each in given) else [("stop_ids", "must be a list of token ids")]
+
+
 def check_stop(stop: object) -> list[tuple[str, str]]:
     """What is wrong with stop strings."""
     texts = list(cast("Sequence[object]", stop)) if isinstance(stop, list | tuple) else None

@@ -188,6 +188,8 @@ class Resume(Mail[None]):
 @dataclass(frozen=True, slots=True)
 class Forget(Mail[None]):
     """Sequence to target decoder and each drafter, once for every lease, before Release: drop what is known of it. Once it is
-    answered, nobody works on the lease's memory any more; a device may, before all that it is told from then on."""
+    answered, nobody works on the lease's memory any more; a device may, before all that it is told from then on. Unless the sequence
+    `is_over`, it takes another lease, and all is told again."""
 
     lease: int
+    is_over: bool = True

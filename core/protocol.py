@@ -249,8 +249,8 @@ class SequenceProtocol:
             self._move(Event.CHUNK_COMPUTED, State.REPLAYING if len(self.output) > 1 else State.DRAFTING)
             self._num_computed = end
         else:
-            tokens, reason = self._take(verdict.choices)
             self._move(Event.CHUNK_COMPUTED, State.COMMITTING)
+            tokens, reason = self._take(verdict.choices)
             self._num_computed = end
             self._settle(Round(0, 0, tokens), reason)
 
@@ -298,9 +298,9 @@ class SequenceProtocol:
         num_accepted = 0
         while num_accepted < len(drafts) and drafts[num_accepted] == verdict.choices[num_accepted]:
             num_accepted += 1
+        self._move(Event.VERIFIED, State.COMMITTING)
         tokens, reason = self._take(verdict.choices[: num_accepted + 1])
         num_accepted = min(num_accepted, len(tokens))  # what lies beyond a stop token helped nobody
-        self._move(Event.VERIFIED, State.COMMITTING)
         self._num_computed += num_accepted + 1
         self._settle(Round(len(drafts), num_accepted, tokens), reason)
 

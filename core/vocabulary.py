@@ -205,6 +205,7 @@ class SavedFile:
 
     path: Path
     checksum: str
+    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,4 +303,4 @@ class Result:
     usage: Usage
     timings: Timings
     speculation: Speculation
-    logprobs: tuple[TokenLogprob, ...] = ()  # one a token, if they were wanted
+    logprobs: tuple[TokenLogprob, ...] = ()  # one a token, if they were wanted; of a restored request, of those since

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from forerun.actors.model import LoadedModel
 from forerun.core.embeddings import lay_out
 from forerun.kernels.backend import F32
 from forerun.kernels.model.inputs import GivenRows
+from forerun.kernels.model.trunk import TrunkBase
 from forerun.kernels.reference import ReferenceBackend
 
 from tests.checkpoints import LAYOUTS, places_of_rows, prompt, prompt_with_rows
@@ -102,6 +104,35 @@ async def test_hidden_rows_of_such_a_prompt(dense: forerun.Model) -> None:
                 return np.concatenate([rows async for _, rows in embedding])
 
         assert np.array_equal(await hidden(ids), await hidden([ids[:10], rows_of(ids[10:30], reference), ids[30:]]))
+
+
+async def test_hidden_rows_that_were_asked_for_in_vain_come_next_time(dense: forerun.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, prefill = prompt(200), TrunkBase.prefill
+
+    def slow(self: TrunkBase, *args: Any) -> Any:
+        time.sleep(0.05)
+        return prefill(self, *args)
+
+    def seconds(self: TrunkBase, num_rows: int) -> float:
+        return 0.05  # too long for the event loop
+
+    monkeypatch.setattr(TrunkBase, "prefill", slow)
+    monkeypatch.setattr(TrunkBase, "seconds", seconds)
+    async with forerun.open_engine(dense) as engine:
+        async with engine.embed(ids) as embedding:
+            expected = np.concatenate([rows async for _, rows in embedding])
+        found: list[F32] = []
+        async with engine.embed(ids, request_id="x") as embedding:
+            with pytest.raises(forerun.InvalidRequest, match="another's"):
+                await engine.embed(ids, request_id="x").__aenter__()
+            found.append((await anext(embedding))[1])
+            for _ in range(2):
+                with anyio.move_on_after(0.02) as scope:
+                    await anext(embedding)
+                assert scope.cancelled_caught
+                found.append((await anext(embedding))[1])
+            found += [rows async for _, rows in embedding]
+        assert np.array_equal(np.concatenate(found), expected)
 
 
 async def test_a_saved_request_has_its_rows_and_goes_on_without_memory(dense: forerun.Model, tmp_path: Path) -> None:

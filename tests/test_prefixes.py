@@ -97,7 +97,7 @@ async def test_who_waits_too_long_is_made_room_for_and_nobodys_text_changes(demo
     order: list[int] = []
     results: dict[int, forerun.Result] = {}
     lengths = (1000, 1000, 5, 5)  # those running are far from done when room is wanted
-    async with forerun.open_engine(demo, num_slots=2, preempt_after_seconds=0.05) as engine:
+    async with forerun.open_engine(demo, spec_type="none", num_slots=2, preempt_after_seconds=0.02) as engine:
 
         async def one(i: int) -> None:
             results[i] = await engine.complete(HELD_OUT[i], max_tokens=lengths[i], temperature=0.7, seed=i, ignore_eos=True)
@@ -106,7 +106,7 @@ async def test_who_waits_too_long_is_made_room_for_and_nobodys_text_changes(demo
         async with anyio.create_task_group() as group:
             for i in range(4):
                 group.start_soon(one, i)
-                await anyio.sleep(0.1 if i < 2 else 0)  # the second is the newest
+                await anyio.sleep(0.05 if i < 2 else 0)  # the second is the newest
         assert order[:2] == [2, 3]
         assert engine.statistics().num_preemptions in (1, 2)
     async with forerun.open_engine(demo, num_slots=1, prefix_bytes=0) as engine:

@@ -68,6 +68,7 @@ async def test_a_saved_request_goes_on_in_another_engine_and_a_used_slot(
                 deltas = [delta async for delta in stream]
             result = stream.result
             assert (result.token_ids, result.text, result.sampling) == (whole.token_ids, whole.text, whole.sampling)
+            assert result.timings.prefill_seconds == 0 <= result.timings.decode_seconds
             tokens = [token for delta in deltas for token in delta.token_ids]
             assert 0 < len(tokens) <= len(whole.token_ids) - num_before
             assert tuple(tokens) == whole.token_ids[-len(tokens) :]

@@ -81,11 +81,13 @@ class Cached(Lookup):
 
 
 def merge(into: Counts, other: Counts) -> None:
-    """Adds up."""
+    """Adds up what is of tokens alone: an embedding row has an id below 0."""
     for gram, followers in other.items():
-        known = into.setdefault(gram, {})
-        for token, number in followers.items():
-            known[token] = known.get(token, 0) + number
+        tokens = {token: number for token, number in followers.items() if token >= 0}
+        if tokens and min(gram) >= 0:
+            known = into.setdefault(gram, {})
+            for token, number in tokens.items():
+                known[token] = known.get(token, 0) + number
 
 
 def load(path: Path, vocabulary: int) -> Counts:

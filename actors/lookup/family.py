@@ -55,23 +55,26 @@ class CountsFamily(Family):
                 save(self._path, self._dynamic)
             except OSError as error:
                 logger.warning("%s: cannot be written: %s", self._path, error.strerror)
+            except Exception:  # the actor is cancelled, and nobody else would hear of it
+                logger.exception("%s: cannot be written", self._path)
 
 
 class SuffixFamily(Family):
     """With `is_shared`, what a sequence has said serves later ones with its cache salt."""
 
     def __init__(self, is_shared: bool) -> None:
-        super().__init__("ngram-suffix", lambda salt: Suffix(self._automata.setdefault(salt, Automaton()) if is_shared else None))
-        self._automata: dict[str, Automaton] = {}
+        super().__init__("ngram-suffix", lambda salt: Suffix(self._automata.get(salt)))
+        self._automata: dict[str, Automaton] = {}  # by salt, the longest unused first
         self.seconds_to_end = 1e-5 if is_shared else 0.0
         self._is_shared = is_shared
 
     def ended(self, lookup: Lookup, salt: str) -> None:
         if self._is_shared:
-            if self._automata[salt].length[-1] > MAX_SHARED:
-                self._automata[salt] = Automaton()
+            automaton = self._automata[salt] = self._automata.pop(salt, None) or Automaton()
             for token in (*lookup.tokens, SEPARATOR):
-                self._automata[salt].add(token)
+                automaton.add(token)
+            while sum(each.num_tokens for each in self._automata.values()) > MAX_SHARED:
+                del self._automata[next(iter(self._automata))]
 
 
 def family(name: DrafterName, p: SpeculationParams, vocabulary: int) -> Family:

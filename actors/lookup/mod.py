@@ -56,7 +56,7 @@ class Mod(Lookup):
     def extend(self, tokens: Sequence[int]) -> None:
         size = self._n_match
         for token in tokens:
-            if len(self.tokens) >= size:
+            if len(self.tokens) >= size and token >= 0:  # an embedding row has an id below 0, which is nobody's to draft
                 self._table.put(self._key(self.tokens[-size:]), token)
             self.tokens.append(token)
 

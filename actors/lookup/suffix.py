@@ -15,7 +15,7 @@ from .base import NOTHING, Lookup, Proposal
 #: States whose counts a new token is added to, those of the longest suffixes: in a text of one repeated token there are as many as
 #: tokens, in others a handful.
 MAX_DEPTH = 32
-#: Tokens of a shared automaton, beyond which it begins anew.
+#: Tokens of all shared automata, beyond which the longest unused is forgotten.
 MAX_SHARED = 500_000
 #: Stands between two sequences in a shared automaton, and is never drafted.
 SEPARATOR = -1
@@ -30,6 +30,11 @@ class Automaton:
         self.next: list[dict[int, int]] = [{}]
         self.counts: list[dict[int, int]] = [{}]
         self.last = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """That were added."""
+        return self.length[self.last]
 
     def add(self, token: int) -> None:
         length, link, following, counts = self.length, self.link, self.next, self.counts

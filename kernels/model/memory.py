@@ -203,10 +203,10 @@ class SequencePool:
         self._revoked: set[int] = set()
         self.num_revoked = 0
         self._first = self._next = 1  # the numbers lent in this life: from _first, below _next
-        self._begin()
+        self._begin(params.num_pages)
 
-    def _begin(self) -> None:
-        self._arena = self._make.arena(self._params.num_pages)
+    def _begin(self, num_pages: int) -> None:
+        self._arena = self._make.arena(num_pages)
         self.prefixes = PrefixIndex(self._arena, self._params.prefix_bytes, is_archived=self._params.is_archived)
 
     @cached_property
@@ -329,12 +329,20 @@ class SequencePool:
         self._revoked.discard(lease)
         self._arena.give_back(memory.table)
 
-    def reset(self) -> None:
-        """All leases end, and a new life begins, in new arrays: work that was left behind may still write into the old ones."""
+    def release_all(self) -> None:
+        """All leases end."""
+        for _, memory in self._leases.values():
+            self._arena.give_back(memory.table)
         self._leases.clear()
         self._revoked.clear()
         self._first = self._next
-        self._begin()
+
+    def reset(self) -> None:
+        """All leases end, and a new life begins, in new arrays: work that was left behind holds the old ones, and may still write into
+        them. Where there is none, no two lives' are held at once."""
+        self.release_all()
+        self._begin(0)
+        self._begin(self._params.num_pages)
 
     def check_integrity(self) -> None:
         """InternalBug unless every page is free or held as often as counted, and leases are within their number."""

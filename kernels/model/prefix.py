@@ -103,7 +103,7 @@ class PrefixStatistics:
 
 def keys(tokens: Sequence[int], ends: Sequence[int], salt: str) -> Iterator[tuple[int, bytes]]:
     """(position, key of the tokens before it and of where their chunks end) for each of `ends`, which ascend."""
-    chain = hashlib.blake2b(salt.encode(), digest_size=32)
+    chain = hashlib.blake2b(hashlib.blake2b(salt.encode()).digest(), digest_size=32)  # a salt that spells tokens is no other's beginning
     start = 0
     for end in ends:
         chain.update(np.array([end, *tokens[start:end]], "<i8").tobytes())

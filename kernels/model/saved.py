@@ -19,6 +19,7 @@ import math
 import os
 import stat
 import tempfile
+import threading
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
@@ -103,9 +104,9 @@ def _remove_left_behind(path: Path) -> None:
                     other.unlink()
 
 
-def check(path: Path, fingerprint: str, blank: Snapshot) -> tuple[int, str, str, F32]:
-    """Position, record, checksum and embedding rows of a file that is whole, of this format, and of the model whose sequences are shaped
-    like `blank`. SavedSequenceError otherwise. Takes as much memory as the file's header and the rows."""
+def check(path: Path, fingerprint: str, blank: Snapshot) -> tuple[int, str, str, int, F32]:
+    """Position, record, checksum, bytes and embedding rows of a file that is whole, of this format, and of the model whose sequences are
+    shaped like `blank`. SavedSequenceError otherwise. Takes as much memory as the file's header and the rows."""
     with _open(path, fingerprint, blank) as (file, position, metadata, header, shapes):
         digest = hashlib.blake2b(_with_checksum(header, "0" * CHECKSUM_DIGITS), digest_size=CHECKSUM_DIGITS // 2)
         rows = np.empty(shapes["rows"], "<f4")
@@ -118,7 +119,7 @@ def check(path: Path, fingerprint: str, blank: Snapshot) -> tuple[int, str, str,
                 left -= len(block)
         digest.update(file.read(1))  # there should be no more
         _compare(path, digest.hexdigest(), metadata)
-        return position, metadata["record"], metadata["checksum"], rows
+        return position, metadata["record"], metadata["checksum"], file.tell(), rows
 
 
 def read(path: Path, fingerprint: str, blank: Snapshot, checksum: str | None = None) -> tuple[str, Snapshot]:
@@ -172,10 +173,11 @@ def _compare(path: Path, checksum: str, metadata: dict[str, str]) -> None:
 
 class PrefixFolder:
     """Checkpoints of prefixes in the files of a folder, one each, named by key; at most `max_bytes`, the longest unused go first. Models do
-    not see each other's. Blocking, and for one user at a time."""
+    not see each other's. Blocking; one thread at a time reads or writes files."""
 
     def __init__(self, folder: Path, fingerprint: str, max_bytes: int) -> None:
         self._folder, self._fingerprint, self._max_bytes = folder / fingerprint[:16], fingerprint, max_bytes
+        self._lock = threading.Lock()  # an actor that is ended leaves its work behind
         found: list[tuple[int, str, int]] = []
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -205,7 +207,10 @@ class PrefixFolder:
 
     def load(self, key: bytes, position: int, blank: Snapshot) -> Snapshot:
         """SavedSequenceError when the file is damaged or not what its name says, which is then removed."""
-        name = key.hex()
+        with self._lock:
+            return self._load(key.hex(), position, blank)
+
+    def _load(self, name: str, position: int, blank: Snapshot) -> Snapshot:
         try:
             record, snapshot = read(self._path(name), self._fingerprint, blank)
             if (record, snapshot.checkpoint.position) != (name, position):
@@ -220,6 +225,10 @@ class PrefixFolder:
 
     def store(self, key: bytes, snapshot: Snapshot) -> None:
         """Does nothing when there can be no room. SavedSequenceError when the system does not let us."""
+        with self._lock:
+            self._store(key, snapshot)
+
+    def _store(self, key: bytes, snapshot: Snapshot) -> None:
         name, size = key.hex(), snapshot.num_bytes + 4096
         if name not in self._sizes and size <= self._max_bytes:
             self._make_room(size)
@@ -228,13 +237,14 @@ class PrefixFolder:
 
     def store_all(self, prefixes: PrefixIndex) -> None:
         """Stores what the index still has, the most valuable first, as far as there is room; what cannot be written is left out."""
-        for entry in prefixes.entries:
-            try:
-                if entry.key not in self and prefixes.num_bytes(entry) + 4096 < self._max_bytes - sum(self._sizes.values()):
-                    self.store(entry.key, prefixes.snapshot(entry))
-            except SavedSequenceError as error:
-                logger.warning("checkpoints are forgotten: %s", error)
-                return
+        with self._lock:
+            for entry in prefixes.entries:
+                try:
+                    if entry.key not in self and prefixes.num_bytes(entry) + 4096 < self._max_bytes - sum(self._sizes.values()):
+                        self._store(entry.key, prefixes.snapshot(entry))
+                except SavedSequenceError as error:
+                    logger.warning("checkpoints are forgotten: %s", error)
+                    return
 
     def _make_room(self, size: int) -> None:
         while self._sizes and sum(self._sizes.values()) + size > self._max_bytes:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import struct
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from forerun.core.protocol import chunk_ends
 from forerun.core.vocabulary import Lease
 from forerun.kernels.model.memory import HiddenRows, MemoryParams, ModelMemory, SequencePool, alone
 from forerun.kernels.model.pages import PAGE, Arena, KeyValues
-from forerun.kernels.model.prefix import Snapshot
+from forerun.kernels.model.prefix import Snapshot, keys
 from forerun.kernels.model.recurrent import STORES, StoreName
 from forerun.kernels.model.sizes import MIB, PUBLISHED, memory_sizes, table
 from forerun.kernels.model.weights import ModelWeights
@@ -225,6 +228,30 @@ def test_a_log_of_64_rows_of_the_27b_stays_small() -> None:
 
 def test_the_readmes_sizes_are_these() -> None:
     assert table() in (Path(__file__).parents[2] / "README.md").read_text(), "run: python -m forerun.kernels.model.sizes"
+
+
+def test_a_salt_that_spells_tokens_finds_nobodys_prefix() -> None:
+    theirs = (*range(17), 64, *range(18, 80))
+    salt = struct.pack("<18q", 19, *theirs[:17]).decode()
+    mine = (theirs[18], 64, *theirs[19:64], 80, *theirs[64:])
+    assert not {key for _, key in keys(theirs, (19, 64, 80), "")} & {key for _, key in keys(mine, (64,), salt)}
+
+
+def test_a_new_life_does_not_need_room_for_two() -> None:
+    class Narrow(FakeMaker):
+        def arena(self, num_pages: int) -> Arena:
+            gc.collect()
+            assert sum(arena.num_pages for arena in alive) + num_pages <= 5, "there is no room"
+            arena = super().arena(num_pages)
+            alive.add(arena)
+            return arena
+
+    alive: weakref.WeakSet[Arena] = weakref.WeakSet()
+    pool = SequencePool(Narrow(), MemoryParams(2, 5, 0, "log"))
+    assert pool.lease("x", Encoded((1, 2)), (), 100, 1) is not None
+    pool.release_all()
+    assert (pool.num_used, pool.num_pages_free) == (0, 5)
+    pool.reset()
 
 
 def test_hidden_rows_are_read_by_position_or_refused() -> None:

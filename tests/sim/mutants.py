@@ -36,7 +36,7 @@ MUTANTS = [
     Mutant("pre-emption", "revoked memory is another's before its owner lets go", "kernels/model/memory.py",
            "        self._revoked.add(lease)\n", "        self.release(lease)\n"),
     Mutant("cancellation", "a drafter is not told to forget", "actors/drafting.py",
-           "await drafter.mailbox.ask(Forget(flow, lease))", "pass"),
+           "await drafter.mailbox.ask(Forget(flow, lease, is_over))", "pass"),
     Mutant("deadline", "a deadline ends a request without saying so", "actors/engine.py",
            "if anyio.current_time() >= job.scope.deadline:", "if False:"),
     Mutant("stalled reader", "a reader that took a delta does not wake the sequence", "core/outbox.py",

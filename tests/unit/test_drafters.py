@@ -10,12 +10,12 @@ import pytest
 from forerun.actors.lookup import counts
 from forerun.actors.lookup.base import Lookup
 from forerun.actors.lookup.counts import Cached
-from forerun.actors.lookup.family import SuffixFamily
+from forerun.actors.lookup.family import SuffixFamily, family
 from forerun.actors.lookup.fixed import NUM_CONTINUATIONS, MapK, MapK4V, Simple
 from forerun.actors.lookup.mod import Mod, Table
 from forerun.actors.lookup.suffix import Suffix
 from forerun.core.errors import ModelFileError
-from forerun.core.speculation import SUFFIX_MIN_MATCH
+from forerun.core.speculation import DRAFTERS, SUFFIX_MIN_MATCH, DrafterName, SpeculationParams
 
 Twin = Callable[[list[int], Sequence[int], int], list[int]]
 
@@ -176,18 +176,41 @@ def test_the_shared_table_keeps_tenants_apart_and_forgets_what_fails() -> None:
     assert table.num_used <= 16
 
 
-def test_finished_requests_serve_later_ones_of_the_same_tenant_where_that_is_wanted() -> None:
-    family = SuffixFamily(is_shared=True)
-    first = family.make("a")
+def test_finished_requests_serve_later_ones_of_the_same_tenant_where_that_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = SuffixFamily(is_shared=True)
+    first = shared.make("a")
     first.extend([1, 2, 3, 4, 5])
-    family.ended(first, "a")
+    shared.ended(first, "a")
     for salt, expected in (("a", (3, 4, 5)), ("b", ())):
-        later = family.make(salt)
+        later = shared.make(salt)
         later.extend([7, 1])
         assert later.propose((2,), 9)[0] == expected
+    shared.ended(shared.make("c"), "c")
+    monkeypatch.setattr("forerun.actors.lookup.family.MAX_SHARED", 6)
+    shared.ended(shared.make("c"), "c")  # a's six and c's two are too many, and a's the longest unused
+    later = shared.make("a")
+    later.extend([7, 1])
+    assert later.propose((2,), 9)[0] == ()
     alone = SuffixFamily(is_shared=False)
     alone.ended(first, "a")
     assert alone.make("a").propose((2,), 9)[0] == ()
+
+
+@pytest.mark.parametrize("name", [name for name in DRAFTERS if name != "draft-mtp"])
+def test_texts_with_rows_in_place_of_tokens(name: DrafterName, tmp_path: Path) -> None:
+    """They stand for ids below 0, of 63 bits, which a sequence drafts no further than; files are of tokens alone."""
+    params = SpeculationParams((name,), lookup_cache_dynamic=str(tmp_path / "counts"), ngram_suffix_shared=True)
+    kind = family(name, params, 100)
+    for _ in range(2):
+        lookup = kind.make("")
+        for token in [*range(30), -(2**62) - 1, -5, *range(30)]:
+            lookup.propose((token,), 8)
+            lookup.extend([token])
+        found, _ = lookup.propose((30,), 8)
+        assert found[:1] in ((), (-(2**62) - 1,))
+        kind.ended(lookup, "")
+    kind.close()
+    assert name != "ngram-cache" or counts.load(tmp_path / "counts", 30)
 
 
 def test_files_of_counts_come_back_and_weigh(tmp_path: Path) -> None:

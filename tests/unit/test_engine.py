@@ -79,6 +79,8 @@ async def test_text_deltas_make_the_text() -> None:
         ([1], {"temperature": float("nan")}, "temperature"),
         ([1], {"top_k": 1.5}, "top_k"),
         ([1], {"seed": -1}, "seed"),
+        ([1], {"stop_ids": ["x"]}, "stop_ids"),
+        ([1], {"stop_ids": 3}, "stop_ids"),
         ([1], {"cache_salt": 5}, "cache_salt"),
         ([1], {"cache_salt": "x" * 257}, "cache_salt"),
         ([1], {"timeout_seconds": -1.0}, "timeout_seconds"),
@@ -222,6 +224,18 @@ async def test_more_requests_than_slots_wait_their_turn_and_beyond_the_queue_are
             for _ in range(9):
                 group.start_soon(one)
         assert sorted(outcomes) == ["done"] * 5 + ["refused"] * 4
+
+
+async def test_who_is_refused_takes_no_room_in_the_queue(model: str) -> None:
+    async with forerun.open_engine(model, num_slots=1, queue_tokens=20) as engine, anyio.create_task_group() as group:
+        async with engine.generate(prompt(5), max_tokens=200, ignore_eos=True) as first:
+            await anext(first)
+            long, short = engine.generate(prompt(30), max_tokens=2), engine.generate(prompt(15), max_tokens=2)
+            with pytest.raises(forerun.Overloaded, match="0 requests"):
+                await anext(long)
+            group.start_soon(first.aclose)
+            async for _ in short:
+                pass
 
 
 async def test_requests_at_once_share_batches(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
