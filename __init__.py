@@ -11,7 +11,7 @@ from .actors.engine import Engine, EngineStatistics
 from .actors.model import Model, load_model
 from .actors.opening import open_engine
 from .actors.reply import CallArguments, CallBegun, Content, Reasoning, ReplyParser, ReplyPiece
-from .actors.stream import DEFAULT_MAX_TOKENS, Options, Stream
+from .actors.stream import DEFAULT_CHAT_TOKENS, DEFAULT_MAX_TOKENS, Options, Stream
 from .actors.tree import ActorStatistics
 from .core.chat import Chat, Message, ToolCall
 from .core.embeddings import EmbeddingRows
@@ -37,6 +37,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BACKENDS",
+    "DEFAULT_CHAT_TOKENS",
     "DEFAULT_MAX_TOKENS",
     "DRAFTERS",
     "ActorStatistics",

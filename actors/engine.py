@@ -250,7 +250,7 @@ class Engine:
                 if job.saved is not None:
                     request, origin = await self._look_into(job.saved, job.request_id)
                 else:
-                    request = request_of(job, await self._encode(job.request_id, job.prompt), self.model)
+                    request = request_of(job, await self._encode(job.request_id, job.prompt), self.model, self.tree.pool.num_positions)
                 if self._trace.is_on:
                     self._trace.record(Stage(Flow(job.request_id, 0), "encoding", began, self._trace.clock()))
                 writer, progress = Writer(Detokenizer(self.model.vocabulary), request.stop), job.options.get("prefill_progress")

@@ -120,9 +120,10 @@ class LoadedModel:
         return make_head(self.weights, self.backend)
 
 
-def synthetic_model(size: str, *, num_threads: int | None = None) -> LoadedModel:
-    """A model of random weights, NAME:TYPE as in kernels/model/synthetic.py, on the CPU's kernels. InvalidRequest as there."""
-    (config, kind), on = size_of(size), make_backend(None, num_threads)
+def synthetic_model(size: str, *, backend: str | None = None, num_threads: int | None = None) -> LoadedModel:
+    """A model of random weights, NAME:TYPE as in kernels/model/synthetic.py, on a backend as load_model has them. InvalidRequest as
+    there."""
+    (config, kind), on = size_of(size), make_backend(backend, num_threads)
     weights = load_weights(SyntheticCheckpoint(config, kind), config, on)
     return LoadedModel(size, weights, on, None, Defaults(frozenset(), {"temperature": 0.0}))
 

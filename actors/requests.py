@@ -6,6 +6,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from ..core.chat import Chat
 from ..core.embeddings import Encoded
 from ..core.errors import InvalidRequest, SavedSequenceError
 from ..core.vocabulary import Request, SamplingParams, SavedFile
@@ -14,7 +15,7 @@ from ..kernels.model.inputs import violations_of
 from ..kernels.model.prefix import Snapshot
 from .model import Model
 from .sequence import Origin
-from .stream import DEFAULT_MAX_TOKENS, Job, Options
+from .stream import DEFAULT_CHAT_TOKENS, DEFAULT_MAX_TOKENS, Job, Options
 
 
 def stops_of(stop: str | list[str] | None) -> list[str]:
@@ -30,8 +31,8 @@ def sampling_of(options: Options, model: Model) -> SamplingParams:
     return SamplingParams(**chosen)
 
 
-def request_of(job: Job, prompt: Encoded, model: Model) -> Request:
-    """Everything that is to be done for a job. InvalidRequest when the model cannot do it."""
+def request_of(job: Job, prompt: Encoded, model: Model, num_positions: int) -> Request:
+    """Everything that is to be done for a job, where memory has room for so many positions. InvalidRequest when the model cannot do it."""
     max_tokens, context, ids = job.options.get("max_tokens"), model.context, prompt.ids
     room = context - len(ids)
     vocabulary = model.num_token_ids
@@ -48,7 +49,8 @@ def request_of(job: Job, prompt: Encoded, model: Model) -> Request:
         raise InvalidRequest([("stop", "this model has no tokenizer.json, so its answers have no text")])
     stop_ids = (frozenset[int]() if job.options.get("ignore_eos") else model.defaults.stop_ids) | frozenset(more_stop_ids)
     boundary_ids = model.defaults.stop_ids
-    max_tokens = max_tokens or min(room, DEFAULT_MAX_TOKENS)
+    default = DEFAULT_CHAT_TOKENS if isinstance(job.prompt, Chat) else DEFAULT_MAX_TOKENS
+    max_tokens = max_tokens or min(room, default, max(num_positions - len(ids), 1))
     salt = job.options.get("cache_salt") or ""
     num_logprobs = job.options.get("num_logprobs")
     rest = boundary_ids, salt, stops, num_logprobs, prompt.embeddings, prompt.opens_reasoning

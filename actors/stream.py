@@ -16,13 +16,14 @@ from ..core.outbox import Outbox
 from ..core.vocabulary import CheckedPrompt, Delta, Result, SamplingParams, Started
 from .sequence import PrefillProgress, SaveOrder, Sequence
 
-DEFAULT_MAX_TOKENS = 256
+#: Tokens of an answer that nobody has limited: of a text, and of a chat, where thoughts come first.
+DEFAULT_MAX_TOKENS, DEFAULT_CHAT_TOKENS = 256, 4096
 
 
 class Options(TypedDict, total=False):
     """What a request may say. Left out or None: the model's generation_config.json decides, else the value in brackets."""
 
-    max_tokens: int | None  # most tokens to generate [256, or what the context leaves]
+    max_tokens: int | None  # most tokens to generate [256, or 4096 after a chat, or what there is room for]
     temperature: float | None  # [0: greedy]
     top_k: int | None  # keep the k likeliest tokens [0: all]
     top_p: float | None  # keep the likeliest tokens up to this share [1]

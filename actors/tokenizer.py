@@ -79,6 +79,10 @@ class Vocabulary:
             ids += (self._tokenizer if has_specials else self._plain).encode(text, add_special_tokens=False).ids
         return tuple(ids)
 
+    def name(self, token: int) -> str:
+        """What a token is called in the vocabulary; empty beyond it."""
+        return self._tokenizer.id_to_token(token) or ""
+
     def token_bytes(self, token: int) -> bytes:
         """The bytes a token stands for; none for special tokens and ids beyond the vocabulary."""
         if token not in self._bytes:

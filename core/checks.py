@@ -49,6 +49,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "folder_bytes": (0, 2**60),
     "timeout_seconds": (0.0, 1e9),
     "preempt_after_seconds": (0.0, 1e9),
+    "stall_seconds": (0.1, 1e9),
 }
 
 

@@ -47,6 +47,7 @@ class BenchParams:
     draft_lengths: Sequence[int] = ()
     synth_rates: tuple[float, ...] = ()
     size: str | None = None  # random weights, instead of a model
+    backend: str | None = None  # as load_model has it
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +94,9 @@ async def bench(path: str, params: BenchParams) -> list[Figure]:
         raise InvalidRequest(violations)
     if params.size is not None:
         size = params.size
-        model = await anyio.to_thread.run_sync(lambda: synthetic_model(size, num_threads=params.num_threads))
+        model = await anyio.to_thread.run_sync(lambda: synthetic_model(size, backend=params.backend, num_threads=params.num_threads))
     else:
-        model = await anyio.to_thread.run_sync(lambda: load_model(path, num_threads=params.num_threads))
+        model = await anyio.to_thread.run_sync(lambda: load_model(path, backend=params.backend, num_threads=params.num_threads))
     if params.is_beside_llama_cpp and not await anyio.Path(path).is_file():
         raise InvalidRequest([("--vs", "needs a GGUF file, which both can read")])
     if params.draft_lengths and not model.has_mtp:

@@ -58,6 +58,7 @@ def run(args: argparse.Namespace, write: Callable[[str], Any]) -> None:
         spec_types=args.spec_type or ["draft-mtp"],
         text=args.prompt,
         num_threads=args.threads,
+        backend=args.backend,
         is_beside_llama_cpp=args.vs is not None,
         parallel=args.parallel,
         draft_lengths=lengths,

@@ -14,7 +14,7 @@ from typing import Any
 
 import anyio
 
-from .. import ForerunError, InvalidRequest, Prompt, Result
+from .. import ForerunError, InvalidRequest, Prompt, Result, __version__
 from . import bench_command, chat, client_command, flags, serve
 from .convert import OUT_TYPES, convert, info
 from .evaluation import command as evaluation
@@ -23,6 +23,7 @@ from .tracing import command as tracing
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="forerun", description="Fast, exact, observable inference of hybrid language models.")
+    parser.add_argument("--version", action="version", version=f"forerun {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     generate = commands.add_parser("generate", help="continue a prompt", allow_abbrev=False)
     prompt = generate.add_mutually_exclusive_group(required=True)

@@ -38,20 +38,24 @@ def add_parsers(commands: Any) -> None:
 
 
 def add_connection(parser: argparse.ArgumentParser) -> None:
-    """Where a server is, and how it knows us."""
-    flags.option(parser, "-a", "--address", default="127.0.0.1:50051", help="host:port or unix:PATH (default: 127.0.0.1:50051)")
-    flags.option(parser, "--api-key", help="bearer token")
-    flags.option(parser, "--ssl-ca-file", type=Path, help="PEM file of who vouches for the server: speaks TLS")
-    flags.option(parser, "--ssl-cert-file", type=Path, help="PEM file of the client's certificate")
-    flags.option(parser, "--ssl-key-file", type=Path, help="PEM file of its key")
+    """Where a server is, and how it knows us. Servers have flags of these names too, so the environment twins are others."""
+
+    def option(*names: str, help: str, **kwargs: Any) -> None:
+        flags.option(parser, *names, help=help, prefix="FORERUN_CLIENT_", **kwargs)
+
+    option("-a", "--address", default="127.0.0.1:50051", help="host:port or unix:PATH (default: 127.0.0.1:50051)")
+    option("--api-key", help="bearer token")
+    parser.add_argument("--tls", action="store_true", help="speak TLS with a server that a public authority vouches for")
+    option("--ssl-ca-file", type=Path, help="speak TLS; PEM file of who vouches for the server")
+    option("--ssl-cert-file", type=Path, help="PEM file of the client's certificate")
+    option("--ssl-key-file", type=Path, help="PEM file of its key")
 
 
 def connect(args: argparse.Namespace) -> Client:
     from forerun.client import Client
 
-    return Client(
-        args.address, token=args.api_key, ca_file=args.ssl_ca_file, certificate_file=args.ssl_cert_file, key_file=args.ssl_key_file
-    )
+    files = {"ca_file": args.ssl_ca_file, "certificate_file": args.ssl_cert_file, "key_file": args.ssl_key_file}
+    return Client(args.address, token=args.api_key, tls=args.tls, **files)
 
 
 async def ask(args: argparse.Namespace, write: Write, to_json: Callable[[Any], Any]) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, cast
 
-from .. import BACKENDS, DEFAULT_MAX_TOKENS, DRAFTERS, Engine, SpeculationParams, open_engine
+from .. import BACKENDS, DEFAULT_CHAT_TOKENS, DEFAULT_MAX_TOKENS, DRAFTERS, Engine, SpeculationParams, open_engine
 
 #: wrong or old flag -> what to use
 RENAMED = {
@@ -68,10 +68,10 @@ def _bias(text: str) -> tuple[int, float]:
         raise argparse.ArgumentTypeError(f"expected a token id and a bias, as 15043+1 or 15043-1, got {text!r}") from None
 
 
-def option(parser: argparse.ArgumentParser, *names: str, help: str, **kwargs: Any) -> None:
+def option(parser: argparse.ArgumentParser, *names: str, help: str, prefix: str = "FORERUN_", **kwargs: Any) -> None:
     """An option whose default comes from its environment twin when that is set."""
-    twin = "FORERUN_" + names[-1].lstrip("-").upper().replace("-", "_")
-    if twin in os.environ:
+    twin = prefix + names[-1].lstrip("-").upper().replace("-", "_")
+    if twin in os.environ and not re.match("tcp://", os.environ[twin]):  # what Kubernetes tells of a service called forerun
         kwargs["default"] = os.environ[twin]  # argparse converts and checks text defaults as it does arguments
     parser.add_argument(*names, help=f"{help} [{twin}]", **kwargs)
 
@@ -109,14 +109,16 @@ class Bar:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """What is run, and on what."""
-    option(parser, "-m", "--model", default="demo", help="demo, a GGUF file, a Hugging Face folder or ORG/REPO[:QUANT] (default: demo)")
+    what = "demo, a GGUF file, a Hugging Face folder or ORG/REPO[:QUANT][@REVISION] (default: demo)"
+    option(parser, "-m", "-hf", "--hf-repo", "--model", dest="model", default="demo", help=what)
     option(parser, "-t", "--threads", type=int, help="threads that compute (default: the physical cores)")
     option(parser, "--backend", help=f"{' or '.join(BACKENDS)} (default: cpu, or reference where C kernels could not be compiled)")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """How tokens are chosen, and when an answer ends."""
-    option(parser, "-n", "--predict", type=int, help=f"most tokens to generate (default: {DEFAULT_MAX_TOKENS}, or what the context leaves)")
+    most = f"{DEFAULT_MAX_TOKENS}, in chats {DEFAULT_CHAT_TOKENS}, or what there is room for"
+    option(parser, "-n", "--predict", type=int, help=f"most tokens to generate (default: {most})")
     option(parser, "--temp", type=float, help="temperature; 0 is greedy (default: the model's, else 0)")
     option(parser, "--top-k", type=int, help="keep the k likeliest tokens; 0 keeps all")
     option(parser, "--top-p", type=float, help="keep the likeliest tokens up to this share")
@@ -170,7 +172,7 @@ def engine(args: argparse.Namespace, **more: Any) -> AbstractAsyncContextManager
     """The engine of `add_model` and `add_speculation`, with a bar while it is loaded."""
     return open_engine(
         args.model,
-        spec_type=args.spec_type,
+        spec_type=None if args.spec_default else args.spec_type,
         **{name: getattr(args, _flag(name).lstrip("-").replace("-", "_")) for name in SPECULATION_FLAGS},
         ngram_suffix_shared=args.spec_ngram_suffix_shared,
         backend=args.backend,

@@ -15,6 +15,7 @@ from . import flags
 def add_parser(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser("serve", help="serve a model over gRPC", allow_abbrev=False)
     flags.add_model(parser)
+    flags.option(parser, "-a", "--alias", help="name of the model for those who ask (default: what --model says)")
     flags.option(parser, "--host", default="127.0.0.1", help="address to listen on, or unix:PATH (default: 127.0.0.1)")
     flags.option(parser, "--port", type=int, default=50051, help="port to listen on, 0 for any (default: 50051)")
     flags.option(parser, "--http", type=int, help="port of an OpenAI-compatible HTTP gateway as well (default: none)")
@@ -26,7 +27,7 @@ def add_parser(commands: Any) -> None:
     flags.option(parser, "--ssl-client-ca-file", type=Path, help="PEM file: clients need a certificate of this authority")
     parser.add_argument("--insecure", action="store_true", help="let other machines in without TLS or token")
     flags.option(parser, "-np", "--parallel", type=int, default=8, help="requests that run at once (default: 8)")
-    flags.option(parser, "-c", "--ctx-size", type=int, help="positions that all of them have together (default: 8192 each, or the context)")
+    flags.option(parser, "-c", "--ctx-size", type=int, help="positions that all have together (default, and 0: 8192 each, or the context)")
     flags.option(parser, "--queue-size", type=int, default=256, help="requests that may wait for memory (default: 256)")
     flags.option(parser, "--queue-tokens", type=int, default=4_000_000, help="tokens their prompts may have together (default: 4000000)")
     flags.option(parser, "--stall-timeout", type=float, default=30.0, help="seconds after which who does not read is dropped (default: 30)")
@@ -63,12 +64,14 @@ def run(args: argparse.Namespace) -> None:
         raise InvalidRequest([("--max-message-mib", "must be between 1 and 1024")])
     limits = args.stall_timeout, args.max_message_mib * 2**20
     params = ServerParams(args.host, args.port, _tokens(args), args.admin_key, tls, args.insecure, *limits, args.chat_template_kwargs)
-    num_pages = None if args.ctx_size is None else max(1, -(-args.ctx_size // PAGE))
+    if args.ctx_size is not None and args.ctx_size < 0:
+        raise InvalidRequest([("--ctx-size", "must not be below 0")])
+    num_pages = -(-args.ctx_size // PAGE) if args.ctx_size else None
     run_server(
         lambda: flags.engine(
             args, num_slots=args.parallel, num_pages=num_pages, queue_size=args.queue_size, queue_tokens=args.queue_tokens
         ),
-        args.model,
+        args.alias or args.model,
         params,
         event_loop=args.event_loop,
         state_folder=args.state_folder,

@@ -84,6 +84,11 @@ class Gateway:
     def __init__(self, served: Served, params: ServerParams, port: int, metrics: Callable[[], bytes] | None) -> None:
         self._served, self._params, self._metrics = served, params, metrics
         host = params.host if not params.host.startswith("unix:") else "127.0.0.1"
+        if host != params.host and not params.tokens and not params.is_insecure:
+            problem = f"{host} can be reached by everybody on this machine, {params.host} need not: give an API key, or say --insecure"
+            raise InvalidRequest([("http", problem)])
+        if not 0 <= port <= 65535:
+            raise InvalidRequest([("http", f"must be between 0 and 65535, got {port}")])
         self._checks_host = is_local(host) and not params.tokens
         app = Starlette(
             routes=[
@@ -93,25 +98,24 @@ class Gateway:
                 Route("/v1/models/{name:path}", self._guarded(self._model)),
                 Route("/metrics", self._guarded(self._show_metrics)),
                 Route("/health", self._health),
-            ]
+            ],
+            exception_handlers={404: _no_route, 405: _no_route},
         )
-        tls: dict[str, Any] = {}
-        if params.tls is not None:
-            tls = {"ssl_certfile": params.tls.certificate, "ssl_keyfile": params.tls.key}
-            if params.tls.client_ca is not None:
-                tls |= {"ssl_ca_certs": str(params.tls.client_ca), "ssl_cert_reqs": ssl.CERT_REQUIRED}
         config = uvicorn.Config(
             app, host, port, log_config=None, access_log=False, lifespan="off", server_header=False, limit_concurrency=MAX_CALLS,
-            timeout_graceful_shutdown=round(GRACE_SECONDS), **tls,
+            timeout_graceful_shutdown=round(GRACE_SECONDS),
         )  # fmt: skip
-        try:
-            config.load()
-        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-            raise InvalidRequest([("tls", f"the files cannot be used: {error}")]) from error
+        config.load()
+        if params.tls is not None:
+            try:
+                self._tls = config.ssl = context_of(params.tls)
+            except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+                raise InvalidRequest([("tls", f"the files cannot be used: {error}")]) from error
+            config.ssl.sni_callback = self._renew  # called with every handshake, whether a name was sent or not
         logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # what is to be said is said here; it tells of calls that it cancels itself
         self._server = _Uvicorn(config)
         self._tasks: list[asyncio.Task[None]] = []
-        self.address = f"{'https' if tls else 'http'}://{host}:{port}"
+        self.address = f"{'https' if params.tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
     async def start(self) -> None:
         """Listens. InvalidRequest when the address cannot be had."""
@@ -122,19 +126,20 @@ class Gateway:
         self.address = f"{self.address.rpartition(':')[0]}:{sockets[0].getsockname()[1]}"
         self._tasks = [asyncio.create_task(self._server.serve(sockets))]
         if self._params.tls is not None:
-            self._tasks.append(asyncio.create_task(self._reload(self._params.tls, self._server.config.ssl)))
+            self._tasks.append(asyncio.create_task(self._reload(self._params.tls)))
 
-    async def _reload(self, tls: Tls, context: ssl.SSLContext | None) -> None:
+    def _renew(self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+        connection.context = self._tls
+
+    async def _reload(self, tls: Tls) -> None:
         """Looks for files that have changed: unlike gRPC, nothing asks at a handshake."""
-        assert context is not None
         before = tls.read()
         while True:
             await asyncio.sleep(RELOAD_SECONDS)
             try:
                 found = await anyio.to_thread.run_sync(tls.read)
                 if found != before:
-                    context.load_cert_chain(tls.certificate, tls.key)
-                    before = found
+                    self._tls, before = context_of(tls), found
             except (ForerunError, OSError) as error:
                 logger.warning("the TLS files are not read again: %s", error)
 
@@ -155,7 +160,8 @@ class Gateway:
         async def guarded(request: Request) -> Response:
             response = await self._let_in(request, answer)
             name = request.headers.get("x-request-id", "")
-            response.headers["x-request-id"] = name if not check_request_id(name) else self._served.new_id()
+            own: str | None = getattr(request.state, "request_id", None)
+            response.headers["x-request-id"] = name if not check_request_id(name) else own or self._served.new_id()
             return response
 
         return guarded
@@ -163,7 +169,9 @@ class Gateway:
     async def _let_in(self, request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
         tokens = self._params.tokens
         if tokens and not bears_one_of(request.headers.get("authorization", ""), tokens):
-            return _error(401, "invalid_request_error", "a bearer token is needed", "invalid_api_key")
+            refused = _error(401, "invalid_request_error", "a bearer token is needed", "invalid_api_key")
+            refused.headers["www-authenticate"] = "Bearer"
+            return refused
         # A page in a browser of this machine is somebody else: it cannot send JSON without asking, nor choose this Host.
         if self._checks_host and not is_local(_host(request)):
             return _error(403, "invalid_request_error", "the Host header names another machine", "forbidden")
@@ -203,7 +211,7 @@ class Gateway:
         return Response(self._metrics(), media_type="text/plain; version=0.0.4")
 
     async def _complete(self, request: Request, is_chat: bool) -> Response:
-        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             return _error(415, "invalid_request_error", "the Content-Type must be application/json", "unsupported_media_type")
         raw = bytearray()
         try:
@@ -220,7 +228,7 @@ class Gateway:
             raise InvalidRequest([("body", "must be JSON")]) from None
         wanted = asked(body, is_chat)
         engine, request_id = self._served.begin(), self._served.new_id()
-        wanted.options["request_id"] = request_id
+        wanted.options["request_id"] = request.state.request_id = request_id
         words = Words(wanted, request_id, self._served.model_name, engine.model.vocabulary)
         reader = HttpReader(self._served, request.headers, self._params.stall_seconds)
 
@@ -228,7 +236,7 @@ class Gateway:
             try:
                 stream = engine.generate(self._served.told(wanted.prompt), **wanted.options)
             except InvalidRequest as error:
-                raise with_names(error) from None
+                raise with_names(error, wanted) from None
             await self._served.relay(stream, reader)
 
         pieces = self._pieces(reader, work)
@@ -331,8 +339,24 @@ def _event(value: dict[str, Any]) -> str:
 def _said(status: Status, error: ForerunError | None = None) -> tuple[str, str, str | None, str]:
     """Type, message, param and code of OpenAI's error object."""
     _, kind = HTTP.get(status.code.name, (500, "server_error"))
-    param = error.violations[0][0] if isinstance(error, InvalidRequest) else None
-    return kind, status.message, param, status.reason.lower()
+    if not isinstance(error, InvalidRequest):
+        return kind, status.message, None, status.reason.lower()
+    return kind, "; ".join(f"{field} {problem}" for field, problem in status.violations), error.violations[0][0], status.reason.lower()
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    number: int = getattr(error, "status_code", 404)
+    return _error(number, "invalid_request_error", f"there is no {request.method} {request.url.path}", "not_found")
+
+
+def context_of(tls: Tls) -> ssl.SSLContext:
+    """OSError, ValueError when the files cannot be used."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tls.certificate, tls.key)
+    if tls.client_ca is not None:
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(tls.client_ca)
+    return context
 
 
 def _error_body(kind: str, message: str, param: str | None, code: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, cast
 
 from ...core.chat import MAX_MESSAGES, Chat, Message
@@ -24,13 +25,17 @@ IGNORED = ("model", "user", "metadata", "store", "service_tier", "safety_identif
 #: fields that are refused unless they have one of these values, since another would not be heeded
 ONLY: dict[str, tuple[Any, ...]] = {
     "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "tool_choice": ("none", "auto"), "functions": ([],),
-    "function_call": ("none", "auto"), "response_format": ({"type": "text"},), "modalities": (["text"],),
+    "function_call": ("none", "auto"), "skip_special_tokens": (True,),
+    "cache_prompt": (True,), "min_tokens": (0,), "response_format": ({"type": "text"},), "modalities": (["text"],),
 }  # fmt: skip
 #: fields of a chat only
-CHAT = ("messages", "max_completion_tokens", "top_logprobs", "tools", "parallel_tool_calls", "chat_template_kwargs")
+CHAT = ("messages", "max_completion_tokens", "top_logprobs", "tools", "parallel_tool_calls", "chat_template_kwargs", "reasoning_effort")
 #: fields of a message that are told the chat template, if they are there
 MESSAGE = ("reasoning_content", "tool_calls", "tool_call_id", "name")
-REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.CANCELLED: "stop"}
+#: vLLM's word for what the Abort method ended
+REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.CANCELLED: "abort"}
+#: fields that may be -1, for what is so unless it is said
+UNLIMITED = ("max_tokens", "max_completion_tokens", "top_k", "seed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +47,16 @@ class Asked:
     is_chat: bool
     is_streamed: bool
     wants_usage: bool
+    names: Mapping[str, str]  # what our checks call a field -> the field
 
 
 def asked(body: object, is_chat: bool) -> Asked:
     """InvalidRequest lists everything that is wrong with the form of a request; the engine checks values."""
     if not isinstance(body, dict):
         raise InvalidRequest([("body", "must be a JSON object")])
-    fields = {name: value for name, value in cast("dict[str, Any]", body).items() if value is not None}
+    fields = {
+        name: value for name, value in cast("dict[str, Any]", body).items() if value is not None and not (name in UNLIMITED and value == -1)
+    }
     options: dict[str, Any] = {name: fields[name] for name in SAME if name in fields}
     own = CHAT if is_chat else ("prompt",)
     known = {*SAME, *IGNORED, *own, "max_tokens", "logprobs", "logit_bias", "stop_token_ids"}
@@ -57,6 +65,9 @@ def asked(body: object, is_chat: bool) -> Asked:
         for name in fields.keys() - known
         if fields[name] not in ONLY.get(name, ())
     ]
+    names = {"stop_ids": "stop_token_ids", "prompt": "messages" if is_chat else "prompt", "template_kwargs": "chat_template_kwargs"}
+    names |= {"num_logprobs": "top_logprobs" if is_chat else "logprobs"}
+    names |= {"max_tokens": "max_completion_tokens"} if "max_completion_tokens" in fields else {}
     options["max_tokens"] = fields.get("max_completion_tokens", fields.get("max_tokens"))
     options["stop_ids"] = _integers(fields, "stop_token_ids", violations)
     bias = fields.get("logit_bias", {})
@@ -72,7 +83,10 @@ def asked(body: object, is_chat: bool) -> Asked:
     if is_chat:
         options["num_logprobs"] = fields.get("top_logprobs", 0) if fields.get("logprobs") else None
         tools: Any = fields.get("tools", []) if fields.get("tool_choice") != "none" else []
-        prompt = Chat(_messages(fields.get("messages"), violations), tools, fields.get("chat_template_kwargs", {}))
+        told: Any = fields.get("chat_template_kwargs", {})
+        if "reasoning_effort" in fields and isinstance(told, dict):  # templates that know it heed it
+            told = {"reasoning_effort": fields["reasoning_effort"], **cast("dict[str, Any]", told)}
+        prompt = Chat(_messages(fields.get("messages"), violations), tools, told)
         if tools and fields.get("parallel_tool_calls") is False and isinstance(stop, str | list):
             options["stop"] = [*stops_of(cast("str | list[str]", stop)), END_CALL]
     else:
@@ -85,15 +99,15 @@ def asked(body: object, is_chat: bool) -> Asked:
     if violations:
         raise InvalidRequest(sorted(violations))
     wants_usage = cast("dict[str, Any]", streaming).get("include_usage") is True
-    return Asked(prompt, cast(Options, options), is_chat, bool(fields.get("stream")), wants_usage)
+    return Asked(prompt, cast(Options, options), is_chat, bool(fields.get("stream")), wants_usage, names)
 
 
-def with_names(error: InvalidRequest) -> InvalidRequest:
+def with_names(error: InvalidRequest, asked: Asked) -> InvalidRequest:
     """The same violations, by the names that fields have here."""
     violations: list[tuple[str, str]] = []
     for field, why in error.violations:
-        field = re.sub(r"^prompt\[", "messages[", field)
-        violations.append((re.sub(r"^template_kwargs", "chat_template_kwargs", field), why))
+        name = re.split(r"\W", field, maxsplit=1)[0]
+        violations.append((asked.names.get(name, name) + field[len(name) :], why))
     return InvalidRequest(violations)
 
 
@@ -139,8 +153,13 @@ def _text_part(part: Any) -> str | None:
 
 def _prompt(given: object, violations: list[tuple[str, str]]) -> Prompt:
     if isinstance(given, list):
-        parts = cast("list[Any]", given)
-        return cast(Prompt, parts[0]) if len(parts) == 1 and isinstance(parts[0], str | list) else parts
+        several = cast("list[Any]", given)
+        if not any(isinstance(each, str | list) for each in several):
+            return several
+        if len(several) == 1:
+            return cast(Prompt, several[0])
+        violations.append(("prompt", "must be one; ask for several in calls of their own"))
+        return []
     if not isinstance(given, str):
         violations.append(("prompt", "must be one text, or one list of token ids"))
         return []
@@ -156,6 +175,7 @@ class Words:
         self._head = {"id": ("chatcmpl-" if asked.is_chat else "cmpl-") + request_id, "created": int(time.time()), "model": model_name}
         self._whole, self._chunk = {**self._head, "object": kind}, {**self._head, "object": kind + (".chunk" if asked.is_chat else "")}
         self._reply = ReplyParser()
+        self._num_characters = 0  # of tokens that were named
         self._untold: list[tuple[int, TokenLogprob]] = []  # tokens whose text is held back, or was nobody's
 
     def started(self, started: Started) -> None:
@@ -248,16 +268,26 @@ class Words:
                 for token, each in zip(tokens, logprobs, strict=True)
             ]
             return {"content": content, "refusal": None}
-        return {
-            "tokens": [self._text(token) for token in tokens],
-            "token_logprobs": [each.logprob for each in logprobs],
-            "top_logprobs": [{self._text(token): value for token, value in each.top} for each in logprobs],
-            "text_offset": [],
-        }
+        names = [self._text(token) for token in tokens]
+        offsets = list(accumulate(map(len, names), initial=self._num_characters))
+        self._num_characters = offsets.pop()
+        # Of tokens with one name the likeliest counts; the chosen one is always there.
+        tops = [
+            {self._text(other): value for other, value in (*reversed(each.top), (token, each.logprob))}
+            for token, each in zip(tokens, logprobs, strict=True)
+        ]
+        return {"tokens": names, "token_logprobs": [each.logprob for each in logprobs], "top_logprobs": tops, "text_offset": offsets}
 
     def _named(self, token: int, logprob: float) -> dict[str, Any]:
         raw = self._vocabulary.token_bytes(token) if self._vocabulary is not None else b""
         return {"token": self._text(token), "logprob": logprob, "bytes": list(raw)}
 
     def _text(self, token: int) -> str:
-        return self._vocabulary.token_bytes(token).decode(errors="replace") if self._vocabulary is not None else str(token)
+        """The text of a token, or where it has none of its own, its name."""
+        if self._vocabulary is None:
+            return str(token)
+        raw = self._vocabulary.token_bytes(token)
+        try:
+            return raw.decode() or self._vocabulary.name(token)
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)

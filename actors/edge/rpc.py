@@ -148,5 +148,6 @@ class Gate(grpc.aio.ServerInterceptor):
 
 def bears_one_of(authorization: str, tokens: Sequence[str]) -> bool:
     """Whether that header has one of the tokens; in a time that says nothing about them."""
-    given = authorization.encode(errors="replace")
-    return sum(hmac.compare_digest(given, f"Bearer {token}".encode()) for token in tokens) > 0
+    scheme, _, given = authorization.partition(" ")
+    raw = given.encode(errors="replace")
+    return scheme.lower() == "bearer" and sum(hmac.compare_digest(raw, token.encode()) for token in tokens) > 0

@@ -40,6 +40,8 @@ def run_server(
     when the address cannot be had; EngineDead when the engine fails beyond repair; and what `open_engine` raises."""
     if event_loop not in EVENT_LOOPS:
         raise InvalidRequest([("event_loop", f"must be one of {', '.join(EVENT_LOOPS)}")])
+    if state_folder is not None and not state_folder.is_dir():
+        raise InvalidRequest([("state_folder", f"{state_folder} is no folder")])
     home = AsyncioHome() if event_loop == "asyncio" else TrioHome()
     served = Served(home, model_name, state_folder, params.template_kwargs)
     if is_traced:
@@ -96,13 +98,14 @@ async def _serve(
     async with home:
         server = GrpcServer(served, params)
         gateway = _gateway(served, params, http_port) if http_port is not None else None
-        await server.start()
-        announce(f"listening on {server.address}")
-        if gateway is not None:
-            await gateway.start()
-            announce(f"listening on {gateway.address}")
-        life = asyncio.create_task(home.enter(live))
+        life: asyncio.Task[None] | None = None
         try:
+            await server.start()
+            announce(f"listening on {server.address}")
+            if gateway is not None:
+                await gateway.start()
+                announce(f"listening on {gateway.address}")
+            life = asyncio.create_task(home.enter(live))
             await _first(life, loaded.wait(), drain.wait())
             if loaded.is_set() and not drain.is_set():
                 await server.is_serving(True)
@@ -115,12 +118,14 @@ async def _serve(
                 await _first(life, home.enter(served.engine.drain), stop.wait())
             await server.stop(0 if stop.is_set() or life.done() else GRACE_SECONDS)
         finally:
-            life.cancel()
+            if life is not None:
+                life.cancel()
             await server.stop(0)
             if gateway is not None:
                 await gateway.stop(stop)
-            with suppress(asyncio.CancelledError):
-                await life
+            if life is not None:
+                with suppress(asyncio.CancelledError):
+                    await life
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
 

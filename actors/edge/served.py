@@ -91,6 +91,11 @@ class Served:
             raise EngineClosed("the server is draining")
         return self.engine
 
+    @property
+    def is_drained(self) -> bool:
+        """Nothing runs, nor will."""
+        return self.is_draining and not self._running
+
     def refuse(self) -> None:
         """Nothing new begins from now on."""
         if not self.is_draining:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,11 +14,14 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # pyright: ignore[reportMissingTypeStubs]
 from grpc_reflection.v1alpha import reflection  # pyright: ignore[reportMissingTypeStubs]
 
+from ...core.channel import RETRY_AFTER_SECONDS
 from ...core.chat import Chat, Message, check_chat
-from ...core.errors import InvalidRequest
-from .rpc import Gate, Service, handlers
+from ...core.checks import check_ranges
+from ...core.errors import InvalidRequest, Overloaded
+from .rpc import Gate, Service, abort, handlers
 from .served import Served
 from .services import AdminService, GenerationService, ModelService, TraceService
+from .statuses import status_of
 
 logger = logging.getLogger("forerun")
 
@@ -27,6 +30,8 @@ DEFAULT_PORT = 50051
 MESSAGE_BYTES = 4 * 2**20
 #: Calls at once.
 MAX_CALLS = 4096
+#: Of them, those that watch the server's health.
+MAX_HEALTH_WATCHERS = 64
 #: Seconds that streams may take to send what the engine has finished already, once it is to stop.
 GRACE_SECONDS = 5.0
 #: Seconds a stream may wait for its reader.
@@ -82,6 +87,9 @@ class ServerParams:
         violations: list[tuple[str, str]] = []
         if not 0 <= self.port <= 65535:
             violations.append(("port", f"must be between 0 and 65535, got {self.port}"))
+        violations += check_ranges({"stall_seconds": self.stall_seconds})
+        if self.admin_token == "":
+            violations.append(("admin_key", "was given, but there is no key in it"))
         if any(
             not token or not token.isascii() or not token.isprintable() or " " in token for token in (*self.tokens, self.admin_token or "x")
         ):
@@ -113,6 +121,23 @@ def is_local(host: str) -> bool:
         return False
 
 
+def at_most(most: int, watch: Callable[[Any, Any], Awaitable[None]]) -> Callable[[Any, Any], Awaitable[None]]:
+    """A stream's handler for so many at once: who needs no token must not keep those who have one out."""
+    num_watchers = 0
+
+    async def watched(request: Any, context: Any) -> None:
+        nonlocal num_watchers
+        if num_watchers == most:
+            await abort(context, status_of(Overloaded(f"{most} watch already", RETRY_AFTER_SECONDS)))
+        num_watchers += 1
+        try:
+            await watch(request, context)
+        finally:
+            num_watchers -= 1
+
+    return watched
+
+
 class GrpcServer:
     """Made and used in asyncio."""
 
@@ -128,6 +153,7 @@ class GrpcServer:
         self._server.add_generic_rpc_handlers(tuple(handlers(service, served, params.stall_seconds) for service in services))
         self._names = [service.descriptor.full_name for service in services]
         self._health = cast(Any, health).aio.HealthServicer()
+        self._health.Watch = at_most(MAX_HEALTH_WATCHERS, self._health.Watch)
         cast(Any, health_pb2_grpc).add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection([*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
         try:

@@ -14,15 +14,18 @@ from forerun.v1 import admin_service_pb2, generation_service_pb2, model_service_
 
 from ...core.channel import RETRY_AFTER_SECONDS
 from ...core.errors import InvalidRequest, Overloaded, SavedSequenceError
-from ...core.trace import Span, is_about
+from ...core.trace import Event, Span, is_about
 from ...core.vocabulary import Delta, Result, Started
 from . import wire
 from .served import Served
+from .statuses import NoState
 
 #: Calls of Watch at once: each costs the engine's loop something for every event.
 MAX_WATCHERS = 16
 #: Seconds events are gathered for before they are sent: many small messages cost more than few.
 WATCH_SECONDS = 0.05
+#: How often it is looked whether a draining server has nothing left to watch.
+DRAIN_LOOK_SECONDS = 0.5
 STATE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
 
 
@@ -168,7 +171,12 @@ class TraceService:
         self._num_watchers += 1
         try:
             with self._served.engine.trace() as events:
-                while taken := await events.take():
+                while not self._served.is_drained:
+                    taken: list[Event] = []
+                    with anyio.move_on_after(DRAIN_LOOK_SECONDS):
+                        taken = await events.take()
+                        if not taken:
+                            break
                     wanted = [wire.event_message(event) for event in taken if is_about(event, actors, request.request_id)]
                     if wanted:
                         await call.write(trace_service_pb2.WatchResponse(events=wanted, num_missed=events.num_missed))
@@ -197,6 +205,8 @@ class AdminService:
 
     async def load_state(self, request: admin_service_pb2.LoadStateRequest, call: Call) -> None:
         path = self._path(request.name)
+        if not await anyio.Path(path).exists():
+            raise NoState(f"there is no state {request.name}")
         stream = self._served.begin().restore(path, timeout_seconds=call.time_left, request_id=self._served.new_id())
         await self._served.relay(stream, Answer(call, self._served.model_name, admin_service_pb2.LoadStateResponse))
 

@@ -36,6 +36,10 @@ class NotFound(ForerunError):
     status = "NOT_FOUND"
 
 
+class NoState(NotFound):
+    """Nothing was saved under a name."""
+
+
 class Stalled(ForerunError):
     """The reader has not read for too long."""
 
@@ -66,6 +70,7 @@ TEXTS: dict[type[ForerunError], tuple[str, str]] = {
     ModelFileError: ("MODEL_FILE", "a file is not as expected"),
     SavedSequenceError: ("SAVED_STATE", "the state could not be saved, or is damaged or another model's"),
     NotFound: ("NOT_FOUND", "there is no such request"),
+    NoState: ("NO_STATE", "nothing was saved under this name"),
     Left: ("LEFT", "the call was cancelled"),
     Stalled: ("READER_STALLED", "the stream was not read for too long"),
     Starting: ("LOADING", "the model is being loaded"),

@@ -244,6 +244,11 @@ class SequencePool:
         """Lease number -> who has it."""
         return {lease: owner for lease, (owner, _) in self._leases.items()}
 
+    @property
+    def num_positions(self) -> int:
+        """That one lease can have."""
+        return PAGE * self.num_pages - 1
+
     def can_ever_lease(self, capacity: int) -> bool:
         """Whether a lease of `capacity` positions fits into empty memory."""
         return num_pages(capacity, 1) <= self._params.num_pages

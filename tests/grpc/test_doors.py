@@ -21,7 +21,7 @@ import grpc
 import grpc.aio
 import pytest
 import trustme
-from forerun.actors.edge.server import ServerParams, is_local
+from forerun.actors.edge.server import MAX_HEALTH_WATCHERS, ServerParams, is_local
 from forerun.client import Client, ServerError
 from forerun.v1 import admin_service_pb2, admin_service_pb2_grpc
 from forerun.v1 import generation_service_pb2 as pb
@@ -73,6 +73,15 @@ async def test_nobody_is_let_in_without_a_token(guarded: Server) -> None:
             await unsent.read()
         refused(caught.value, grpc.StatusCode.UNAUTHENTICATED, "NO_TOKEN")
         health: Any = health_pb2_grpc.HealthStub(channel)
+        watches = [health.Watch(health_pb2.HealthCheckRequest()) for _ in range(MAX_HEALTH_WATCHERS)]
+        for watch in watches:
+            assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.aio.AioRpcError) as caught:  # who waits at the door keeps nobody out
+            await health.Watch(health_pb2.HealthCheckRequest()).read()
+        refused(caught.value, grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
+        assert (await stub.Tokenize(request, metadata=(("authorization", "bearer first"),))).ids
+        for watch in watches:
+            watch.cancel()
         assert (await health.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.SERVING
     async with Client(guarded.address) as client:
         with pytest.raises(ServerError, match="UNAUTHENTICATED"):
@@ -126,10 +135,12 @@ class Authority:
 
 async def test_tls_and_who_the_client_is(tmp_path: Path) -> None:
     ours, theirs = Authority(tmp_path, "ours"), Authority(tmp_path, "theirs")
+    clients = tmp_path / "clients.pem"
+    clients.write_bytes(ours.file.read_bytes())
     certificate, key = ours.issue("server")
     good, bad = ours.issue("client"), theirs.issue("client")
     old = ours.issue("old", not_after=datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1))
-    files = ("--ssl-cert-file", certificate, "--ssl-key-file", key, "--ssl-client-ca-file", str(ours.file))
+    files = ("--ssl-cert-file", certificate, "--ssl-key-file", key, "--ssl-client-ca-file", str(clients))
     with serving(*files, "--http", "0") as server:
         address = server.address.replace("127.0.0.1", "localhost")
         async with Client(address, ca_file=ours.file, certificate_file=good[0], key_file=good[1]) as client:
@@ -152,6 +163,10 @@ async def test_tls_and_who_the_client_is(tmp_path: Path) -> None:
         with anyio.fail_after(15):
             while https(server, theirs.file, good) != 200:
                 await anyio.sleep(0.5)
+            clients.write_bytes(theirs.file.read_bytes())
+            while https(server, theirs.file, bad) != 200:
+                await anyio.sleep(0.5)
+        assert https(server, theirs.file, good) is None
         assert server.end() == 0
 
 

@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import aclosing
 from typing import Any
 
 import anyio
@@ -104,7 +105,7 @@ async def test_completions(server: Server) -> None:
         ({"stop": 7}, "stop"),
         ({"stream": "yes"}, "stream"),
         ({"stream": True, "max_tokens": 10**7}, "max_tokens"),
-        ({"top_logprobs": 50, "logprobs": True}, "num_logprobs"),
+        ({"top_logprobs": 50, "logprobs": True}, "top_logprobs"),
         ({"stop_token_ids": ["x"]}, "stop_token_ids"),
     ],
 )
@@ -113,6 +114,59 @@ def test_what_cannot_be_is_said_in_openais_words(server: Server, fields: dict[st
     status, _, answer = post(f"{server.http}/v1/chat/completions", body, content_type="application/json")
     assert status == 400
     assert (answer["error"]["type"], answer["error"]["param"]) == ("invalid_request_error", param)
+
+
+@pytest.mark.parametrize("prompts", [["a", "b"], [[1, 2], [3, 4]]])
+def test_one_prompt_a_call(server: Server, prompts: Any) -> None:
+    body = json.dumps({"model": "demo", "prompt": prompts}).encode()
+    status, _, answer = post(f"{server.http}/v1/completions", body, content_type="application/json")
+    assert (status, answer["error"]["param"]) == (400, "prompt")
+
+
+def test_every_violation_is_told(server: Server) -> None:
+    body = json.dumps({"messages": PLAIN} | dict.fromkeys("abcdef", 1)).encode()
+    _, _, answer = post(f"{server.http}/v1/chat/completions", body, content_type="Application/JSON; charset=utf-8")
+    assert answer["error"]["message"] == "; ".join(f"{name} is not supported" for name in "abcdef")
+    assert post(f"{server.http}/v1/nothing", None)[2]["error"]["type"] == "invalid_request_error"
+
+
+async def test_what_is_so_unless_it_is_said(server: Server) -> None:
+    """Thoughts come before the answer to a chat, so it may be longer; -1 says nothing."""
+    nothing: Any = {"top_k": -1, "ignore_eos": True, "reasoning_effort": "low"}
+    async with client_of(server, "x") as client, Client(server.address) as other:
+        for tokens, how in ((700, {}), (-1, {"max_tokens": -1, "seed": -1})):
+            chat = await client.chat.completions.create(model="demo", messages=PLAIN, stream=True, extra_body=nothing, **how)
+            async with chat, aclosing(aiter(chat)) as chunks:
+                num_characters = 0
+                async for chunk in chunks:
+                    num_characters += len(chunk.choices[0].delta.content or "")
+                    if num_characters > 4 * max(tokens, 256):
+                        break
+        with anyio.fail_after(5):
+            while (await other.loads()).num_requests_running:
+                await anyio.sleep(0.02)
+        answer = await client.completions.with_raw_response.create(model="demo", prompt="def", extra_body={"ignore_eos": True})
+    completion = answer.parse()
+    assert completion.usage.completion_tokens == 256
+    assert completion.id == "cmpl-" + answer.headers["x-request-id"]
+
+
+async def test_log_probabilities_of_a_completion(server: Server) -> None:
+    how: Any = {"model": "demo", "prompt": "# 中文 中文 ", "max_tokens": 30, "logprobs": 5, "temperature": 1, "seed": 1}
+    async with client_of(server, "x") as client:
+        whole = await client.completions.create(**how, extra_body={"ignore_eos": True})
+        chunks = [chunk async for chunk in await client.completions.create(**how, stream=True, extra_body={"ignore_eos": True})]
+    found: Any = whole.choices[0].logprobs
+    assert len(found.tokens) == len(found.token_logprobs) == len(found.top_logprobs) == len(found.text_offset) == 30
+    assert any(name.startswith("bytes:\\x") for top in found.top_logprobs for name in top)
+    for name, logprob, top, offset, following in zip(
+        found.tokens, found.token_logprobs, found.top_logprobs, found.text_offset, found.text_offset[1:], strict=False
+    ):
+        assert top[name] == logprob
+        assert following == offset + len(name)
+    told = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs]
+    assert [offset for each in told for offset in each.text_offset] == found.text_offset
+    assert [name for each in told for name in each.tokens] == found.tokens
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b"null", b"\xff\xfe", b"[" * 100_000, b'{"messages": 1e999}'])
@@ -182,7 +236,9 @@ async def test_a_token_is_asked_for(guarded: Server) -> None:
             with pytest.raises(openai.AuthenticationError):
                 await client.chat.completions.create(model="demo", messages=PLAIN)
     for path in ("/v1/models", "/metrics"):
-        assert post(guarded.http + path, None)[0] == 401
+        status, headers, _ = post(guarded.http + path, None)
+        assert (status, headers["www-authenticate"]) == (401, "Bearer")
+    assert post(f"{guarded.http}/v1/models", None, authorization="bearer secret")[0] == 200
     assert post(f"{guarded.http}/health", None)[0] == 200
     async with client_of(guarded, "secret") as client:
         assert (await client.chat.completions.create(model="demo", messages=PLAIN, max_tokens=1)).usage

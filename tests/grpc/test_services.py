@@ -95,7 +95,7 @@ async def test_reflection_lists_and_calls_everything(server: Server) -> None:
         "forerun.v1.AdminService/LoadState": {"name": "there-is-none"},
         "forerun.v1.AdminService/Profile": {"seconds": 0.01},
     }
-    expected = {"Abort": "NOT_FOUND", "SaveState": "NOT_FOUND", "LoadState": "FAILED_PRECONDITION", "Watch": "DEADLINE_EXCEEDED"}
+    expected = {"Abort": "NOT_FOUND", "SaveState": "NOT_FOUND", "LoadState": "NOT_FOUND", "Watch": "DEADLINE_EXCEEDED"}
 
     def work() -> set[str]:
         called: set[str] = set()

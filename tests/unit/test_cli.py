@@ -89,3 +89,27 @@ def test_mistakes_are_answered_with_what_to_do(args: tuple[str, ...], status: in
     assert done.returncode == status
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "says"),
+    [
+        ("--version", 0, ""),
+        ("generate -hf nowhere/at:all@v1 -p x", 1, "nowhere/at:all@v1: cannot be fetched"),
+        ("trace -p x --temp -1", 1, "temperature: must be between"),
+        ("serve -c -1", 1, "--ctx-size: must not be below 0"),
+        ("serve --http 99999", 1, "http: must be between 0 and 65535"),
+        ("serve --host unix:/tmp/forerun --http 0", 1, "give an API key"),
+        ("serve --admin-key= --stall-timeout 0", 1, "admin_key: was given"),
+        ("serve --state-folder /nowhere", 1, "/nowhere is no folder"),
+        ("client info --ssl-ca-file /nowhere", 1, "/nowhere: No such file"),
+        ("client info --ssl-cert-file x --ssl-key-file y", 1, "and both with TLS"),
+        ("client detokenize 1,-2", 1, "ids: "),
+        ("eval tasks x -o /nowhere/answers --runs 0", 1, "/nowhere is no folder; num_runs: must be"),
+    ],
+)
+def test_mistakes_of_every_command(command: str, status: int, says: str) -> None:
+    done = forerun(*command.split(), env={"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == status
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr

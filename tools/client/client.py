@@ -49,25 +49,34 @@ class ServerError(ForerunError):
 
 
 class Client:
-    """A server at `address` (`host:port` or `unix:PATH`), for use in asyncio, `async with` or until `aclose`. With `ca_file` the way is
-    TLS, and with `certificate_file` and `key_file` the client says who it is. Every call takes `timeout_seconds`, and ends with
-    DeadlineExceeded by then; the deadline of an anyio scope around it is sent along, and cancels as ever. Errors are those of
-    the in-process API, and ServerError."""
+    """A server at `address` (`host:port` or `unix:PATH`), for use in asyncio, `async with` or until `aclose`. With `tls`, or with `ca_file`
+    if no public authority vouches for the server, the way is TLS, and with `certificate_file` and `key_file` the client says who it is.
+    Every call takes `timeout_seconds`, and ends with DeadlineExceeded by then; the deadline of an anyio scope around it is sent along, and
+    cancels as ever. Errors are those of the in-process API, and ServerError."""
 
     def __init__(
         self,
         address: str = "127.0.0.1:50051",
         *,
         token: str | None = None,
+        tls: bool = False,
         ca_file: str | Path | None = None,
         certificate_file: str | Path | None = None,
         key_file: str | Path | None = None,
     ) -> None:
+        """InvalidRequest when files cannot be read, or do not go together."""
         self._metadata = (("authorization", f"Bearer {token}"),) if token is not None else ()
-        if ca_file is None:
+        is_tls = tls or ca_file is not None
+        if (certificate_file is None) != (key_file is None) or (key_file is not None and not is_tls):
+            raise InvalidRequest([("tls", "a client's certificate goes with its key, and both with TLS")])
+        if not is_tls:
             self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         else:
-            ca, key, certificate = (Path(file).read_bytes() if file is not None else None for file in (ca_file, key_file, certificate_file))
+            try:
+                files = ca_file, key_file, certificate_file
+                ca, key, certificate = (Path(file).read_bytes() if file is not None else None for file in files)
+            except OSError as error:
+                raise InvalidRequest([("tls", f"{error.filename}: {error.strerror}")]) from error
             self._channel = grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(ca, key, certificate), options=CHANNEL_OPTIONS)
         self._generation: Any = generation.GenerationServiceStub(self._channel)
         self._model: Any = model_service_pb2_grpc.ModelServiceStub(self._channel)
@@ -110,7 +119,11 @@ class Client:
 
     async def detokenize(self, token_ids: list[int], *, timeout_seconds: float | None = None) -> str:
         """The text of ids."""
-        return (await self._ask(self._generation.Detokenize, pb.DetokenizeRequest(ids=token_ids), timeout_seconds)).text
+        try:
+            request = pb.DetokenizeRequest(ids=token_ids)
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest([("ids", str(error))]) from None
+        return (await self._ask(self._generation.Detokenize, request, timeout_seconds)).text
 
     async def embed(self, prompt: Prompt, *, is_half: bool = False, timeout_seconds: float | None = None) -> npt.NDArray[Any]:
         """The hidden rows of a prompt, [tokens, hidden], float32, or float16 with `is_half`."""

@@ -11,8 +11,9 @@ from typing import Any, cast
 
 import anyio
 
-from ... import ForerunError, Options, Prompt
+from ... import ForerunError, InvalidRequest, Options, Prompt
 from ...actors.model import LoadedModel, load_model
+from ...core.checks import check_ranges
 from .. import flags
 from . import identity, report, tasks, text
 
@@ -101,6 +102,10 @@ async def _identity(args: argparse.Namespace) -> list[identity.Comparison]:
 
 
 async def _tasks(args: argparse.Namespace, write: Write) -> None:
+    places = {"--out": args.out, "--report": args.report}
+    violations = [(name, f"{path.parent} is no folder") for name, path in places.items() if path is not None and not path.parent.is_dir()]
+    if violations := violations + check_ranges({"num_runs": args.runs}):
+        raise InvalidRequest(violations)
     wanted, seed = tasks.read_tasks(args.file), args.seed or 0
     options = cast("Options", flags.options(args))
     async with flags.engine(args) as engine:

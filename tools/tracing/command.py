@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import anyio
 
-from ... import Event, Flow, InvalidRequest, Notice, Span, Stage
+from ... import Event, Flow, ForerunError, InvalidRequest, Notice, Span, Stage
 from ...core.trace import is_about
 from .. import client_command, flags
 from .perfetto import read, write
@@ -114,14 +114,24 @@ async def trace(args: argparse.Namespace, show: Write) -> None:
 
 
 async def _run(args: argparse.Namespace, recorder: _Recorder) -> None:
+    failures: list[ForerunError] = []
+
+    async def one(prompt: str) -> None:
+        try:
+            await engine.complete(prompt, **flags.options(args))
+        except ForerunError as error:
+            failures.append(error)
+
     async with flags.engine(args) as engine:
         with engine.trace() as events:
             async with anyio.create_task_group() as group:
                 group.start_soon(_listen, events, recorder)
                 async with anyio.create_task_group() as requests:
                     for prompt in args.prompt:
-                        requests.start_soon(lambda prompt=prompt: engine.complete(prompt, **flags.options(args)))
+                        requests.start_soon(one, prompt)
                 events.close()
+    if failures:
+        raise failures[0]
 
 
 async def _listen(events: Any, recorder: _Recorder) -> None:

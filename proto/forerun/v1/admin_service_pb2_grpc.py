@@ -76,7 +76,7 @@ class AdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Refuses new requests from now on; answers when those that run have ended. Health says NOT_SERVING.
+        """Refuses new requests from now on; answers when those that run have ended, and `forerun serve` ends. Health says NOT_SERVING.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
