@@ -7,7 +7,7 @@ import importlib
 import re
 import threading
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from ctypes import c_char, c_double, c_int, c_longlong, c_size_t, c_uint, c_ulonglong, c_void_p
 from dataclasses import dataclass
 from itertools import pairwise
@@ -163,11 +163,10 @@ class _Launch(ctypes.Structure):
     )  # fmt: skip
 
 
+#: Compute capability from which a launch can begin before the one before it has ended.
+OVERLAP_CAPABILITY = 90
 PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-DEFAULT_SHARED = 48 * 1024
-
-
-SUCCESS, NOT_READY = 0, 600  # cudaError_t
+SUCCESS, NO_MEMORY, NOT_READY = 0, 2, 600  # cudaError_t
 
 
 class CudaMark:
@@ -195,6 +194,8 @@ class CudaDevice:
             self.stream, self.copies = (self.cupy.cuda.Stream(non_blocking=True) for _ in range(2))
         except Exception as error:  # CuPy has an error of its own for each way in which there is no device
             raise OSError(f"no CUDA device: {error}") from error
+        self._can_overlap = int(self._device.compute_capability) >= OVERLAP_CAPABILITY
+        self._in_flight = list[tuple[Any, ...]]()  # copies to the host, and what they read and write
         self.max_shared = int(self.cupy.cuda.runtime.getDeviceProperties(number)["sharedMemPerBlockOptin"])
         self._driver = ctypes.CDLL("libcuda.so.1")
         self._lock = threading.RLock()
@@ -242,8 +243,18 @@ class CudaDevice:
             return CudaMark(self.stream.record(), self.cupy.cuda.runtime.eventQuery)
 
     def shared(self, num_bytes: int) -> npt.NDArray[np.uint8]:
-        with self.using() as cupy:
+        with self.using() as cupy, self.full():
             return np.frombuffer(cupy.cuda.alloc_pinned_memory(num_bytes), np.uint8, num_bytes)
+
+    @contextmanager
+    def full(self) -> Generator[None]:
+        """MemoryError for what CUDA says where there is no memory left; CuPy's own allocations raise it anyway."""
+        try:
+            yield
+        except self.cupy.cuda.runtime.CUDARuntimeError as error:
+            if error.status == NO_MEMORY:
+                raise MemoryError(str(error)) from error
+            raise
 
     def fetch(self, values: Array) -> Callable[[], npt.NDArray[Any]]:
         with self.using() as cupy:
@@ -255,6 +266,8 @@ class CudaDevice:
         pinned = self.cupy.cuda.alloc_pinned_memory(max(1, values.nbytes))
         values.data.copy_to_host_async(pinned.ptr, values.nbytes, stream)
         done = stream.record()
+        # Whether anybody waits for them or not, nothing else may have this memory before they have ended.
+        self._in_flight = [each for each in self._in_flight if not each[0].done] + [(done, values, pinned)]
 
         def wait() -> npt.NDArray[Any]:
             done.synchronize()
@@ -304,7 +317,7 @@ class CudaDevice:
     def launch(self, function: int, step: Step, *, is_early: bool) -> None:
         attribute = _Attribute(id=PROGRAMMATIC, value=1)
         launch = _Launch((c_uint * 3)(*step.grid), (c_uint * 3)(step.threads, 1, 1), step.shared, self.stream.ptr)
-        if is_early:
+        if is_early and self._can_overlap:
             launch.attributes, launch.num_attributes = ctypes.pointer(attribute), 1
         arguments = (c_void_p * len(step.arguments))(*(ctypes.addressof(each) for each in step.arguments))
         code = self._driver.cuLaunchKernelEx(ctypes.byref(launch), c_void_p(function), arguments, None)
@@ -328,7 +341,7 @@ class CudaKernels:
             source = next(i for i, text in enumerate(self._texts) if exported.search(text))
             self._functions[name] = self._modules[source].get_function(name)
         function = self._functions[name]
-        if shared > max(DEFAULT_SHARED, function.max_dynamic_shared_size_bytes):
+        if shared > function.max_dynamic_shared_size_bytes:
             function.max_dynamic_shared_size_bytes = shared
         return int(function.kernel.ptr)
 
@@ -344,13 +357,19 @@ class CudaKernels:
         with self._device.using():
             for step in steps:
                 self.function(step.kernel, step.shared)  # loads what is not loaded yet, which must not happen while recording
-            self._device.stream.begin_capture()
-            for array, bytes_ in inputs:
-                self._device.copy_async(array, bytes_, to_host=False)
-            self.run(steps, overlap=overlap)
-            for array, bytes_ in outputs:
-                self._device.copy_async(array, bytes_, to_host=True)
-            graph = self._device.stream.end_capture()
+            with self._device.full():
+                self._device.stream.begin_capture()
+                try:
+                    for array, bytes_ in inputs:
+                        self._device.copy_async(array, bytes_, to_host=False)
+                    self.run(steps, overlap=overlap)
+                    for array, bytes_ in outputs:
+                        self._device.copy_async(array, bytes_, to_host=True)
+                except BaseException:
+                    with suppress(Exception):
+                        self._device.stream.end_capture()  # or whatever is done from now on would be recorded
+                    raise
+                graph = self._device.stream.end_capture()
 
         def launch() -> None:
             with self._device.using():

@@ -33,6 +33,8 @@ from .recorded import DeviceRows, DeviceTokens, Recorded, as_rows, filters_of, p
 MAX_RECORDED = 32
 #: Parts of an attention that a program has at least, so that a text is long before it needs another.
 MIN_PARTS = 8
+#: Rows of one sequence that a program of several has blocks for at least, for the same reason.
+MIN_SPAN_ROWS = 4
 #: Rows of a verify, at most, behind which the next one is begun before it has been read.
 MAX_BEFORE = 512
 
@@ -46,6 +48,11 @@ def spans_for(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
+def most_of(batch: Iterable[HasRows]) -> int:
+    """Rows of the sequence that has most of them."""
+    return max(len(rows.tokens) for rows in batch)
+
+
 class _Graphs:
     """What trunk and head share: programs by the shape of a batch."""
 
@@ -56,25 +63,28 @@ class _Graphs:
         self._recorded: dict[tuple[Any, ...], Recorded] = {}
 
     def get(
-        self, kind: str, num_rows: int, num_spans: int, end: int, build: Callable[[Recorded], None], *, is_wide: bool = False,
-        has_tokens: bool = True,
+        self, kind: str, num_rows: int, num_spans: int, end: int, build: Callable[[Recorded], None], *, most: int | None = None,
+        is_wide: bool = False, has_tokens: bool = True,
     ) -> Recorded:  # fmt: skip
-        """A program for such a batch that sees up to `end` positions; `has_tokens`: the host tells it those of its rows."""
+        """A program for such a batch, with at most `most` rows of one sequence, that sees up to `end` positions; `has_tokens`: the host
+        tells it those of its rows."""
         parts = 1 if is_wide else MIN_PARTS  # those that there are not cost little
         while parts * PART < end and not is_wide:
             parts *= 2
         rows, spans = rows_for(num_rows), spans_for(num_spans)
-        key = kind, rows, spans, parts, is_wide
+        span_rows = rows if most is None or num_spans == 1 else min(rows, max(MIN_SPAN_ROWS, 1 << (most - 1).bit_length()))
+        key = kind, rows, spans, parts, span_rows, is_wide
         found = self._recorded.pop(key, None)
         if found is None:
-            found = Recorded(Program(self.config, self.packing, rows, spans, parts, is_wide=is_wide), self.kernels)
+            p = Program(self.config, self.packing, rows, spans, parts, span_rows=span_rows, is_wide=is_wide)
+            found = Recorded(p, self.kernels)
             fields: dict[str, tuple[int, Any]] = {"spans": (spans * SPAN.itemsize, np.uint8), "span of": (rows, np.int32)}
             if has_tokens:
                 fields["tokens"] = rows, np.int32
             found.take(**fields)
             build(found)
             while len(self._recorded) >= MAX_RECORDED:
-                self._recorded.pop(next(iter(self._recorded)))
+                self._recorded.pop(next(iter(self._recorded))).wait()  # what it reads on the host must outlive its last run
         self._recorded[key] = found
         return found
 
@@ -199,7 +209,8 @@ class CudaTrunk(TrunkBase):
             memory = _sequence(rows.memory)
             spans.append(memory.span(rows.position, row, len(rows.tokens), base=memory.states.base_position))
             row += len(rows.tokens)
-        tokens, recorded = self._graphs.tokens(batch), self._verifying(row, len(batch), _end(batch), self._turn ^ self._is_begun)
+        tokens, turn = self._graphs.tokens(batch), self._turn ^ self._is_begun
+        recorded = self._verifying(row, len(batch), most_of(batch), _end(batch), turn)
         self._is_begun = False
         for rows in batch:
             rows.memory.recurrent.begin()
@@ -224,7 +235,7 @@ class CudaTrunk(TrunkBase):
             spans.append(span)
             row, end = row + count, max(end, ask.position + most)
         try:
-            recorded = self._verifying(row, len(batch), end, self._turn ^ 1)
+            recorded = self._verifying(row, len(batch), 1 + max(each.num_drafts for each in batch), end, self._turn ^ 1)
         except MemoryError:  # of the device: the next one begins when this one has been read
             self._is_full = True
             return None
@@ -242,9 +253,11 @@ class CudaTrunk(TrunkBase):
         recorded.run(spans, [0] * row)
         return as_rows(recorded, "logits", row, self.weights.head.outputs)
 
-    def _verifying(self, num_rows: int, num_spans: int, end: int, turn: int) -> Recorded:
-        """A program of a verify that sees up to `end` positions. What one brings is read while the next one is computed: two take turns."""
-        found = self._graphs.get(f"verify {turn}", num_rows, num_spans, end, self._build_verify)
+    def _verifying(self, num_rows: int, num_spans: int, most: int, end: int, turn: int) -> Recorded:
+        """A program of a verify that sees up to `end` positions. What one brings is read while the next one is computed: two take turns.
+        MemoryError where there is no room for it."""
+        found = self._graphs.get(f"verify {turn}", num_rows, num_spans, end, self._build_verify, most=most)
+        found.record()
         self._turn = turn
         return found
 
@@ -397,7 +410,7 @@ class CudaHead(HeadBase):
 
     def _build_drafts(self, num_steps: int, how: Filters | None, is_after: bool, recorded: Recorded) -> None:
         p, num = recorded.program, recorded.program.num_spans
-        draft = Program(p.config, p.packing, num, num, p.max_parts)
+        draft = Program(p.config, p.packing, num, num, p.max_parts, span_rows=1)
         fields: dict[str, tuple[int, Any]] = {
             "draft spans": (num * SPAN.itemsize, np.uint8), "draft span of": (num, np.int32), "limits": (num, np.int32),
             "draws": (num * DRAW.itemsize, np.uint8),
@@ -439,7 +452,9 @@ class CudaHead(HeadBase):
                 _sequence(rows.memory).rows.check(rows.position - 1, len(rows.tokens))
         count = sum(len(rows.tokens) for rows in batch) if num_rows is None else num_rows
         is_wide = is_chunk and len(batch) == 1 and count >= CHUNK_ROWS
-        return self._graphs.get(kind, count, len(batch), end + num_further, build, is_wide=is_wide, has_tokens=has_tokens)
+        return self._graphs.get(
+            kind, count, len(batch), end + num_further, build, most=most_of(batch), is_wide=is_wide, has_tokens=has_tokens
+        )
 
     @staticmethod
     def _spans(batch: Sequence[MtpRows], starts: Iterable[int]) -> list[SpanStruct]:

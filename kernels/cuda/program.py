@@ -65,11 +65,15 @@ class Filters(NamedTuple):
 
 
 class Program:
-    """Steps for `rows` rows of `num_spans` sequences that see at most `max_parts` parts. `is_wide`: with the products of wide.cu."""
+    """Steps for `rows` rows of `num_spans` sequences, each of which has at most `span_rows` of them (None: all) and sees at most
+    `max_parts` parts. `is_wide`: with the products of wide.cu."""
 
-    def __init__(self, config: ModelConfig, packing: Packing, rows: int, num_spans: int, max_parts: int, *, is_wide: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, packing: Packing, rows: int, num_spans: int, max_parts: int, *, span_rows: int | None = None,
+        is_wide: bool = False,
+    ) -> None:  # fmt: skip
         self.config, self.packing, self.device, self.is_wide = config, packing, packing.device, is_wide
-        self.rows, self.num_spans, self.max_parts = rows, num_spans, max_parts
+        self.rows, self.num_spans, self.max_parts, self.span_rows = rows, num_spans, max_parts, span_rows or rows
         self.is_looped = rows >= LOOP_ROWS or rows * max_parts > LOOP_PARTS
         self.steps: list[Step] = []
         self.buffers: dict[str, Array] = {}
@@ -256,7 +260,7 @@ class Program:
         parts = 1 if is_one else self.max_parts
         sums = device.address(self.buffer("sums", (rows, c.heads, parts, c.head_dim)))
         ends = device.address(self.buffer("ends", (rows, c.heads, parts, 2)))
-        pairs = self.rows * (c.heads // c.kv_heads)
+        pairs = (c.heads // c.kv_heads) * (rows if self.is_wide else self.span_rows)
         if self.is_wide:
             stage = c.head_dim // 32 * (PAGE * 64 + 64) + 2 * (c.head_dim * 64 + 64)
             stages = 2 if 2 * stage + ATTEND_STATIC <= device.max_shared else 1
@@ -332,7 +336,7 @@ class Program:
         run(f"expert_{NAMES[down.format]}", down, h, experts.down[0].strips, y, c.hidden, RowsStruct())
         shared = self.product(w.shared.down, self._hidden_of_ffn(w.shared, u, "shared h"), "shared", rows)
         out = device.address(self.buffer("parts of 1", (1, rows, c.hidden)))
-        self.step("mix", (rows,), 256, y, routes, used, shared.address, gate.address, gate.stride, out, c.hidden)
+        self.step("mix", (rows, -(-c.hidden // 256)), 256, y, routes, used, shared.address, gate.address, gate.stride, out, c.hidden)
         return out, 1
 
     def choose(

@@ -138,13 +138,18 @@ class Recorded:
         self.wait()
         return self._told
 
-    def launch(self) -> None:
+    def record(self) -> Callable[[], None]:
+        """What launches it. MemoryError where a device has no room for that."""
         if self._launch is None:
             look_ahead(self.program.steps)
             overlap = not self.program.is_wide  # large blocks that wait keep the places of others
             self._launch = self._kernels.record(self.program.steps, self._inputs, self._outputs, overlap=overlap)
+        return self._launch
+
+    def launch(self) -> None:
+        launch = self.record()
         self.num_runs += 1
-        self._launch()
+        launch()
         self.mark = self.device.mark()
 
     def read(self, name: str) -> npt.NDArray[Any]:

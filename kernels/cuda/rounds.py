@@ -53,7 +53,7 @@ class DeviceRounds:
         parts = -(-ends // PART)
 
         def program(rows: int) -> Program:
-            p = Program(config, backend.packing, rows, num, parts)
+            p = Program(config, backend.packing, rows, num, parts, span_rows=rows // num)
             p.buffer("spans", (num * SPAN.itemsize,), np.uint8)
             p.buffer("span of", (rows,), np.int32)
             device.put(p.buffers["span of"], np.repeat(np.arange(num, dtype=np.int32), rows // num))

@@ -167,16 +167,16 @@ extern "C" __global__ void route(const float *logits, int stride, int experts, i
 EXPORT(route)
 
 /* out = shares of the experts' rows y [rows, used, n], in order, + the shared expert's row with its gate; added to x by the next norm.
- * Grid: rows. */
+ * Grid: (rows, n / 256). */
 extern "C" __global__ void mix(const float *y, const float *routes, int used, const float *shared, const float *gate, int gate_stride, float *out, int n) {
     wait_for_previous();
     let_next_begin();
     i64 row = blockIdx.x;
     float open = sigmoid(gate[row * gate_stride]);
-    for (int i = threadIdx.x; i < n; i += blockDim.x) {
-        float sum = 0;
-        for (int rank = 0; rank < used; rank++) sum = fmaf(routes[row * 2 * used + used + rank], y[(row * used + rank) * n + i], sum);
-        out[row * n + i] = fmaf(shared[row * n + i], open, sum);
-    }
+    int i = blockIdx.y * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    float sum = 0;
+    for (int rank = 0; rank < used; rank++) sum = fmaf(routes[row * 2 * used + used + rank], y[(row * used + rank) * n + i], sum);
+    out[row * n + i] = fmaf(shared[row * n + i], open, sum);
 }
 EXPORT(mix)

@@ -87,18 +87,22 @@ def test_rounds_begun_behind_one_another(weights: ModelWeights, backend: AnyBack
 
 
 @pytest.mark.parametrize("backend", ["cuda"], indirect=True)
-def test_without_room_the_next_is_not_begun(weights: ModelWeights, backend: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("full", ["buffers", "graphs"])
+def test_without_room_the_next_is_not_begun(
+    weights: ModelWeights, backend: CudaBackend, full: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A device that is full computes one verify after another."""
     run = Run(weights, backend, "log")
     choices = run.choices(run.verify(FIRST), FIRST, None)
     found = choices.read()
     batch = [NextRows(memory, i, 0, 0) for i, memory in enumerate(run.memories)]
 
-    def zeros(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
+    where, name = (backend.device, "zeros") if full == "buffers" else (backend.kernels(weights.config), "record")
     with monkeypatch.context() as patch:
-        patch.setattr(backend.device, "zeros", zeros)
+        patch.setattr(where, name, fail)
         for _ in range(3):
             assert run.trunk.verify_next(batch, choices, None) is None
             choices = run.choices(run.verify(FIRST), FIRST, None)
