@@ -43,9 +43,11 @@ from ..core.vocabulary import (
     check_prompt,
     check_request_id,
     check_salt,
+    grammar_of,
 )
 from ..kernels.model.prefix import PrefixStatistics
 from .embedding import Embedding
+from .grammar import Grammars, TokenLimits
 from .model import Model
 from .requests import check_encoded, request_in, request_of, sampling_of, stops_of
 from .sequence import Origin, Sequence
@@ -58,6 +60,8 @@ logger = logging.getLogger("forerun")
 
 #: Seconds a saved request's file may take to be read.
 FILE_SECONDS = 120.0
+#: About what a grammar takes to be made ready: too long for the event loop.
+GRAMMAR_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +92,8 @@ class Engine:
         self._jobs: dict[Job, None] = {}
         self._embeddings: set[Embedding] = set()  # that are open
         self._num_started = 0
-        self._reading = anyio.Semaphore(1)
+        self._reading, self._compiling = anyio.Semaphore(1), anyio.Semaphore(1)
+        self._grammars = Grammars(model.vocabulary, model.num_token_ids, model.defaults.stop_ids)
         self._end: ForerunError | None = None
         self._is_draining = False
         self._idle, self._ended = anyio.Event(), anyio.Event()
@@ -155,6 +160,7 @@ class Engine:
         violations += check_stop(stops_of(options.get("stop"))) + check_logit_bias(tuple((options.get("logit_bias") or {}).items()))
         if violations := violations + check_stop_ids(options.get("stop_ids")):
             raise InvalidRequest(violations)
+        grammar_of(options)
         return self._begin(check_prompt(prompt, self.model.context), options, None)
 
     def restore(self, path: str | Path, *, timeout_seconds: float | None = None, request_id: str | None = None) -> Stream:
@@ -253,8 +259,9 @@ class Engine:
                     request = request_of(job, await self._encode(job.request_id, job.prompt), self.model, self.tree.pool.num_positions)
                 if self._trace.is_on:
                     self._trace.record(Stage(Flow(job.request_id, 0), "encoding", began, self._trace.clock()))
+                limits = await self._limits(request) if request.grammar is not None else None
                 writer, progress = Writer(Detokenizer(self.model.vocabulary), request.stop), job.options.get("prefill_progress")
-                job.sequence = Sequence(request, self.tree.surroundings, writer, job.outbox, job.saves, origin, progress, job.start)
+                job.sequence = Sequence(request, self.tree.surroundings, writer, job.outbox, job.saves, origin, progress, job.start, limits)
                 await job.sequence.run()
                 is_delivered = True
         except PositionLost as error:  # our fault, and of no use to the caller
@@ -287,6 +294,13 @@ class Engine:
         if anyio.current_time() >= job.scope.deadline:
             return DeadlineExceeded(f"not finished after {job.options.get('timeout_seconds')} s")
         return EngineClosed("the engine is closed")
+
+    async def _limits(self, request: Request) -> TokenLimits:
+        """What a request's grammar means, one at a time. InvalidRequest if it is none."""
+        assert request.grammar is not None
+        async with self._compiling:
+            work = partial(self._grammars.limits, request.grammar, request.opens_reasoning)
+            return await self._params.executor(work, GRAMMAR_SECONDS)
 
     async def _look_into(self, path: Path, request_id: str) -> tuple[Request, Origin]:
         """The request in a file, which was found to be whole and of this model. One file at a time."""

@@ -29,6 +29,7 @@ from ..core.vocabulary import (
     FinishReason,
     History,
     Lease,
+    Limits,
     Request,
     Result,
     SavedFile,
@@ -116,6 +117,7 @@ class Sequence:
         origin: Origin | None = None,
         progress: PrefillProgress | None = None,
         started: Callable[[Started], None] = lambda started: None,
+        limits: Limits | None = None,
     ) -> None:
         self._request, self._to, self._origin, self._saves = request, surroundings, origin, saves
         self._params, self._overlap, self._trace = surroundings.speculation, surroundings.overlap, surroundings.trace
@@ -133,7 +135,7 @@ class Sequence:
             self._overlap,
             self.protocol.computed,
         )
-        self._plain_choosing = Choosing(request.sampling, None, request.num_logprobs)
+        self._plain_choosing, self._limits = Choosing(request.sampling, None, request.num_logprobs), limits
         self._num_cached = 0
         self._has_queued = self._was_preempted = False
         self._stage_began = self._trace.clock() if self._trace.is_on else 0
@@ -163,6 +165,8 @@ class Sequence:
                 state = protocol.state
                 try:
                     await states[state]()
+                    if self._limits is not None and self._limits.error is not None:
+                        raise RequestFailed(f"the grammar cannot be followed any further: {self._limits.error}")
                 except (ActorRestarted, LeaseLost) as error:
                     await self._lose_memory(error)
                 self._tell_stage(state)
@@ -277,10 +281,10 @@ class Sequence:
     def _choosing(self, num_before: int | None = None) -> Choosing:
         """How tokens are chosen, the first of them after `num_before` of prompt and answer; after all of them if None."""
         request = self._request
-        if not request.sampling.needs_history:
+        if not request.sampling.needs_history and self._limits is None:
             return self._plain_choosing
         history = History((*request.prompt_ids, *self.protocol.output)[:num_before], len(request.prompt_ids))
-        return Choosing(request.sampling, history, request.num_logprobs)
+        return Choosing(request.sampling, history, request.num_logprobs, self._limits)
 
     async def _commit(self) -> None:
         """Hands the round's tokens to the reader, waiting while it is slow, which holds up this sequence alone; then tells the drafters."""

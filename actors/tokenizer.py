@@ -65,6 +65,10 @@ class Vocabulary:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     @property
+    def special_ids(self) -> list[int]:
+        return list(self._specials)
+
+    @property
     def specials(self) -> list[str]:
         return list(self._specials.values())
 

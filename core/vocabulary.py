@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from operator import index
 from pathlib import Path
-from typing import Protocol, SupportsIndex, TypeVar, cast
+from typing import Literal, Protocol, SupportsIndex, TypeVar, cast, get_args
 
 from .chat import MAX_MESSAGES, MAX_VIOLATIONS, Chat, Message, check_chat
 from .checks import check_logit_bias, check_ranges, check_text
@@ -131,6 +132,68 @@ class SamplingParams:
 SAMPLING_NUMBERS: tuple[str, ...] = tuple(name for name in SamplingParams.__slots__ if name != "logit_bias")
 
 
+#: how a grammar may be told: the options of those names
+GrammarKind = Literal["json_schema", "regex", "grammar"]
+#: characters that one may have
+GRAMMAR_CHARACTERS = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer must be: a JSON schema, a regular expression (Rust's), or a grammar in Lark's or llama.cpp's notation (GBNF)."""
+
+    kind: GrammarKind
+    text: str
+
+
+def grammar_of(options: Mapping[str, object]) -> Grammar | None:
+    """The grammar that options name, if any. InvalidRequest unless it is one, and a text or, of a schema, a JSON value."""
+    found: list[Grammar] = []
+    for kind in get_args(GrammarKind):
+        text = options.get(kind)
+        if kind == "json_schema" and isinstance(text, Mapping | bool):
+            try:
+                text = json.dumps(text, allow_nan=False)
+            except (ValueError, TypeError, RecursionError):
+                raise InvalidRequest([(kind, "must be a JSON value")]) from None
+        if text is None:
+            continue
+        if violations := check_text(kind, text):
+            raise InvalidRequest(violations)
+        assert isinstance(text, str)
+        if not 0 < len(text) <= GRAMMAR_CHARACTERS:
+            raise InvalidRequest([(kind, f"must have 1 to {GRAMMAR_CHARACTERS} characters")])
+        if kind == "json_schema" and not isinstance(_json_of(text), dict | bool):
+            raise InvalidRequest([(kind, "must be a JSON object, true or false")])
+        found.append(Grammar(kind, text))
+    if len(found) > 1:
+        raise InvalidRequest([(found[1].kind, f"does not go with {found[0].kind}")])
+    if found and options.get("ignore_eos"):
+        raise InvalidRequest([("ignore_eos", f"does not go with {found[0].kind}, after which a text ends")])
+    return found[0] if found else None
+
+
+def _json_of(text: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+class Limits(Protocol):
+    """What an answer may go on with."""
+
+    @property
+    def error(self) -> str | None:
+        """Why that cannot be said any more, once it cannot."""
+        ...
+
+    def allowed(self, output: tuple[int, ...]) -> bytes | None:
+        """A bit for each token id, the lowest bit of a byte first; ids beyond may not follow. None: any may, as where no answer begins
+        with `output`. From any thread."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class History:
     """The tokens before the one to be chosen; the first `num_prompt` of them are the prompt."""
@@ -144,21 +207,22 @@ class History:
 
 @dataclass(frozen=True, slots=True)
 class Choosing:
-    """How the tokens of one request are chosen: `history` up to the first row's own token where penalties need it, and how many of the
-    likeliest tokens' log probabilities are wanted; None wants not even the chosen one's."""
+    """How the tokens of one request are chosen: `history` up to the first row's own token where penalties or limits need it, and how many
+    of the likeliest tokens' log probabilities are wanted; None wants not even the chosen one's."""
 
     sampling: SamplingParams
     history: History | None = None
     num_logprobs: int | None = None
+    limits: Limits | None = None
 
     @property
     def needs_host(self) -> bool:
-        """Biases and penalties change logits where Python is."""
+        """Biases, penalties and limits change logits where Python is."""
         return bool(self.sampling.logit_bias) or self.history is not None
 
     def then(self, tokens: tuple[int, ...]) -> Choosing:
         """The same after so many tokens more."""
-        return self if self.history is None else Choosing(self.sampling, self.history.then(tokens), self.num_logprobs)
+        return self if self.history is None else replace(self, history=self.history.then(tokens))
 
 
 class FinishReason(Enum):
@@ -187,6 +251,7 @@ class Request:
     num_logprobs: int | None = None
     embeddings: tuple[tuple[int, EmbeddingRows], ...] = ()  # as in embeddings.Encoded
     opens_reasoning: bool = False  # likewise
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)

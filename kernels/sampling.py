@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..core.vocabulary import Choosing, History, SamplingParams, TokenLogprob
+from ..core.vocabulary import Choosing, History, Limits, SamplingParams, TokenLogprob
 from .backend import F32
 from .cpu.library import library
 
@@ -46,12 +46,14 @@ def gumbel(uniforms: F64) -> F64:
     return -np.log(np.maximum(-np.log1p(-uniforms), 1e-300))
 
 
-def choose(logits: F32, params: SamplingParams, position: int, history: History | None = None) -> int:
+def choose(logits: F32, params: SamplingParams, position: int, history: History | None = None, limits: Limits | None = None) -> int:
     """The token at `position`, from logits [V]. Ties go to the lowest id. The filters follow transformers'
-    `generation/logits_process.py`: bias, repetition penalty, temperature, top-k (ties with the k-th stay), top-p (at least one stays),
-    min-p. `history` is what stands before `position`, and needed by penalties alone."""
+    `generation/logits_process.py`: bias, repetition penalty, limits, temperature, top-k (ties with the k-th stay), top-p (at least one
+    stays), min-p. `history` is what stands before `position`, and needed by penalties and limits alone."""
     if params.logit_bias or params.needs_history:
         logits = _penalised(logits, params, history)
+    if limits is not None and history is not None:
+        logits = _limited(logits, limits.allowed(history.tokens[history.num_prompt :]))
     return int(logits.argmax()) if params.temperature == 0 else _draw()(logits[None], [params], [position])[0]
 
 
@@ -162,9 +164,11 @@ def _synthetic(choices: list[int], ahead: tuple[int, ...], number: int) -> list[
 
 
 def _choose_here(logits: F32, ask: Ask) -> list[int]:
-    """Row by row, with biases and penalties."""
-    sampling, history, rows = ask.how.sampling, ask.how.history, enumerate(logits)
-    return [choose(row, sampling, ask.position + i, history.then(ask.ahead[:i]) if history is not None else None) for i, row in rows]
+    """Row by row, with biases, penalties and limits."""
+    hows = [ask.how.then(ask.ahead[:i]) for i in range(ask.num_rows)]
+    return [
+        choose(row, how.sampling, ask.position + i, how.history, how.limits) for i, (row, how) in enumerate(zip(logits, hows, strict=True))
+    ]
 
 
 def logprobs(logits: F32, token: int, num_top: int) -> TokenLogprob:
@@ -185,6 +189,16 @@ def share(logits: F32, token: int) -> float:
     """The probability of a token, from logits [V] at temperature 1."""
     highest = logits.max()
     return float(np.exp(logits[token] - highest) / np.exp(logits - highest).sum())
+
+
+def _limited(logits: F32, allowed: bytes | None) -> F32:
+    """Those of tokens that may not follow are minus infinity."""
+    if allowed is None:
+        return logits
+    may = np.zeros(len(logits), np.bool_)
+    bits = np.unpackbits(np.frombuffer(allowed, np.uint8), bitorder="little")[: len(logits)]
+    may[: len(bits)] = bits
+    return np.where(may, logits, np.float32(-np.inf))
 
 
 def _penalised(logits: F32, params: SamplingParams, history: History | None) -> F32:

@@ -130,6 +130,9 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     option(parser, "--frequency-penalty", type=float, help="subtracted each time a token stands in the answer (default: 0)")
     parser.add_argument("--logit-bias", action="append", type=_bias, default=[], metavar="ID+BIAS", help="as 15043+1 or 15043-1")
     parser.add_argument("--stop", action="append", help="the answer ends where this text begins; may be given again")
+    parser.add_argument("-j", "--json-schema", help="the answer is JSON of this schema")
+    parser.add_argument("--grammar", help="or what this grammar says, in GBNF or Lark's notation")
+    parser.add_argument("--regex", help="or what this matches")
     parser.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-text token")
 
 
@@ -154,6 +157,9 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
         "frequency_penalty": args.frequency_penalty,
         "logit_bias": dict(args.logit_bias),
         "stop": args.stop,
+        "json_schema": args.json_schema,
+        "grammar": args.grammar,
+        "regex": args.regex,
         "ignore_eos": args.ignore_eos,
     }
 

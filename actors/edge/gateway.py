@@ -234,10 +234,9 @@ class Gateway:
 
         async def work() -> None:
             try:
-                stream = engine.generate(self._served.told(wanted.prompt), **wanted.options)
+                await self._served.relay(engine.generate(self._served.told(wanted.prompt), **wanted.options), reader)
             except InvalidRequest as error:
                 raise with_names(error, wanted) from None
-            await self._served.relay(stream, reader)
 
         pieces = self._pieces(reader, work)
         gone = asyncio.create_task(_disconnected(request))

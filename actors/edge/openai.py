@@ -19,17 +19,26 @@ from ..tokenizer import Vocabulary
 
 #: fields that are an option of ours by the same name
 SAME = ("temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty", "stop",
-        "ignore_eos", "cache_salt")  # fmt: skip
+        "ignore_eos", "cache_salt", "json_schema", "regex", "grammar")  # fmt: skip
 #: fields that say nothing to this server: who asks, and what is kept
 IGNORED = ("model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "stream", "stream_options")
 #: fields that are refused unless they have one of these values, since another would not be heeded
 ONLY: dict[str, tuple[Any, ...]] = {
     "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "tool_choice": ("none", "auto"), "functions": ([],),
     "function_call": ("none", "auto"), "skip_special_tokens": (True,),
-    "cache_prompt": (True,), "min_tokens": (0,), "response_format": ({"type": "text"},), "modalities": (["text"],),
+    "cache_prompt": (True,), "min_tokens": (0,), "modalities": (["text"],),
 }  # fmt: skip
 #: fields of a chat only
-CHAT = ("messages", "max_completion_tokens", "top_logprobs", "tools", "parallel_tool_calls", "chat_template_kwargs", "reasoning_effort")
+CHAT = (
+    "messages",
+    "max_completion_tokens",
+    "top_logprobs",
+    "tools",
+    "parallel_tool_calls",
+    "chat_template_kwargs",
+    "reasoning_effort",
+    "response_format",
+)
 #: fields of a message that are told the chat template, if they are there
 MESSAGE = ("reasoning_content", "tool_calls", "tool_call_id", "name")
 #: vLLM's word for what the Abort method ended
@@ -81,6 +90,8 @@ def asked(body: object, is_chat: bool) -> Asked:
     if not isinstance(stop, str | list):
         violations.append(("stop", "must be a text, or a list of texts"))
     if is_chat:
+        if "response_format" in fields:
+            options["json_schema"], names["json_schema"] = _schema(fields["response_format"], violations), "response_format"
         options["num_logprobs"] = fields.get("top_logprobs", 0) if fields.get("logprobs") else None
         tools: Any = fields.get("tools", []) if fields.get("tool_choice") != "none" else []
         told: Any = fields.get("chat_template_kwargs", {})
@@ -109,6 +120,21 @@ def with_names(error: InvalidRequest, asked: Asked) -> InvalidRequest:
         name = re.split(r"\W", field, maxsplit=1)[0]
         violations.append((asked.names.get(name, name) + field[len(name) :], why))
     return InvalidRequest(violations)
+
+
+def _schema(form: Any, violations: list[tuple[str, str]]) -> Any:
+    """What an answer's form says of JSON, if it says anything; the engine checks the rest."""
+    given = cast("dict[str, Any]", form) if isinstance(form, dict) else {}
+    match given:
+        case {"type": "text"}:
+            return None
+        case {"type": "json_object"}:
+            return {"type": "object"}
+        case {"type": "json_schema", "json_schema": {"schema": schema}}:
+            return schema
+        case _:
+            violations.append(("response_format", 'must have the type "text", "json_object", or "json_schema" and a schema'))
+            return None
 
 
 def _integers(fields: Mapping[str, Any], name: str, violations: list[tuple[str, str]]) -> list[int]:

@@ -90,6 +90,8 @@ def options_of(request: pb.GenerateRequest) -> Options:
     options: dict[str, Any] = {name: getattr(sampling, name) for name in SAMPLING_NUMBERS if sampling.HasField(cast(Any, name))}
     options |= {name: getattr(request, name) for name in ("max_tokens", "num_logprobs") if request.HasField(cast(Any, name))}
     options |= {"stop": list(request.stop), "stop_ids": list(request.stop_ids), "ignore_eos": request.ignore_eos}
+    if kind := request.WhichOneof("limits"):
+        options[kind] = getattr(request, kind)
     return cast(Options, options | {"logit_bias": dict(sampling.logit_bias), "cache_salt": request.cache_salt})
 
 

@@ -112,8 +112,8 @@ def draft_by_guesses(head: Guesses, batch: Sequence[MtpRows], wanted: Sequence[W
         still = list[int]()
         for i, output, logits in zip(active, outputs, all_logits, strict=True):
             how, position = wanted[i].choosing, rows[i].position + len(rows[i].tokens)
-            history = how.history.then(tuple(tokens[i])) if how.history is not None else None
-            token = choose(logits, how.sampling, position, history)
+            how = how.then(tuple(tokens[i]))
+            token = choose(logits, how.sampling, position, how.history, how.limits)
             tokens[i].append(token)
             shares[i].append(share(logits, token))
             rows[i] = MtpRows(rows[i].memory, position, (token,), output[None])

@@ -32,7 +32,7 @@ import numpy as np
 from ...core.checks import check_ranges, check_stop
 from ...core.embeddings import EmbeddingRows, Encoded, Part, lay_out
 from ...core.errors import InvalidRequest, ModelFileError, SavedSequenceError
-from ...core.vocabulary import Request, SamplingParams, check_salt
+from ...core.vocabulary import Request, SamplingParams, check_salt, grammar_of
 from ..backend import F32
 from ..formats import safetensors
 from .prefix import Checkpoint, PrefixIndex, Snapshot
@@ -281,7 +281,9 @@ def parse_record(record: str, rows: F32, request_id: str, vocabulary: int, conte
         sampling = SamplingParams(**chosen)
         max_tokens, salt, stops = values.pop("max_tokens"), values.pop("cache_salt"), tuple(values.pop("stop"))
         numbers = {"max_tokens": max_tokens, "num_logprobs": values.pop("num_logprobs")}
-        opens_reasoning = values.pop("opens_reasoning", False) is True
+        opens_reasoning, grammar = values.pop("opens_reasoning", False) is True, values.pop("grammar", None)
+        if grammar is not None and (grammar := grammar_of({grammar["kind"]: grammar["text"]})) is None:
+            raise ValueError("its grammar is of no known kind")
         if values or max_tokens is None or check_ranges(numbers) or check_salt(salt) or salt is None or check_stop(stops):
             raise ValueError(f"max_tokens, cache_salt or {sorted(values)} are not as expected")
         if not ids["prompt_ids"] or not 0 < len(ids["output_ids"]) < max_tokens or len(ids["prompt_ids"]) + max_tokens > context:
@@ -289,7 +291,7 @@ def parse_record(record: str, rows: F32, request_id: str, vocabulary: int, conte
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, InvalidRequest) as error:
         raise SavedSequenceError(f"the saved request makes no sense: {error}") from None
     stop_ids, boundary_ids = frozenset(ids["stop_ids"]), frozenset(ids["boundary_ids"])
-    rest = numbers["num_logprobs"], prompt.embeddings, opens_reasoning
+    rest = numbers["num_logprobs"], prompt.embeddings, opens_reasoning, grammar
     request = Request(request_id, prompt.ids, max_tokens, sampling, stop_ids, vocabulary, boundary_ids, salt, stops, *rest)
     return request, ids["output_ids"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,6 +82,24 @@ async def test_without_tools_what_looks_like_a_call_is_content(copying: Server, 
     whole, _ = await answers(copying, stop="\n", **fields)
     assert (whole.message.content, whole.message.tool_calls) == (TURN.removeprefix("<think>hm</think>").rstrip(), None)
     assert (whole.message.reasoning_content, whole.finish_reason) == ("hm", "stop")
+
+
+async def test_json_after_a_thought(copying: Server, folder: Path) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    whole, chunks = await answers(copying, response_format=form, tools=[], max_tokens=300)
+    assert whole.message.reasoning_content == "hm"
+    assert isinstance(json.loads(whole.message.content)["a"], int)
+    assert "".join(chunk.delta.content or "" for chunk in chunks) == whole.message.content
+    async with Client(copying.address) as client, forerun.open_engine(folder, spec_type="none") as engine:
+        told = await client.complete(CHAT, max_tokens=300, temperature=0, json_schema=schema)
+        chat = forerun.Chat(CHAT, (), {"think": True})
+        assert told.text == (await engine.complete(chat, max_tokens=300, temperature=0, json_schema=schema)).text
+        assert told.text.endswith(whole.message.content)
+        others: list[Any] = [{"regex": "[a-c]{3}"}, {"grammar": 'root ::= "x" [0-9]'}]
+        for how in others:
+            text = (await client.complete("say", max_tokens=20, **how)).text
+            assert re.fullmatch("[a-c]{3}|x[0-9]", text)
 
 
 async def test_what_a_template_is_told(copying: Server, folder: Path) -> None:

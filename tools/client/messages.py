@@ -21,6 +21,7 @@ from forerun.core.vocabulary import (
     TokenLogprob,
     Usage,
     check_prompt,
+    grammar_of,
 )
 from forerun.v1 import generation_service_pb2 as pb
 from forerun.v1 import trace_service_pb2
@@ -68,6 +69,9 @@ def generate_message(prompt: Prompt, options: dict[str, Any]) -> pb.GenerateRequ
     for token, bias in given.pop("logit_bias", {}).items():
         sampling.logit_bias[token] = bias
     stop = given.pop("stop", [])
+    grammar = grammar_of(given)
+    given = {name: value for name, value in given.items() if grammar is None or name != grammar.kind}
+    given |= {grammar.kind: grammar.text} if grammar is not None else {}
     return pb.GenerateRequest(prompt=prompt_message(prompt), sampling=sampling, stop=[stop] if isinstance(stop, str) else stop, **given)
 
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#forerun/v1/generation_service.proto\x12\nforerun.v1\"\x97\x01\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x14.forerun.v1.TokenIdsH\x00\x12 \n\x04\x63hat\x18\x03 \x01(\x0b\x32\x10.forerun.v1.ChatH\x00\x12(\n\x05parts\x18\x04 \x01(\x0b\x32\x17.forerun.v1.PromptPartsH\x00\x42\x06\n\x04kind\"4\n\x0bPromptParts\x12%\n\x05parts\x18\x01 \x03(\x0b\x32\x16.forerun.v1.PromptPart\"j\n\nPromptPart\x12)\n\ttoken_ids\x18\x01 \x01(\x0b\x32\x14.forerun.v1.TokenIdsH\x00\x12)\n\x04rows\x18\x02 \x01(\x0b\x32\x19.forerun.v1.EmbeddingRowsH\x00\x42\x06\n\x04kind\"A\n\rEmbeddingRows\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\r\n\x05width\x18\x02 \x01(\r\x12\x13\n\x0b\x63oordinates\x18\x03 \x03(\r\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"Y\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.forerun.v1.ChatMessage\x12\r\n\x05tools\x18\x02 \x03(\t\x12\x17\n\x0ftemplate_kwargs\x18\x03 \x01(\t\"\x87\x01\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x19\n\x11reasoning_content\x18\x03 \x01(\t\x12(\n\ntool_calls\x18\x04 \x03(\x0b\x32\x14.forerun.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x05 \x01(\t\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"\xc3\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12=\n\nlogit_bias\x18\t \x03(\x0b\x32).forerun.v1.SamplingParams.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penalty\"\xff\x01\n\x0fGenerateRequest\x12\"\n\x06prompt\x18\x01 \x01(\x0b\x32\x12.forerun.v1.Prompt\x12\x17\n\nmax_tokens\x18\x02 \x01(\rH\x00\x88\x01\x01\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.forerun.v1.SamplingParams\x12\x0c\n\x04stop\x18\x04 \x03(\t\x12\x10\n\x08stop_ids\x18\x05 \x03(\r\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x12\x19\n\x0cnum_logprobs\x18\x07 \x01(\rH\x01\x88\x01\x01\x12\x12\n\ncache_salt\x18\x08 \x01(\tB\r\n\x0b_max_tokensB\x0f\n\r_num_logprobs\"\x91\x01\n\x10GenerateResponse\x12&\n\x07started\x18\x01 \x01(\x0b\x32\x13.forerun.v1.StartedH\x00\x12\"\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x11.forerun.v1.DeltaH\x00\x12(\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x14.forerun.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\xd4\x01\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.forerun.v1.SamplingParams\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x19\n\x11num_prompt_tokens\x18\x05 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x06 \x01(\r\x12\x15\n\rqueue_seconds\x18\x07 \x01(\x01\x12\x17\n\x0fopens_reasoning\x18\x08 \x01(\x08\"d\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0e\n\x06source\x18\x03 \x01(\t\x12*\n\x08logprobs\x18\x04 \x03(\x0b\x32\x18.forerun.v1.TokenLogprob\"D\n\x0cTokenLogprob\x12\x0f\n\x07logprob\x18\x01 \x01(\x01\x12#\n\x03top\x18\x02 \x03(\x0b\x32\x16.forerun.v1.TopLogprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"\xd8\x01\n\x08\x46inished\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.forerun.v1.FinishReason\x12\x0e\n\x04stop\x18\x02 \x01(\tH\x00\x12\x11\n\x07stop_id\x18\x03 \x01(\rH\x00\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.forerun.v1.Usage\x12$\n\x07timings\x18\x05 \x01(\x0b\x32\x13.forerun.v1.Timings\x12,\n\x0bspeculation\x18\x06 \x01(\x0b\x32\x17.forerun.v1.SpeculationB\t\n\x07matched\"\\\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x1d\n\x15num_completion_tokens\x18\x02 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x03 \x01(\r\"Q\n\x07Timings\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x17\n\x0fprefill_seconds\x18\x02 \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_seconds\x18\x03 \x01(\x01\"\x88\x01\n\x0bSpeculation\x12\x12\n\nnum_rounds\x18\x01 \x01(\r\x12\x1e\n\x16mean_acceptance_length\x18\x02 \x01(\x01\x12/\n\x08\x64rafters\x18\x03 \x03(\x0b\x32\x1d.forerun.v1.DrafterStatistics\x12\x14\n\x0cis_synthetic\x18\x04 \x01(\x08\"\x94\x01\n\x11\x44rafterStatistics\x12\x0f\n\x07\x64rafter\x18\x01 \x01(\t\x12\x12\n\nnum_drafts\x18\x02 \x01(\x04\x12\x18\n\x10num_draft_tokens\x18\x03 \x01(\x04\x12\x1b\n\x13num_accepted_tokens\x18\x04 \x01(\x04\x12#\n\x1bnum_accepted_tokens_per_pos\x18\x05 \x03(\x04\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x0f\n\rAbortResponse\"5\n\x0fTokenizeRequest\x12\"\n\x06prompt\x18\x01 \x01(\x0b\x32\x12.forerun.v1.Prompt\"\x1f\n\x10TokenizeResponse\x12\x0b\n\x03ids\x18\x01 \x03(\r\" \n\x11\x44\x65tokenizeRequest\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\\\n\x0c\x45mbedRequest\x12\"\n\x06prompt\x18\x01 \x01(\x0b\x32\x12.forerun.v1.Prompt\x12(\n\x06\x66ormat\x18\x02 \x01(\x0e\x32\x18.forerun.v1.NumberFormat\"\x98\x01\n\rEmbedResponse\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x10\n\x08num_rows\x18\x02 \x01(\r\x12\x10\n\x08row_size\x18\x03 \x01(\r\x12\x0c\n\x04rows\x18\x04 \x01(\x0c\x12(\n\x06\x66ormat\x18\x05 \x01(\x0e\x32\x18.forerun.v1.NumberFormat\x12\x19\n\x11num_prompt_tokens\x18\x06 \x01(\r*|\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03*[\n\x0cNumberFormat\x12\x1d\n\x19NUMBER_FORMAT_UNSPECIFIED\x10\x00\x12\x15\n\x11NUMBER_FORMAT_F32\x10\x01\x12\x15\n\x11NUMBER_FORMAT_F16\x10\x02\x32\xee\x02\n\x11GenerationService\x12G\n\x08Generate\x12\x1b.forerun.v1.GenerateRequest\x1a\x1c.forerun.v1.GenerateResponse0\x01\x12<\n\x05\x41\x62ort\x12\x18.forerun.v1.AbortRequest\x1a\x19.forerun.v1.AbortResponse\x12\x45\n\x08Tokenize\x12\x1b.forerun.v1.TokenizeRequest\x1a\x1c.forerun.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.forerun.v1.DetokenizeRequest\x1a\x1e.forerun.v1.DetokenizeResponse\x12>\n\x05\x45mbed\x12\x18.forerun.v1.EmbedRequest\x1a\x19.forerun.v1.EmbedResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#forerun/v1/generation_service.proto\x12\nforerun.v1\"\x97\x01\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x14.forerun.v1.TokenIdsH\x00\x12 \n\x04\x63hat\x18\x03 \x01(\x0b\x32\x10.forerun.v1.ChatH\x00\x12(\n\x05parts\x18\x04 \x01(\x0b\x32\x17.forerun.v1.PromptPartsH\x00\x42\x06\n\x04kind\"4\n\x0bPromptParts\x12%\n\x05parts\x18\x01 \x03(\x0b\x32\x16.forerun.v1.PromptPart\"j\n\nPromptPart\x12)\n\ttoken_ids\x18\x01 \x01(\x0b\x32\x14.forerun.v1.TokenIdsH\x00\x12)\n\x04rows\x18\x02 \x01(\x0b\x32\x19.forerun.v1.EmbeddingRowsH\x00\x42\x06\n\x04kind\"A\n\rEmbeddingRows\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\r\n\x05width\x18\x02 \x01(\r\x12\x13\n\x0b\x63oordinates\x18\x03 \x03(\r\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"Y\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.forerun.v1.ChatMessage\x12\r\n\x05tools\x18\x02 \x03(\t\x12\x17\n\x0ftemplate_kwargs\x18\x03 \x01(\t\"\x87\x01\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x19\n\x11reasoning_content\x18\x03 \x01(\t\x12(\n\ntool_calls\x18\x04 \x03(\x0b\x32\x14.forerun.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x05 \x01(\t\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"\xc3\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12=\n\nlogit_bias\x18\t \x03(\x0b\x32).forerun.v1.SamplingParams.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penalty\"\xc4\x02\n\x0fGenerateRequest\x12\"\n\x06prompt\x18\x01 \x01(\x0b\x32\x12.forerun.v1.Prompt\x12\x17\n\nmax_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.forerun.v1.SamplingParams\x12\x0c\n\x04stop\x18\x04 \x03(\t\x12\x10\n\x08stop_ids\x18\x05 \x03(\r\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x12\x19\n\x0cnum_logprobs\x18\x07 \x01(\rH\x02\x88\x01\x01\x12\x12\n\ncache_salt\x18\x08 \x01(\t\x12\x15\n\x0bjson_schema\x18\t \x01(\tH\x00\x12\x0f\n\x05regex\x18\n \x01(\tH\x00\x12\x11\n\x07grammar\x18\x0b \x01(\tH\x00\x42\x08\n\x06limitsB\r\n\x0b_max_tokensB\x0f\n\r_num_logprobs\"\x91\x01\n\x10GenerateResponse\x12&\n\x07started\x18\x01 \x01(\x0b\x32\x13.forerun.v1.StartedH\x00\x12\"\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x11.forerun.v1.DeltaH\x00\x12(\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x14.forerun.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\xd4\x01\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12,\n\x08sampling\x18\x03 \x01(\x0b\x32\x1a.forerun.v1.SamplingParams\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x19\n\x11num_prompt_tokens\x18\x05 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x06 \x01(\r\x12\x15\n\rqueue_seconds\x18\x07 \x01(\x01\x12\x17\n\x0fopens_reasoning\x18\x08 \x01(\x08\"d\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0e\n\x06source\x18\x03 \x01(\t\x12*\n\x08logprobs\x18\x04 \x03(\x0b\x32\x18.forerun.v1.TokenLogprob\"D\n\x0cTokenLogprob\x12\x0f\n\x07logprob\x18\x01 \x01(\x01\x12#\n\x03top\x18\x02 \x03(\x0b\x32\x16.forerun.v1.TopLogprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"\xd8\x01\n\x08\x46inished\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.forerun.v1.FinishReason\x12\x0e\n\x04stop\x18\x02 \x01(\tH\x00\x12\x11\n\x07stop_id\x18\x03 \x01(\rH\x00\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.forerun.v1.Usage\x12$\n\x07timings\x18\x05 \x01(\x0b\x32\x13.forerun.v1.Timings\x12,\n\x0bspeculation\x18\x06 \x01(\x0b\x32\x17.forerun.v1.SpeculationB\t\n\x07matched\"\\\n\x05Usage\x12\x19\n\x11num_prompt_tokens\x18\x01 \x01(\r\x12\x1d\n\x15num_completion_tokens\x18\x02 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x03 \x01(\r\"Q\n\x07Timings\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x17\n\x0fprefill_seconds\x18\x02 \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_seconds\x18\x03 \x01(\x01\"\x88\x01\n\x0bSpeculation\x12\x12\n\nnum_rounds\x18\x01 \x01(\r\x12\x1e\n\x16mean_acceptance_length\x18\x02 \x01(\x01\x12/\n\x08\x64rafters\x18\x03 \x03(\x0b\x32\x1d.forerun.v1.DrafterStatistics\x12\x14\n\x0cis_synthetic\x18\x04 \x01(\x08\"\x94\x01\n\x11\x44rafterStatistics\x12\x0f\n\x07\x64rafter\x18\x01 \x01(\t\x12\x12\n\nnum_drafts\x18\x02 \x01(\x04\x12\x18\n\x10num_draft_tokens\x18\x03 \x01(\x04\x12\x1b\n\x13num_accepted_tokens\x18\x04 \x01(\x04\x12#\n\x1bnum_accepted_tokens_per_pos\x18\x05 \x03(\x04\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x0f\n\rAbortResponse\"5\n\x0fTokenizeRequest\x12\"\n\x06prompt\x18\x01 \x01(\x0b\x32\x12.forerun.v1.Prompt\"\x1f\n\x10TokenizeResponse\x12\x0b\n\x03ids\x18\x01 \x03(\r\" \n\x11\x44\x65tokenizeRequest\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\\\n\x0c\x45mbedRequest\x12\"\n\x06prompt\x18\x01 \x01(\x0b\x32\x12.forerun.v1.Prompt\x12(\n\x06\x66ormat\x18\x02 \x01(\x0e\x32\x18.forerun.v1.NumberFormat\"\x98\x01\n\rEmbedResponse\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x10\n\x08num_rows\x18\x02 \x01(\r\x12\x10\n\x08row_size\x18\x03 \x01(\r\x12\x0c\n\x04rows\x18\x04 \x01(\x0c\x12(\n\x06\x66ormat\x18\x05 \x01(\x0e\x32\x18.forerun.v1.NumberFormat\x12\x19\n\x11num_prompt_tokens\x18\x06 \x01(\r*|\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03*[\n\x0cNumberFormat\x12\x1d\n\x19NUMBER_FORMAT_UNSPECIFIED\x10\x00\x12\x15\n\x11NUMBER_FORMAT_F32\x10\x01\x12\x15\n\x11NUMBER_FORMAT_F16\x10\x02\x32\xee\x02\n\x11GenerationService\x12G\n\x08Generate\x12\x1b.forerun.v1.GenerateRequest\x1a\x1c.forerun.v1.GenerateResponse0\x01\x12<\n\x05\x41\x62ort\x12\x18.forerun.v1.AbortRequest\x1a\x19.forerun.v1.AbortResponse\x12\x45\n\x08Tokenize\x12\x1b.forerun.v1.TokenizeRequest\x1a\x1c.forerun.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.forerun.v1.DetokenizeRequest\x1a\x1e.forerun.v1.DetokenizeResponse\x12>\n\x05\x45mbed\x12\x18.forerun.v1.EmbedRequest\x1a\x19.forerun.v1.EmbedResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,10 +33,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=3187
-  _globals['_FINISHREASON']._serialized_end=3311
-  _globals['_NUMBERFORMAT']._serialized_start=3313
-  _globals['_NUMBERFORMAT']._serialized_end=3404
+  _globals['_FINISHREASON']._serialized_start=3256
+  _globals['_FINISHREASON']._serialized_end=3380
+  _globals['_NUMBERFORMAT']._serialized_start=3382
+  _globals['_NUMBERFORMAT']._serialized_end=3473
   _globals['_PROMPT']._serialized_start=52
   _globals['_PROMPT']._serialized_end=203
   _globals['_PROMPTPARTS']._serialized_start=205
@@ -58,43 +58,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=1028
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=1076
   _globals['_GENERATEREQUEST']._serialized_start=1200
-  _globals['_GENERATEREQUEST']._serialized_end=1455
-  _globals['_GENERATERESPONSE']._serialized_start=1458
-  _globals['_GENERATERESPONSE']._serialized_end=1603
-  _globals['_STARTED']._serialized_start=1606
-  _globals['_STARTED']._serialized_end=1818
-  _globals['_DELTA']._serialized_start=1820
-  _globals['_DELTA']._serialized_end=1920
-  _globals['_TOKENLOGPROB']._serialized_start=1922
-  _globals['_TOKENLOGPROB']._serialized_end=1990
-  _globals['_TOPLOGPROB']._serialized_start=1992
-  _globals['_TOPLOGPROB']._serialized_end=2039
-  _globals['_FINISHED']._serialized_start=2042
-  _globals['_FINISHED']._serialized_end=2258
-  _globals['_USAGE']._serialized_start=2260
-  _globals['_USAGE']._serialized_end=2352
-  _globals['_TIMINGS']._serialized_start=2354
-  _globals['_TIMINGS']._serialized_end=2435
-  _globals['_SPECULATION']._serialized_start=2438
-  _globals['_SPECULATION']._serialized_end=2574
-  _globals['_DRAFTERSTATISTICS']._serialized_start=2577
-  _globals['_DRAFTERSTATISTICS']._serialized_end=2725
-  _globals['_ABORTREQUEST']._serialized_start=2727
-  _globals['_ABORTREQUEST']._serialized_end=2761
-  _globals['_ABORTRESPONSE']._serialized_start=2763
-  _globals['_ABORTRESPONSE']._serialized_end=2778
-  _globals['_TOKENIZEREQUEST']._serialized_start=2780
-  _globals['_TOKENIZEREQUEST']._serialized_end=2833
-  _globals['_TOKENIZERESPONSE']._serialized_start=2835
-  _globals['_TOKENIZERESPONSE']._serialized_end=2866
-  _globals['_DETOKENIZEREQUEST']._serialized_start=2868
-  _globals['_DETOKENIZEREQUEST']._serialized_end=2900
-  _globals['_DETOKENIZERESPONSE']._serialized_start=2902
-  _globals['_DETOKENIZERESPONSE']._serialized_end=2936
-  _globals['_EMBEDREQUEST']._serialized_start=2938
-  _globals['_EMBEDREQUEST']._serialized_end=3030
-  _globals['_EMBEDRESPONSE']._serialized_start=3033
-  _globals['_EMBEDRESPONSE']._serialized_end=3185
-  _globals['_GENERATIONSERVICE']._serialized_start=3407
-  _globals['_GENERATIONSERVICE']._serialized_end=3773
+  _globals['_GENERATEREQUEST']._serialized_end=1524
+  _globals['_GENERATERESPONSE']._serialized_start=1527
+  _globals['_GENERATERESPONSE']._serialized_end=1672
+  _globals['_STARTED']._serialized_start=1675
+  _globals['_STARTED']._serialized_end=1887
+  _globals['_DELTA']._serialized_start=1889
+  _globals['_DELTA']._serialized_end=1989
+  _globals['_TOKENLOGPROB']._serialized_start=1991
+  _globals['_TOKENLOGPROB']._serialized_end=2059
+  _globals['_TOPLOGPROB']._serialized_start=2061
+  _globals['_TOPLOGPROB']._serialized_end=2108
+  _globals['_FINISHED']._serialized_start=2111
+  _globals['_FINISHED']._serialized_end=2327
+  _globals['_USAGE']._serialized_start=2329
+  _globals['_USAGE']._serialized_end=2421
+  _globals['_TIMINGS']._serialized_start=2423
+  _globals['_TIMINGS']._serialized_end=2504
+  _globals['_SPECULATION']._serialized_start=2507
+  _globals['_SPECULATION']._serialized_end=2643
+  _globals['_DRAFTERSTATISTICS']._serialized_start=2646
+  _globals['_DRAFTERSTATISTICS']._serialized_end=2794
+  _globals['_ABORTREQUEST']._serialized_start=2796
+  _globals['_ABORTREQUEST']._serialized_end=2830
+  _globals['_ABORTRESPONSE']._serialized_start=2832
+  _globals['_ABORTRESPONSE']._serialized_end=2847
+  _globals['_TOKENIZEREQUEST']._serialized_start=2849
+  _globals['_TOKENIZEREQUEST']._serialized_end=2902
+  _globals['_TOKENIZERESPONSE']._serialized_start=2904
+  _globals['_TOKENIZERESPONSE']._serialized_end=2935
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2937
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2969
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2971
+  _globals['_DETOKENIZERESPONSE']._serialized_end=3005
+  _globals['_EMBEDREQUEST']._serialized_start=3007
+  _globals['_EMBEDREQUEST']._serialized_end=3099
+  _globals['_EMBEDRESPONSE']._serialized_start=3102
+  _globals['_EMBEDRESPONSE']._serialized_end=3254
+  _globals['_GENERATIONSERVICE']._serialized_start=3476
+  _globals['_GENERATIONSERVICE']._serialized_end=3842
 # @@protoc_insertion_point(module_scope)

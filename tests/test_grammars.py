@@ -1,0 +1,124 @@
+"""Answers that follow a grammar: drafts change nothing, and everything that can happen to a request can happen to them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import anyio
+import forerun
+import pytest
+from forerun.actors.grammar import Grammars
+from forerun.core.vocabulary import Grammar
+
+pytestmark = pytest.mark.anyio
+
+SCHEMA: Any = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 30},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "tags": {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "minItems": 2, "maxItems": 4},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+KINDS: list[dict[str, Any]] = [
+    {"json_schema": SCHEMA},
+    {"regex": r"def [a-z_]{3,12}\(\):( pass)?"},
+    {"grammar": 'root ::= ("yes, " | "no, ") ("yes, " | "no, ")? "ok"'},
+]
+
+
+@pytest.fixture(scope="module")
+def demo() -> forerun.Model:
+    return forerun.load_model("demo")
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: next(iter(kind)))
+async def test_speculation_changes_nothing(demo: forerun.Model, kind: dict[str, Any]) -> None:
+    found: dict[float, set[str]] = {}
+    engines: list[Any] = [{"spec_type": "none"}, {}, {"spec_type": "draft-mtp", "choose": "first"}, {"spec_type": "ngram-mod,ngram-simple"}]
+    for options in engines:
+        async with forerun.open_engine(demo, **options) as engine:
+            for temperature in (0.0, 0.9):
+                result = await engine.complete("people = [", max_tokens=800, temperature=temperature, seed=5, **kind)
+                found.setdefault(temperature, set()).add(result.text)
+    for texts in found.values():
+        (text,) = texts
+        if "json_schema" in kind:
+            value = json.loads(text)
+            assert 0 <= value["age"] <= 120
+            assert {"red", "green", "blue"} >= set(value["tags"])
+            assert 2 <= len(value["tags"]) <= 4
+        else:
+            assert re.fullmatch(kind.get("regex", "(yes, |no, ){1,2}ok"), text)
+
+
+async def test_drafts_follow_it_too(demo: forerun.Model) -> None:
+    async with forerun.open_engine(demo, spec_type="draft-mtp", choose="first") as engine:
+        result = await engine.complete("people = [", max_tokens=800, temperature=0, json_schema=SCHEMA)
+    assert result.finish_reason is forerun.FinishReason.STOP
+    assert result.speculation.mean_acceptance_length > 1.5
+
+
+async def test_others_in_the_batch_are_left_alone(demo: forerun.Model) -> None:
+    async with forerun.open_engine(demo, num_slots=4) as engine:
+        alone = await engine.complete("import os", max_tokens=40, temperature=0.7, seed=1)
+        found: dict[str, forerun.Result] = {}
+
+        async def one(name: str, **how: Any) -> None:
+            found[name] = await engine.complete("import os", max_tokens=40, temperature=0.7, seed=1, **how)
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(one, "free")
+            for i, kind in enumerate(KINDS):
+                group.start_soon(lambda i=i, kind=kind: one(str(i), **kind))
+    assert found["free"].token_ids == alone.token_ids
+
+
+async def test_it_is_saved_and_survives_the_loss_of_memory(demo: forerun.Model, tmp_path: Path) -> None:
+    how: Any = {"max_tokens": 800, "temperature": 0.9, "seed": 5, "json_schema": SCHEMA}
+    async with forerun.open_engine(demo) as engine:
+        whole = await engine.complete("people = [", **how)
+        async with engine.generate("people = [", **how) as stream:
+            await anext(stream)
+            await stream.save(tmp_path / "request")
+            engine.tree.supervisor.kill("target decoder", RuntimeError("killed by a test"))
+            async for _ in stream:
+                pass
+        assert stream.result.text == whole.text
+    async with forerun.open_engine(demo, spec_type="none") as engine, engine.restore(tmp_path / "request") as stream:
+        async for _ in stream:
+            pass
+    assert stream.result.text == whole.text
+
+
+async def test_what_is_no_grammar(demo: forerun.Model) -> None:
+    async with forerun.open_engine(demo) as engine:
+        bad: list[Any] = [{"json_schema": {"type": "nonsense"}}, {"regex": "("}, {"grammar": "root ::= root2"}, {"grammar": "start: x"}]
+        for how in bad:
+            with pytest.raises(forerun.InvalidRequest) as caught:
+                await engine.complete("x", **how)
+            assert caught.value.violations[0][0] in how
+        assert (await engine.complete("x", max_tokens=3)).token_ids
+
+
+def test_limits_depend_on_the_tokens_before_alone(demo: forerun.Model) -> None:
+    """Whatever was asked before: a draft, one that no answer begins with, or another beginning."""
+    assert demo.vocabulary is not None
+    grammars = Grammars(demo.vocabulary, demo.num_token_ids, demo.defaults.stop_ids)
+    text = '{"name": "Eve", "age": 33, "tags": ["red", "blue"]}'
+    ids = demo.vocabulary.encode(text)
+    grammar = Grammar("json_schema", json.dumps(SCHEMA))
+    expected = [grammars.limits(grammar, False).allowed(ids[:i]) for i in range(len(ids) + 1)]
+    limits = grammars.limits(grammar, False)
+    for i in (3, 9, 2, len(ids), 0, 5, 1):
+        limits.allowed((*ids[:i], *demo.vocabulary.encode('x"?')))
+        assert limits.allowed(demo.vocabulary.encode("what?")) is None
+        assert limits.allowed(ids[:i]) == expected[i]
+    last = expected[-1]
+    assert last is not None
+    assert {i for i in range(demo.num_token_ids) if last[i // 8] >> i % 8 & 1} <= demo.defaults.stop_ids
