@@ -93,7 +93,10 @@ async def test_a_restored_request_survives_the_loss_of_its_memory(demo: forerun.
 async def test_a_reader_that_has_read_nothing_can_save(demo: forerun.Model, tmp_path: Path) -> None:
     async with forerun.open_engine(demo) as engine:
         async with engine.generate(HELD_OUT[0], **(OPTIONS | {"max_tokens": 1000})) as stream:
-            await anyio.sleep(3)  # its outbox is full by now
+            before, now = -1, 0
+            while now != before:  # until its outbox is full
+                await anyio.sleep(0.3)
+                before, now = now, engine.statistics().actors["target decoder"].mailbox.num_received
             with anyio.fail_after(20):
                 await stream.save(tmp_path / "request")
         async with engine.restore(tmp_path / "request", timeout_seconds=100) as stream:

@@ -39,6 +39,9 @@ from tests.conftest import cuda_backend, load
 from tests.kernels.blocks import random_weights
 from tests.kernels.cuda_on_cpu import HostDevice
 
+#: For tests of whole models whose kernels others run in both orders.
+in_one_order = pytest.mark.parametrize("cuda", ["forwards"], indirect=True)
+
 
 @pytest.fixture(params=["forwards", "backwards"])
 def cuda(request: pytest.FixtureRequest) -> Iterator[CudaBackend]:
@@ -181,6 +184,7 @@ def test_rows_in_place_of_tokens_and_their_places(cuda: CudaBackend, checkpoints
         assert np.linalg.norm(one - other) < 0.15 * np.linalg.norm(other)
 
 
+@in_one_order
 @pytest.mark.parametrize("store", STORES)
 def test_any_held_position_can_be_gone_on_from(cuda: CudaBackend, checkpoints: dict[str, Path], store: StoreName) -> None:
     """tests/gpu/test_rollback.py in short."""
@@ -210,6 +214,7 @@ def test_any_held_position_can_be_gone_on_from(cuda: CudaBackend, checkpoints: d
             memory, at = begin(), 0
 
 
+@in_one_order
 @pytest.mark.parametrize(("depth", "rates"), [(0, None), (3, None), (3, (0.9, 0.8, 0.7))])
 def test_rounds_on_the_device_say_what_single_rows_say(cuda: CudaBackend, checkpoints: dict[str, Path], depth: int, rates: Any) -> None:
     weights, num_tokens = load(checkpoints["dense_r3"], cuda), 8
@@ -319,6 +324,7 @@ def test_parts_of_an_attention_one_after_another_have_the_same_bits(
     assert np.array_equal(found[0], found[1])
 
 
+@in_one_order
 @pytest.mark.parametrize("layout", ["dense", "moe"])
 @pytest.mark.parametrize("kind", FORMATS)
 def test_weights_made_on_the_device_make_a_model(cuda: CudaBackend, checkpoints: dict[str, Path], layout: str, kind: str) -> None:
@@ -384,6 +390,7 @@ def test_a_product_knows_what_follows_it(cuda: CudaBackend, checkpoints: dict[st
     assert all(ahead.bytes > 0 for ahead in aheads[:-1])
 
 
+@in_one_order
 @pytest.mark.parametrize("temperatures", [(0.0, 0.0, 0.0), (0.0, 0.8, 1.2)])
 def test_drafts_made_on_the_device_are_those_made_guess_by_guess(
     cuda: CudaBackend, checkpoints: dict[str, Path], temperatures: tuple[float, ...]
@@ -555,6 +562,7 @@ def test_experts_of_every_type(cuda: CudaBackend, checkpoints: dict[str, Path], 
         np.testing.assert_array_equal(moe(x[row : row + 1])[0], together[row])
 
 
+@in_one_order
 def test_where_chunks_end_leaves_no_trace(cuda: CudaBackend, checkpoints: dict[str, Path]) -> None:
     """Nor that 300 positions are two parts of an attention. All layouts: tests/gpu/test_device.py."""
     check_that_chunks_leave_no_trace(cuda, load(checkpoints["dense"], cuda), [270], [1, 2, 37, 80, 7, 143])
