@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from ...core.vocabulary import Delta, Result
+from ...core.vocabulary import Delta, Result, Started
 from .served import Served
 from .statuses import Starting
 
@@ -59,7 +59,12 @@ class Metrics(Collector):
     def failed(self, error: BaseException) -> None:
         self._ended.labels(self._served.model_name, "error" if isinstance(error, Exception) else "abort").inc()
 
+    def started(self, started: Started) -> None:
+        self._prompt_tokens.inc(started.num_prompt_tokens)
+        self._cached_tokens.inc(started.num_cached_tokens)
+
     def delta(self, delta: Delta, seconds: float, is_first: bool) -> None:
+        self._generation_tokens.inc(len(delta.token_ids))
         if is_first:
             self._first_token.observe(seconds)
         else:
@@ -69,9 +74,6 @@ class Metrics(Collector):
     def finished(self, result: Result, seconds: float) -> None:
         model = self._served.model_name
         self._request.observe(seconds)
-        self._prompt_tokens.inc(result.usage.num_prompt_tokens)
-        self._cached_tokens.inc(result.usage.num_cached_tokens)
-        self._generation_tokens.inc(result.usage.num_completion_tokens)
         self._ended.labels(model, result.finish_reason.value).inc()
         for name, each in result.speculation.drafters.items():
             self._drafts.labels(model, name).inc(each.num_drafts)

@@ -22,6 +22,8 @@ from .statuses import NotFound, Starting
 class Watch(Protocol):
     """Watches one request of the edge."""
 
+    def started(self, started: Started) -> None: ...
+
     def delta(self, delta: Delta, seconds: float, is_first: bool) -> None:
         """`seconds` after the one before, or after the request came."""
         ...
@@ -126,6 +128,8 @@ class Served:
                 with self.running(stream.request_id, reader.owner, stream):
                     started = await stream.started()
                     if started is not None:
+                        for watch in watches:
+                            watch.started(started)
                         await reader.started(started)
                     is_first = True
                     async for delta in stream:

@@ -11,7 +11,7 @@ from opentelemetry.trace import Span, SpanKind, StatusCode
 from opentelemetry.trace import TracerProvider as AnyProvider
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from ...core.vocabulary import Delta, Result
+from ...core.vocabulary import Delta, Result, Started
 
 
 class Telemetry:
@@ -38,25 +38,32 @@ class RequestSpan:
     def __init__(self, span: Span, model_name: str) -> None:
         self._span, self._model_name = span, model_name
 
+    def started(self, started: Started) -> None:
+        sampling = started.sampling
+        self._span.set_attributes(
+            {
+                "gen_ai.response.model": self._model_name,
+                "gen_ai.usage.input_tokens": started.num_prompt_tokens,
+                "gen_ai.usage.cache_read.input_tokens": started.num_cached_tokens,
+                "gen_ai.request.temperature": sampling.temperature,
+                "gen_ai.request.top_p": sampling.top_p,
+                "gen_ai.request.top_k": sampling.top_k,
+                "gen_ai.request.seed": str(sampling.seed),  # up to 64 bits without a sign, which no attribute has
+                "forerun.queue_seconds": started.queue_seconds,
+            }
+        )
+
     def delta(self, delta: Delta, seconds: float, is_first: bool) -> None:
         if is_first:
             self._span.set_attribute("gen_ai.server.time_to_first_token", seconds)
 
     def finished(self, result: Result, seconds: float) -> None:
-        sampling, usage, timings = result.sampling, result.usage, result.timings
+        timings = result.timings
         accepted = sum(each.num_accepted_tokens for each in result.speculation.drafters.values())
         self._span.set_attributes(
             {
-                "gen_ai.response.model": self._model_name,
                 "gen_ai.response.finish_reasons": [result.finish_reason.value],
-                "gen_ai.usage.input_tokens": usage.num_prompt_tokens,
-                "gen_ai.usage.output_tokens": usage.num_completion_tokens,
-                "gen_ai.usage.cache_read.input_tokens": usage.num_cached_tokens,
-                "gen_ai.request.temperature": sampling.temperature,
-                "gen_ai.request.top_p": sampling.top_p,
-                "gen_ai.request.top_k": sampling.top_k,
-                "gen_ai.request.seed": str(sampling.seed),  # up to 64 bits without a sign, which no attribute has
-                "forerun.queue_seconds": timings.queue_seconds,
+                "gen_ai.usage.output_tokens": result.usage.num_completion_tokens,
                 "forerun.prefill_seconds": timings.prefill_seconds,
                 "forerun.decode_seconds": timings.decode_seconds,
                 "forerun.num_rounds": result.speculation.num_rounds,

@@ -318,7 +318,7 @@ async def test_a_request_is_saved_and_goes_on(server: Server) -> None:
 async def test_a_profile_says_where_time_went(server: Server) -> None:
     async with grpc.aio.insecure_channel(server.address) as channel, Client(server.address) as client:
         admin: Any = admin_service_pb2_grpc.AdminServiceStub(channel)
-        pending = admin.Profile(admin_service_pb2.ProfileRequest(seconds=1.5), metadata=ADMIN)
+        pending = admin.Profile(admin_service_pb2.ProfileRequest(seconds=2), metadata=ADMIN)
         asking = asyncio.ensure_future(pending)
         await anyio.sleep(0.5)
         result = await client.complete(PROMPT, max_tokens=20)
