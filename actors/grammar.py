@@ -13,6 +13,8 @@ from ..core.vocabulary import Grammar
 from .reply import END_THINK
 from .tokenizer import Vocabulary
 
+#: The newest tokens of a continuation that may be drafts, and stand in no other.
+MOST_DRAFTED = 64
 #: Blanks between the parts of JSON: room for deep indentation, but no end in itself, which some models would make of it.
 BLANKS = r"[ \n\r\t]{0,40}"
 
@@ -57,25 +59,28 @@ class TokenLimits:
     draft and verify, which ask about different continuations of one text: the matcher goes back to where they part."""
 
     def __init__(self, matcher: Any, thinking: Vocabulary | None) -> None:
-        self._matcher, self._thinking = matcher, thinking
+        self._new, self._matcher = matcher, matcher.deep_copy()
+        self._thought = _Thought(thinking) if thinking is not None else None
         self._lock = threading.Lock()
         self._consumed: tuple[int, ...] = ()
-        self.error: str | None = None
+        self._failures: dict[tuple[int, ...], str] = {}
+
+    def error(self, output: tuple[int, ...]) -> str | None:
+        """As vocabulary.Limits has it. A draft that leads nowhere is no failure: nobody has chosen it."""
+        return next((why for tokens, why in self._failures.items() if output[: len(tokens)] == tokens), None)
 
     def allowed(self, output: tuple[int, ...]) -> bytes | None:
         """As vocabulary.Limits has it."""
         with self._lock:
-            if self._thinking is not None:
-                output, is_over = _after_thought(output, self._thinking)
-                if not is_over:
-                    return None
-            if not self._go_to(output):
+            answer = self._thought.after(output) if self._thought is not None else output
+            if answer is None or not self._go_to(answer):
                 return None
             mask = bytes(self._matcher.compute_bitmask())
-            if self._matcher.is_error():
-                self.error = _first_line(self._matcher.get_error())
-                return None
-            return mask
+            if not self._matcher.is_error():
+                return mask
+            self._failures[output] = _first_line(self._matcher.get_error())
+            self._matcher, self._consumed = self._new.deep_copy(), ()  # one that has failed answers nothing any more
+            return None
 
     def _go_to(self, output: tuple[int, ...]) -> bool:
         """Whether a grammar has these tokens."""
@@ -89,18 +94,27 @@ class TokenLimits:
         return num_consumed == len(more)
 
 
-def _after_thought(output: tuple[int, ...], vocabulary: Vocabulary) -> tuple[tuple[int, ...], bool]:
-    """What comes after the end of a thought, and whether it has come."""
-    end = vocabulary.encode(END_THINK)
-    if len(end) == 1:  # as in all of the family
-        at = output.index(end[0]) + 1 if end[0] in output else 0
-        return output[at:], at > 0
-    text = b""
-    for i, token in enumerate(output, 1):
-        text = text[-len(END_THINK) :] + vocabulary.token_bytes(token)
-        if END_THINK.encode() in text:
-            return output[i:], True
-    return (), False
+class _Thought:
+    """Looks for the end of an answer's thoughts, by bytes, whatever tokens spell it."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self._seen: tuple[int, ...] = ()  # tokens without it
+        self._whole: tuple[int, ...] | None = None  # those up to its end
+
+    def after(self, output: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The tokens after that which ends the thoughts; None while they go on."""
+        if self._whole is not None and output[: len(self._whole)] == self._whole:
+            return output[len(self._whole) :]
+        start = len(self._seen) if output[: len(self._seen)] == self._seen else 0
+        text, end = b"", END_THINK.encode()
+        for i in range(max(0, start - len(end)), len(output)):
+            text = text[-len(end) :] + self._vocabulary.token_bytes(output[i])
+            if end in text:
+                self._whole = output[: i + 1]
+                return output[i + 1 :]
+        self._seen = output[: max(0, len(output) - MOST_DRAFTED)]
+        return None
 
 
 class _Words:

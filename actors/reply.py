@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 from ..core.chat import Message
 
@@ -18,6 +18,8 @@ THINK, END_THINK = "<think>", "</think>"
 CALL, END_CALL = "<tool_call>", "</tool_call>"
 FUNCTION, END_FUNCTION = "<function=", "</function>"
 PARAMETER, END_PARAMETER = "<parameter=", "</parameter>"
+#: how a call ends whose last text the model has not closed
+UNCLOSED = "\n</function>\n</tool_call>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +58,12 @@ ReplyPiece = Reasoning | Content | CallBegun | CallArguments
 class ReplyParser:
     """Takes the text of an answer in pieces, cut anywhere, and says what they are. `tools` are those of the chat: without any, calls are
     content; their JSON schemas say which arguments are texts. `opens_reasoning` is what `Stream.started` says. Blanks around thoughts and
-    calls are nobody's; what looks like a call and is none is content."""
+    calls are nobody's; what looks like a call and is none is content. After `most_calls` nothing is heard any more."""
 
-    def __init__(self, tools: Iterable[Mapping[str, Any]] = (), opens_reasoning: bool = False) -> None:
+    def __init__(self, tools: Iterable[Mapping[str, Any]] = (), opens_reasoning: bool = False, most_calls: int | None = None) -> None:
         functions = [cast("Mapping[str, Any]", tool["function"]) for tool in tools]
         self._schemas = {str(function["name"]): function.get("parameters") for function in functions}
-        self._held, self._is_last = "", False
+        self._held, self._is_last, self._most_calls = "", False, most_calls
         self._pieces: list[ReplyPiece] = []
         self._step: Callable[[], bool] = self._reasoning if opens_reasoning else self._content
         self._may_think = not opens_reasoning  # nothing but blanks has come
@@ -85,20 +87,25 @@ class ReplyParser:
         return self.push("")
 
     @property
+    def is_over(self) -> bool:
+        """Whether all calls that are heard have ended."""
+        return len(self._calls) == self._most_calls and self._step in (self._content, self._called)
+
+    @property
     def num_calls(self) -> int:
         """Calls that have begun."""
         return len(self._calls)
 
     def message(self, call_ids: Sequence[str] = ()) -> Message:
-        """All that was said, as a chat goes on from it. Calls are numbered where `call_ids` has no names for them."""
+        """All that was said, as a chat goes on from it. Calls that `call_ids` has no names for are numbered."""
         message = Message(role="assistant", content=self._content_text)
         if self._reasoning_text:
             message["reasoning_content"] = self._reasoning_text
         if self._calls:
-            ids = call_ids or [f"call_{i}" for i in range(len(self._calls))]
+            ids = [*call_ids, *(f"call_{i}" for i in range(len(call_ids), len(self._calls)))]
             message["tool_calls"] = [
                 {"id": each, "type": "function", "function": {"name": name, "arguments": arguments}}
-                for each, (name, arguments) in zip(ids, self._calls, strict=True)
+                for each, (name, arguments) in zip(ids, self._calls, strict=False)
             ]
         return message
 
@@ -111,7 +118,13 @@ class ReplyParser:
             self._step, self._skips_blanks = self._content, True
         return bool(found)
 
+    def _nothing(self) -> bool:
+        self._held = ""
+        return False
+
     def _content(self) -> bool:
+        if len(self._calls) == self._most_calls:
+            return self._nothing()
         markers = ((THINK,) if self._may_think else ()) + ((CALL,) if self._schemas else ())
         found, text = self._until(markers, str.rstrip)
         if found == THINK and text.strip():  # a thought would have been first
@@ -133,7 +146,7 @@ class ReplyParser:
             self._begin(name)
             self._held, self._step = rest, self._parameters
         elif held.startswith("{"):
-            self._held, self._step = held, self._json
+            self._step = self._json
         elif self._is_last or not (FUNCTION.startswith(held) or (held.startswith(FUNCTION) and not end and "\n" not in name)):
             return self._no_call()
         else:
@@ -151,14 +164,15 @@ class ReplyParser:
         if not end and not self._is_last:
             return False
         try:
-            call: Any = json.loads(text, parse_constant=_refuse) if end else None
+            call: Any = json.loads(text) if end else None
             name, arguments = call["name"], call.get("arguments", {})
             if not isinstance(name, str) or not isinstance(arguments, dict):
                 raise TypeError
+            written, _ = _json_text(cast(object, arguments)), _json_text(name)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return self._no_call()
         self._begin(name)
-        self._argue(json.dumps(arguments, ensure_ascii=False))
+        self._argue(written)
         self._held, self._step, self._skips_blanks = rest, self._content, True
         return True
 
@@ -189,14 +203,16 @@ class ReplyParser:
 
     def _value(self) -> bool:
         if self._types == {"string"}:  # it can be told before it is whole
-            found, text = self._until((END_PARAMETER,), lambda text: text.removesuffix("\n"))
+            found, text = self._until((END_PARAMETER, UNCLOSED), lambda text: text.removesuffix("\n"))
             self._argue(json.dumps(text.removesuffix("\n") if found else text, ensure_ascii=False)[1:-1] + ('"' if found else ""))
         else:
-            text, found, rest = self._held.partition(END_PARAMETER)
+            ends = [(at, marker) for marker in (END_PARAMETER, PARAMETER, END_FUNCTION) if (at := self._held.find(marker)) >= 0]
+            at, found = min(ends, default=(0, ""))
             if found:
-                self._argue(_value_of(text.removesuffix("\n"), self._types))
-                self._held = rest
+                self._argue(_value_of(self._held[:at].removesuffix("\n"), self._types))
+                self._held = self._held[at + len(found) :]
         if found:
+            self._held = ("" if found == END_PARAMETER else found) + self._held  # what else it ends with is still to be seen
             self._step = self._parameters
         return bool(found)
 
@@ -205,7 +221,7 @@ class ReplyParser:
         held = self._held.lstrip()
         if held.startswith(END_CALL):
             self._held, self._step = held.removeprefix(END_CALL), self._content
-        elif held.startswith(FUNCTION):
+        elif held.startswith(FUNCTION) and len(self._calls) != self._most_calls:
             self._step, self._if_no_call = self._call, ""
         elif self._is_last or not (END_CALL.startswith(held) or FUNCTION.startswith(held)):
             self._step = self._content
@@ -266,25 +282,45 @@ class ReplyParser:
             self._pieces.append(CallArguments(len(self._calls) - 1, text))
 
 
+#: the JSON type of a value
+TYPES: dict[type, str] = {
+    bool: "boolean", int: "integer", float: "number", type(None): "null", dict: "object", list: "array",
+}  # fmt: skip
+
+
 def _types_of(schema: object, key: str) -> set[str]:
     """The JSON types that a schema allows for a property; a text if it does not say."""
-    properties: object = cast("Mapping[str, object]", schema).get("properties") if isinstance(schema, Mapping) else None
-    found = _types_in(cast("Mapping[str, object]", properties).get(key) if isinstance(properties, Mapping) else None)
-    return found or {"string"}
+    return _types_in(_at(schema, ("properties", key)), schema) or {"string"}
 
 
-def _types_in(schema: object, depth: int = 8) -> set[str]:
+def _types_in(schema: object, root: object, depth: int = 8) -> set[str]:
     if not isinstance(schema, Mapping) or depth == 0:
         return set()
     given = cast("Mapping[str, object]", schema)
-    kind = given.get("type")
+    kind, reference = given.get("type"), given.get("$ref")
     kinds = cast("list[object]", kind) if isinstance(kind, list) else [kind]
     found = {each for each in kinds if isinstance(each, str)}
+    if isinstance(reference, str) and reference.startswith("#/"):
+        found |= _types_in(_at(root, reference.split("/")[1:]), root, depth - 1)
     for word in ("anyOf", "oneOf", "allOf"):
-        several = given.get(word)
-        for each in cast("list[object]", several) if isinstance(several, list) else ():
-            found |= _types_in(each, depth - 1)
+        for each in _several(given.get(word)):
+            found |= _types_in(each, root, depth - 1)
+    if not found:
+        values = [*_several(given.get("enum")), *([given["const"]] if "const" in given else [])]
+        found = {TYPES.get(type(value), "string") for value in values}
+        found |= {name for word, name in (("properties", "object"), ("items", "array")) if word in given}
     return found
+
+
+def _at(schema: object, path: Sequence[str]) -> object:
+    """What lies in a schema along a path, if anything does."""
+    for name in path:
+        schema = cast("Mapping[str, object]", schema).get(name) if isinstance(schema, Mapping) else None
+    return schema
+
+
+def _several(value: object) -> list[object]:
+    return cast("list[object]", value) if isinstance(value, list) else []
 
 
 def _value_of(text: str, types: set[str]) -> str:
@@ -296,11 +332,14 @@ def _value_of(text: str, types: set[str]) -> str:
         return "null"
     if "string" not in types:
         try:
-            return json.dumps(json.loads(plain, parse_constant=_refuse), ensure_ascii=False)
+            return _json_text(json.loads(plain))
         except (ValueError, RecursionError):
             pass
     return json.dumps(text, ensure_ascii=False)
 
 
-def _refuse(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+def _json_text(value: object) -> str:
+    """ValueError where it has no such text that can be sent: for numbers that are none, and lone surrogates."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    text.encode()
+    return text

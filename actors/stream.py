@@ -35,7 +35,7 @@ class Options(TypedDict, total=False):
     logit_bias: dict[int, float] | None  # token id -> added to its logit [none]
     stop: str | list[str] | None  # the answer ends where one of these texts begins [none]
     stop_ids: list[int] | None  # or where one of these tokens is chosen, the model's own apart [none]
-    json_schema: dict[str, Any] | bool | str | None  # the answer is such JSON; needs the extra `grammar`, as the next two do [none]
+    json_schema: dict[str, Any] | str | None  # the answer is such JSON; needs the extra `grammar`, as the next two do [none]
     regex: str | None  # or matches this
     grammar: str | None  # or is what a grammar, in Lark's notation or GBNF, says
     num_logprobs: int | None  # log probabilities of the chosen token and of so many of the likeliest, with every token [none]

@@ -128,7 +128,7 @@ class SupervisionTree:
         """Nobody is heard any more, and all leases have ended."""
         for mailbox in self.mailboxes.values():
             mailbox.close(why)
-        self.pool.release_all()
+        self.pool.end()
 
     def statistics(self) -> dict[str, ActorStatistics]:
         """Of every actor, by name."""

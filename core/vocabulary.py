@@ -151,7 +151,7 @@ def grammar_of(options: Mapping[str, object]) -> Grammar | None:
     found: list[Grammar] = []
     for kind in get_args(GrammarKind):
         text = options.get(kind)
-        if kind == "json_schema" and isinstance(text, Mapping | bool):
+        if kind == "json_schema" and isinstance(text, Mapping):
             try:
                 text = json.dumps(text, allow_nan=False)
             except (ValueError, TypeError, RecursionError):
@@ -163,8 +163,8 @@ def grammar_of(options: Mapping[str, object]) -> Grammar | None:
         assert isinstance(text, str)
         if not 0 < len(text) <= GRAMMAR_CHARACTERS:
             raise InvalidRequest([(kind, f"must have 1 to {GRAMMAR_CHARACTERS} characters")])
-        if kind == "json_schema" and not isinstance(_json_of(text), dict | bool):
-            raise InvalidRequest([(kind, "must be a JSON object, true or false")])
+        if kind == "json_schema" and not isinstance(_json_of(text), dict):
+            raise InvalidRequest([(kind, "must be a JSON object")])
         found.append(Grammar(kind, text))
     if len(found) > 1:
         raise InvalidRequest([(found[1].kind, f"does not go with {found[0].kind}")])
@@ -183,9 +183,8 @@ def _json_of(text: str) -> object:
 class Limits(Protocol):
     """What an answer may go on with."""
 
-    @property
-    def error(self) -> str | None:
-        """Why that cannot be said any more, once it cannot."""
+    def error(self, output: tuple[int, ...]) -> str | None:
+        """Why it cannot be said any more what may follow some beginning of `output`, once that was asked in vain."""
         ...
 
     def allowed(self, output: tuple[int, ...]) -> bytes | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import forerun
@@ -94,6 +94,35 @@ async def test_it_is_saved_and_survives_the_loss_of_memory(demo: forerun.Model, 
         async for _ in stream:
             pass
     assert stream.result.text == whole.text
+
+
+async def test_a_draft_that_leads_nowhere_is_nobodys_failure(demo: forerun.Model) -> None:
+    """Only what was chosen is: here the target would rather say anything else."""
+    assert demo.vocabulary is not None
+    (b,), (d,), (a,) = (demo.vocabulary.encode(letter) for letter in "bda")
+    grammar = 'start: ("b" | "d" | "a" /[^\\s\\S]/)+'
+    found: set[str] = set()
+    for options in ({"spec_type": "none"}, {"spec_type": "ngram-suffix", "choose": "first"}):
+        async with forerun.open_engine(demo, **cast(Any, options)) as engine:
+            ids = [b, d, a, demo.vocabulary.encode("c")[0]] * 30 + [d]
+            how: Any = {"grammar": grammar, "logit_bias": {b: 100.0, d: 99.0}, "frequency_penalty": 2.0, "max_tokens": 12}
+            found.add((await engine.complete(ids, **how)).text)
+            with pytest.raises(forerun.RequestFailed, match="cannot be followed"):
+                await engine.complete(ids, **how | {"logit_bias": {a: 500.0}})
+    assert found == {"bdbdbdbdbdbd"}
+
+
+def test_the_end_of_a_thought_whatever_spells_it(demo: forerun.Model) -> None:
+    assert demo.vocabulary is not None
+    limits = Grammars(demo.vocabulary, demo.num_token_ids, demo.defaults.stop_ids).limits(Grammar("regex", "yes"), True)
+    thought = demo.vocabulary.encode("hm </thin or not " * 30)
+    plain = Grammars(demo.vocabulary, demo.num_token_ids, demo.defaults.stop_ids).limits(Grammar("regex", "yes"), False).allowed(())
+    for end in ("</think>", "</th", "</thi"):
+        whole = (*thought, *demo.vocabulary.encode(end), *demo.vocabulary.encode("</think>".removeprefix(end)))
+        assert limits.allowed(thought) is None
+        assert limits.allowed((*thought[:5], *thought)) is None
+        assert limits.allowed(whole) == plain
+        assert limits.allowed(whole[:-1]) is None
 
 
 async def test_what_is_no_grammar(demo: forerun.Model) -> None:

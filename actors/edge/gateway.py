@@ -340,7 +340,7 @@ def _said(status: Status, error: ForerunError | None = None) -> tuple[str, str, 
     _, kind = HTTP.get(status.code.name, (500, "server_error"))
     if not isinstance(error, InvalidRequest):
         return kind, status.message, None, status.reason.lower()
-    return kind, "; ".join(f"{field} {problem}" for field, problem in status.violations), error.violations[0][0], status.reason.lower()
+    return kind, "; ".join(f"{field} {problem}" for field, problem in status.violations), status.violations[0][0], status.reason.lower()
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

@@ -12,8 +12,7 @@ from typing import Any, cast
 from ...core.chat import MAX_MESSAGES, Chat, Message
 from ...core.errors import InvalidRequest
 from ...core.vocabulary import Delta, FinishReason, Prompt, Result, Started, TokenLogprob
-from ..reply import END_CALL, CallArguments, CallBegun, Content, Reasoning, ReplyParser, ReplyPiece
-from ..requests import stops_of
+from ..reply import CallArguments, CallBegun, Content, Reasoning, ReplyParser, ReplyPiece
 from ..stream import Options
 from ..tokenizer import Vocabulary
 
@@ -56,6 +55,7 @@ class Asked:
     is_chat: bool
     is_streamed: bool
     wants_usage: bool
+    most_calls: int | None  # of tools
     names: Mapping[str, str]  # what our checks call a field -> the field
 
 
@@ -90,16 +90,15 @@ def asked(body: object, is_chat: bool) -> Asked:
     if not isinstance(stop, str | list):
         violations.append(("stop", "must be a text, or a list of texts"))
     if is_chat:
-        if "response_format" in fields:
-            options["json_schema"], names["json_schema"] = _schema(fields["response_format"], violations), "response_format"
+        if (schema := _schema(fields.get("response_format", {"type": "text"}), violations)) is not None:
+            violations += [("response_format", "does not go with json_schema")] if "json_schema" in options else []
+            options["json_schema"], names["json_schema"] = schema, "response_format"
         options["num_logprobs"] = fields.get("top_logprobs", 0) if fields.get("logprobs") else None
         tools: Any = fields.get("tools", []) if fields.get("tool_choice") != "none" else []
         told: Any = fields.get("chat_template_kwargs", {})
         if "reasoning_effort" in fields and isinstance(told, dict):  # templates that know it heed it
             told = {"reasoning_effort": fields["reasoning_effort"], **cast("dict[str, Any]", told)}
         prompt = Chat(_messages(fields.get("messages"), violations), tools, told)
-        if tools and fields.get("parallel_tool_calls") is False and isinstance(stop, str | list):
-            options["stop"] = [*stops_of(cast("str | list[str]", stop)), END_CALL]
     else:
         options["num_logprobs"] = fields.get("logprobs")
         prompt = _prompt(fields.get("prompt"), violations)
@@ -109,8 +108,9 @@ def asked(body: object, is_chat: bool) -> Asked:
         streaming = {}
     if violations:
         raise InvalidRequest(sorted(violations))
+    most_calls = 1 if fields.get("parallel_tool_calls") is False else None
     wants_usage = cast("dict[str, Any]", streaming).get("include_usage") is True
-    return Asked(prompt, cast(Options, options), is_chat, bool(fields.get("stream")), wants_usage, names)
+    return Asked(prompt, cast(Options, options), is_chat, bool(fields.get("stream")), wants_usage, most_calls, names)
 
 
 def with_names(error: InvalidRequest, asked: Asked) -> InvalidRequest:
@@ -130,8 +130,8 @@ def _schema(form: Any, violations: list[tuple[str, str]]) -> Any:
             return None
         case {"type": "json_object"}:
             return {"type": "object"}
-        case {"type": "json_schema", "json_schema": {"schema": schema}}:
-            return schema
+        case {"type": "json_schema", "json_schema": {"schema": schema}} if isinstance(schema, dict):
+            return cast("dict[str, Any]", schema)
         case _:
             violations.append(("response_format", 'must have the type "text", "json_object", or "json_schema" and a schema'))
             return None
@@ -207,7 +207,7 @@ class Words:
     def started(self, started: Started) -> None:
         """It has memory. Comes first, if at all."""
         if isinstance(self._asked.prompt, Chat):
-            self._reply = ReplyParser(self._asked.prompt.tools, started.opens_reasoning)
+            self._reply = ReplyParser(self._asked.prompt.tools, started.opens_reasoning, self._asked.most_calls)
 
     def first(self) -> list[dict[str, Any]]:
         """What a stream begins with."""
@@ -243,7 +243,7 @@ class Words:
 
     def _reason(self, result: Result) -> str:
         reason = REASONS[result.finish_reason]
-        return "tool_calls" if reason == "stop" and self._reply.num_calls else reason
+        return "tool_calls" if self._reply.is_over or (reason == "stop" and self._reply.num_calls) else reason
 
     def _told(self, pieces: list[ReplyPiece]) -> list[dict[str, Any]]:
         return [self._piece(self._said(piece), None, self._taken()) for piece in pieces]

@@ -63,6 +63,8 @@ def _message_of(message: pb.ChatMessage) -> Message:
         found["tool_calls"] = [{"id": call.id, "function": {"name": call.name, "arguments": call.arguments}} for call in message.tool_calls]
     if message.tool_call_id:
         found["tool_call_id"] = message.tool_call_id
+    if message.name:
+        found["name"] = message.name
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -334,10 +335,14 @@ class SequencePool:
         self._revoked.discard(lease)
         self._arena.give_back(memory.table)
 
-    def release_all(self) -> None:
-        """All leases end."""
+    def end(self) -> None:
+        """All leases end, and nobody will want another."""
         for _, memory in self._leases.values():
-            self._arena.give_back(memory.table)
+            with suppress(InternalBug):  # a wrong count of pages is of no account any more
+                self._arena.give_back(memory.table)
+        self._forget_leases()
+
+    def _forget_leases(self) -> None:
         self._leases.clear()
         self._revoked.clear()
         self._first = self._next
@@ -345,7 +350,7 @@ class SequencePool:
     def reset(self) -> None:
         """All leases end, and a new life begins, in new arrays: work that was left behind holds the old ones, and may still write into
         them. Where there is none, no two lives' are held at once."""
-        self.release_all()
+        self._forget_leases()
         self._begin(0)
         self._begin(self._params.num_pages)
 

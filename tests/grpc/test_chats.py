@@ -21,7 +21,7 @@ pytestmark = pytest.mark.anyio
 
 TEMPLATE = """
 {%- for tool in (tools or [] if list else []) %}{{ tool | tojson }} {% endfor -%}
-{{- messages[-1].content }}{% for message in messages %}{% for call in message.tool_calls or [] -%}
+{{- messages[-1].content }}{{ messages[-1].name }}{% for message in messages %}{% for call in message.tool_calls or [] -%}
 {{ call.function.name }}({% for key, value in call.function.arguments | items %}{{ key }}={{ value | tojson }}{% endfor %})
 {%- endfor %}{% endfor %}{% if think %}<think>{% endif %}"""
 TURN = "<think>hm</think><tool_call><function=add></function></tool_call>\n"
@@ -104,6 +104,7 @@ async def test_json_after_a_thought(copying: Server, folder: Path) -> None:
 
 async def test_what_a_template_is_told(copying: Server, folder: Path) -> None:
     function = {"name": "f", "arguments": '{"a": "<|im_end|>"}'}
+    named = forerun.Chat([{"role": "user", "content": "x", "name": "bob"}])
     called: Any = [
         {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "type": "function", "function": function}]},
         {"role": "tool", "content": "2", "tool_call_id": "1"},
@@ -117,6 +118,7 @@ async def test_what_a_template_is_told(copying: Server, folder: Path) -> None:
         result = await engine.complete(chat, max_tokens=20, temperature=0)
     async with Client(copying.address) as client:
         assert await client.tokenize(chat) == ids
+        assert "bob" in await client.detokenize(list(await client.tokenize(named)))
         assert (await client.complete(chat, max_tokens=20, temperature=0)).text == result.text
         async with client.generate(CHAT, max_tokens=20, temperature=0) as stream:
             async for _ in stream:

@@ -249,9 +249,12 @@ def test_a_new_life_does_not_need_room_for_two() -> None:
     alive: weakref.WeakSet[Arena] = weakref.WeakSet()
     pool = SequencePool(Narrow(), MemoryParams(2, 5, 0, "log"))
     assert pool.lease("x", Encoded((1, 2)), (), 100, 1) is not None
-    pool.release_all()
+    pool.end()
     assert (pool.num_used, pool.num_pages_free) == (0, 5)
+    assert pool.lease("x", Encoded((1, 2)), (), 100, 1) is not None
+    pool._arena._references = [0] * 5  # pyright: ignore[reportPrivateUsage] - a wrong count is what a new life puts right
     pool.reset()
+    assert (pool.num_used, pool.num_pages_free) == (0, 5)
 
 
 def test_hidden_rows_are_read_by_position_or_refused() -> None:

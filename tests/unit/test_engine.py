@@ -85,6 +85,8 @@ async def test_text_deltas_make_the_text() -> None:
         ([1], {"regex": ""}, "regex"),
         ([1], {"regex": "a", "json_schema": {}}, "regex"),
         ([1], {"json_schema": [1]}, "json_schema"),
+        ([1], {"json_schema": True}, "json_schema"),
+        ([1], {"json_schema": "true"}, "json_schema"),
         ([1], {"json_schema": "[1"}, "json_schema"),
         ([1], {"json_schema": {"x": object()}}, "json_schema"),
         ([1], {"grammar": "x" * 100_001}, "grammar"),
@@ -240,7 +242,7 @@ async def test_who_is_refused_takes_no_room_in_the_queue(model: str) -> None:
         async with engine.generate(prompt(5), max_tokens=200, ignore_eos=True) as first:
             await anext(first)
             long, short = engine.generate(prompt(30), max_tokens=2), engine.generate(prompt(15), max_tokens=2)
-            with pytest.raises(forerun.Overloaded, match="0 requests"):
+            with pytest.raises(forerun.Overloaded, match="requests are waiting already"):
                 await anext(long)
             group.start_soon(first.aclose)
             async for _ in short:

@@ -115,7 +115,21 @@ CASES: list[tuple[str, bool, list[ReplyPiece]]] = [
     ("<tool_call><function=stop></function><function=stop></tool_call>z", False, [
         CallBegun(0, "stop"), CallArguments(0, "{}"), CallBegun(1, "stop"), CallArguments(1, "{}"), Content("z"),
     ]),
+    # a value that is not closed
+    ("<tool_call>\n<function=write>\n<parameter=lines>\n12\n</function>\n</tool_call> bye", False, [
+        CallBegun(0, "write"), CallArguments(0, '{"lines": 12}'), Content("bye"),
+    ]),
+    ("<tool_call>\n<function=write>\n<parameter=lines>\n12\n<parameter=path>\nx\n</function>\n</tool_call>\n" + call("stop"), False, [
+        CallBegun(0, "write"), CallArguments(0, '{"lines": 12, "path": "x"}'), CallBegun(1, "stop"), CallArguments(1, "{}"),
+    ]),
+    # numbers that are none, and texts that nobody can send
+    (call("write", lines="1e999"), False, [CallBegun(0, "write"), CallArguments(0, '{"lines": "1e999"}')]),
+    (call("write", tags='["\\ud83d"]'), False, [CallBegun(0, "write"), CallArguments(0, '{"tags": "[\\"\\\\ud83d\\"]"}')]),
+    ('<tool_call>{"name": "stop", "arguments": {"a": "\\ud83d"}}</tool_call>', False, [
+        Content('<tool_call>{"name": "stop", "arguments": {"a": "\\ud83d"}}</tool_call>'),
+    ]),
     # not calls
+    ("x<tool_call>\n{bad}\n</tool_call>y", False, [Content("x<tool_call>\n{bad}\n</tool_call>y")]),
     ("a \n<tool_call> b", False, [Content("a \n<tool_call> b")]),
     ("a <tool_call>", False, [Content("a <tool_call>")]),
     ("a <tool_cal", False, [Content("a <tool_cal")]),
@@ -164,6 +178,34 @@ def test_arguments_that_ended_are_json_whatever_models_write() -> None:
         arguments = json.loads(pieces[1].text)
         assert list(arguments) == list(values)
         assert arguments["path"] == values["path"]
+
+
+def test_only_so_many_calls_are_heard() -> None:
+    for text in (call("stop") + "\n" + call("stop") + "z", "<tool_call><function=stop></function><function=stop></function></tool_call>"):
+        for size in range(1, 20):
+            parser, pieces = ReplyParser(TOOLS, most_calls=1), list[ReplyPiece]()
+            for at in range(0, len(text), size):
+                pieces += parser.push(text[at : at + size])
+            assert joined([*pieces, *parser.end()]) == [CallBegun(0, "stop"), CallArguments(0, "{}")]
+
+
+@pytest.mark.parametrize(
+    ("schema", "expected"),
+    [
+        ({"$ref": "#/$defs/Point"}, '{"x": 1}'),
+        ({"anyOf": [{"$ref": "#/$defs/Point"}, {"type": "null"}]}, '{"x": 1}'),
+        ({"properties": {"x": {}}}, '{"x": 1}'),
+        ({"enum": [{"x": 1}]}, '{"x": 1}'),
+        ({"$ref": "#/$defs/Nothing"}, r'"{\"x\": 1}"'),
+        ({"$ref": "#/$defs/Loop"}, r'"{\"x\": 1}"'),
+        ({"enum": ["x"]}, r'"{\"x\": 1}"'),
+        (3, r'"{\"x\": 1}"'),
+    ],
+)
+def test_types_of_arguments(schema: Any, expected: str) -> None:
+    kinds = {"Point": {"type": "object"}, "Loop": {"$ref": "#/$defs/Loop"}}
+    tool: Any = {"function": {"name": "f", "parameters": {"type": "object", "properties": {"p": schema}, "$defs": kinds}}}
+    assert told(call("f", p='{"x": 1}'), [5], tools=[tool])[1] == CallArguments(0, f'{{"p": {expected}}}')
 
 
 def test_a_message_goes_back_into_a_chat() -> None:

@@ -51,7 +51,7 @@ def _chat_message(message: Message) -> pb.ChatMessage:
         pb.ToolCall(id=call.get("id", ""), name=call["function"]["name"], arguments=json.dumps(call["function"]["arguments"]))
         for call in message.get("tool_calls", [])
     ]
-    texts = {name: message.get(name, "") for name in ("role", "content", "reasoning_content", "tool_call_id")}
+    texts = {name: message.get(name, "") for name in ("role", "content", "reasoning_content", "tool_call_id", "name")}
     return pb.ChatMessage(**cast("dict[str, Any]", texts), tool_calls=calls)
 
 
