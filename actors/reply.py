@@ -188,7 +188,7 @@ class ReplyParser:
     def _named(self) -> bool:
         key, end, rest = self._held.partition(">")
         if end:
-            self._key, self._types = key, _types_of(self._schemas.get(self._calls[-1][0]), key)
+            self._key, self._types = key, types_of(self._schemas.get(self._calls[-1][0]), key)
             self._argue(("{" if not self._num_parameters else ", ") + json.dumps(key, ensure_ascii=False) + ": ")
             self._num_parameters += 1
             if self._types == {"string"}:
@@ -288,7 +288,7 @@ TYPES: dict[type, str] = {
 }  # fmt: skip
 
 
-def _types_of(schema: object, key: str) -> set[str]:
+def types_of(schema: object, key: str) -> set[str]:
     """The JSON types that a schema allows for a property; a text if it does not say."""
     return _types_in(_at(schema, ("properties", key)), schema) or {"string"}
 

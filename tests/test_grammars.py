@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, cast
 import anyio
 import forerun
 import pytest
+from forerun.actors.calls import call_grammar
 from forerun.actors.grammar import Grammars
 from forerun.core.vocabulary import Grammar
 
@@ -151,3 +153,53 @@ def test_limits_depend_on_the_tokens_before_alone(demo: forerun.Model) -> None:
     last = expected[-1]
     assert last is not None
     assert {i for i in range(demo.num_token_ids) if last[i // 8] >> i % 8 & 1} <= demo.defaults.stop_ids
+
+
+@pytest.mark.parametrize("template", ["<tool_call> <function=", "<tool_call>"])
+def test_grammars_of_calls_have_what_the_parser_reads(demo: forerun.Model, template: str) -> None:
+    assert demo.vocabulary is not None
+    demo_vocabulary = demo.vocabulary
+    kinds = {"Point": {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}}
+    properties = {"path": {"type": "string"}, "at": {"$ref": "#/$defs/Point"}, "how": {"enum": ["fast", "slow"]}, "say": {"type": "string"}}
+    schema = {"type": "object", "properties": properties, "required": ["path", "at", "how"], "$defs": kinds}
+    tools: Any = [{"function": {"name": "stop"}}, {"function": {"name": "write", "parameters": schema}}]
+    given: Any = {"path": "a\n</param\n", "at": {"x": 3}, "how": "slow"}
+    vocabulary = copy.copy(demo_vocabulary)
+    vocabulary.chat_template = template
+    text = call_grammar(tools, vocabulary)
+    grammars = Grammars(demo_vocabulary, demo.num_token_ids, demo.defaults.stop_ids)
+
+    def is_of(answer: str) -> bool:
+        limits = grammars.limits(Grammar("grammar", text), False)
+        mask = limits.allowed(demo_vocabulary.encode(answer))
+        return mask is not None and any(mask[each // 8] >> each % 8 & 1 for each in demo.defaults.stop_ids)
+
+    def call(name: str, arguments: dict[str, Any]) -> str:
+        if "<function=" not in template:
+            return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in arguments.items()}
+        inner = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in texts.items())
+        return f"<tool_call>\n<function={name}>\n{inner}</function>\n</tool_call>"
+
+    calls: list[tuple[str, Any]] = [("stop", {}), ("write", given), ("write", given | {"say": "hi"})]
+    for name, arguments in calls:
+        assert is_of(call(name, arguments))
+        assert is_of("\n\n" + call(name, arguments))
+        assert not is_of(call(name, arguments)[:-3])
+        parser = forerun.ReplyParser(tools)
+        parser.push(call(name, arguments))
+        (found,) = parser.message().get("tool_calls", [])
+        assert (found["function"]["name"], json.loads(cast(str, found["function"]["arguments"]))) == (name, arguments)
+    for wrong in (
+        call("nobody", {}),
+        call("write", {"path": "a"}),
+        call("write", given | {"how": "x"}),
+        call("write", given | {"at": 3}),
+        "hello",
+    ):
+        assert not is_of(wrong)
+    with pytest.raises(forerun.InvalidRequest):
+        call_grammar([], vocabulary)
+    vocabulary.chat_template = "{{ messages }}"
+    with pytest.raises(forerun.InvalidRequest, match="no form for calls"):
+        call_grammar(tools, vocabulary)

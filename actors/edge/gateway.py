@@ -19,14 +19,17 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from ...core.chat import Chat, check_chat
 from ...core.errors import ForerunError, InvalidRequest
 from ...core.vocabulary import Delta, Result, Started, check_request_id
+from ..calls import call_grammar
 from .home import ended
-from .openai import Asked, Words, asked, with_names
+from .openai import Asked, asked, with_names
 from .rpc import BUG, bears_one_of
 from .served import Served
 from .server import GRACE_SECONDS, MAX_CALLS, ServerParams, Tls, is_local
 from .statuses import Stalled, Status, status_of
+from .words import Words
 
 logger = logging.getLogger("forerun")
 
@@ -234,7 +237,12 @@ class Gateway:
 
         async def work() -> None:
             try:
-                await self._served.relay(engine.generate(self._served.told(wanted.prompt), **wanted.options), reader)
+                prompt = self._served.told(wanted.prompt)
+                if wanted.must_call is not None and isinstance(prompt, Chat):
+                    prompt = check_chat(prompt)
+                    tools = [tool for tool in prompt.tools if wanted.must_call in ("", tool["function"]["name"])]
+                    wanted.options["grammar"] = call_grammar(tools, engine.model.vocabulary)
+                await self._served.relay(engine.generate(prompt, **wanted.options), reader)
             except InvalidRequest as error:
                 raise with_names(error, wanted) from None
 

@@ -19,7 +19,7 @@ from tests.grpc.serving import Server, serving
 
 pytestmark = pytest.mark.anyio
 
-TEMPLATE = """
+TEMPLATE = """{# It asks for <tool_call> and <function=. #}
 {%- for tool in (tools or [] if list else []) %}{{ tool | tojson }} {% endfor -%}
 {{- messages[-1].content }}{{ messages[-1].name }}{% for message in messages %}{% for call in message.tool_calls or [] -%}
 {{ call.function.name }}({% for key, value in call.function.arguments | items %}{{ key }}={{ value | tojson }}{% endfor %})
@@ -82,6 +82,25 @@ async def test_without_tools_what_looks_like_a_call_is_content(copying: Server, 
     whole, _ = await answers(copying, stop="\n", **fields)
     assert (whole.message.content, whole.message.tool_calls) == (TURN.removeprefix("<think>hm</think>").rstrip(), None)
     assert (whole.message.reasoning_content, whole.finish_reason) == ("hm", "stop")
+
+
+async def test_a_call_that_has_to_be(copying: Server) -> None:
+    properties = {"a": {"type": "integer", "maximum": 99, "minimum": 10}, "b": {"enum": ["x", "yy"]}}
+    schema = {"type": "object", "properties": properties, "required": ["a", "b"]}
+    tools: Any = [*TOOLS, {"type": "function", "function": {"name": "other", "parameters": schema}}]
+    for choice, name in (({"type": "function", "function": {"name": "other"}}, "other"), ("required", None)):
+        messages: Any = [{"role": "user", "content": "say"}]
+        how: Any = {"messages": messages, "max_tokens": 500, "extra_body": {"chat_template_kwargs": {"think": False}}}
+        whole, chunks = await answers(copying, tools=tools, tool_choice=choice, **how)
+        (call,) = whole.message.tool_calls
+        assert whole.finish_reason == chunks[-1].finish_reason == "tool_calls"
+        assert name is None or call.function.name == name
+        arguments = json.loads(call.function.arguments)
+        if call.function.name == "other":
+            assert 10 <= arguments["a"] <= 99
+            assert arguments["b"] in ("x", "yy")
+        told = "".join(each.function.arguments for chunk in chunks for each in chunk.delta.tool_calls or ())
+        assert told == call.function.arguments
 
 
 async def test_json_after_a_thought(copying: Server, folder: Path) -> None:

@@ -96,6 +96,8 @@ async def test_completions(server: Server) -> None:
         ({"tools": [{"type": "function"}]}, "tools[0]"),
         ({"tools": "all"}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+        ({"tool_choice": "required", "tools": [{"type": "function", "function": {"name": "f"}}]}, "tool_choice"),  # it knows no calls
         ({"chat_template_kwargs": [1]}, "chat_template_kwargs"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": 1}}]}]}, "messages[0].tool_calls[0].function.name"),
         ({"response_format": {"type": "yaml"}}, "response_format"),
