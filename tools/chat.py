@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
 
-from .. import Chat, InvalidRequest, Message, Result
+from .. import Chat, DeadlineExceeded, ForerunError, InvalidRequest, Message, RequestFailed, Result, Stream
 from . import flags
 
 
@@ -23,8 +25,8 @@ def add_parser(commands: Any) -> None:
 
 
 async def chat(args: argparse.Namespace, write: Callable[[str], Any], figures: Callable[[Result], str]) -> None:
-    """A line from standard input is one thing said, until its end; `/clear` begins anew. What is known of the conversation is not computed
-    again. What cannot be answered is said, and forgotten."""
+    """A line from standard input is one thing said, until its end; `/clear` begins anew, and Ctrl-C ends an answer. What is known of the
+    conversation is not computed again. What cannot be answered is said, and forgotten."""
     beginning: list[Message] = [Message(role="system", content=args.system)] if args.system else []
     messages = list(beginning)
     is_terminal = sys.stdin.isatty()
@@ -42,10 +44,11 @@ async def chat(args: argparse.Namespace, write: Callable[[str], Any], figures: C
             elif said.strip():
                 messages.append(Message(role="user", content=said))
                 try:
-                    async with engine.generate(Chat(messages, (), args.chat_template_kwargs), **flags.options(args)) as stream:
+                    stream = engine.generate(Chat(messages, (), args.chat_template_kwargs), **flags.options(args))
+                    async with stream, _interruptible(stream):
                         async for delta in stream:
                             write(delta.text)
-                except InvalidRequest as error:
+                except (InvalidRequest, DeadlineExceeded, RequestFailed) as error:
                     messages.pop()
                     sys.stderr.write(f"forerun: {error} (/clear begins anew)\n")
                     continue
@@ -53,3 +56,24 @@ async def chat(args: argparse.Namespace, write: Callable[[str], Any], figures: C
                 messages.append(Message(role="assistant", content=stream.result.text))
                 if is_terminal:
                     sys.stderr.write(figures(stream.result) + "\n")
+
+
+@asynccontextmanager
+async def _interruptible(stream: Stream) -> AsyncGenerator[None]:
+    """Inside the block Ctrl-C ends the answer, and not the program."""
+
+    async def wait() -> None:
+        with anyio.open_signal_receiver(signal.SIGINT) as signals:
+            async for _ in signals:
+                stream.cancel()
+
+    failure: ForerunError | None = None
+    async with anyio.create_task_group() as group:
+        group.start_soon(wait)
+        try:
+            yield
+        except ForerunError as error:  # carried out of the task group by hand, which would wrap it
+            failure = error
+        group.cancel_scope.cancel()
+    if failure is not None:
+        raise failure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,31 @@ def test_a_conversation_goes_on_from_what_was_said() -> None:
             return "".join(text + "\n" for text in (first, (await engine.complete(more, **how)).text, first))
 
     assert done.stdout == anyio.run(expected)
+
+
+def test_an_interrupt_ends_an_answer_and_not_the_conversation() -> None:
+    command = [
+        sys.executable,
+        "-u",
+        "-W",
+        "error",
+        "-c",
+        "from forerun.tools.cli import main; main()",
+        "chat",
+        "-n",
+        "4000",
+        "--ignore-eos",
+    ]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write("write a loop\n")
+        process.stdin.flush()
+        begun = process.stdout.read(20)
+        process.send_signal(signal.SIGINT)
+        rest, problems = process.communicate("\n", timeout=60)
+    assert (process.returncode, problems) == (0, "")
+    assert 20 < len(begun + rest) < 8000  # 4,000 tokens are more
 
 
 def test_an_environment_twin_is_a_default_and_a_flag_wins() -> None:
