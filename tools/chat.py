@@ -11,7 +11,7 @@ from typing import Any
 
 import anyio
 
-from .. import Chat, DeadlineExceeded, ForerunError, InvalidRequest, Message, RequestFailed, Result, Stream
+from .. import Chat, DeadlineExceeded, InvalidRequest, Message, RequestFailed, Result, Stream
 from . import flags
 
 
@@ -67,12 +67,14 @@ async def _interruptible(stream: Stream) -> AsyncGenerator[None]:
             async for _ in signals:
                 stream.cancel()
 
-    failure: ForerunError | None = None
+    failure: BaseException | None = None
     async with anyio.create_task_group() as group:
         group.start_soon(wait)
         try:
             yield
-        except ForerunError as error:  # carried out of the task group by hand, which would wrap it
+        except anyio.get_cancelled_exc_class():
+            raise
+        except BaseException as error:  # carried out of the task group by hand, which would wrap it
             failure = error
         group.cancel_scope.cancel()
     if failure is not None:
