@@ -22,6 +22,9 @@ PARAMETER, END_PARAMETER = "<parameter=", "</parameter>"
 UNCLOSED = "\n</function>\n</tool_call>"
 
 
+_DECODER = json.JSONDecoder()
+
+
 @dataclass(frozen=True, slots=True)
 class Reasoning:
     """More of what the model thinks before it answers."""
@@ -160,20 +163,25 @@ class ReplyParser:
         return True
 
     def _json(self) -> bool:
-        text, end, rest = self._held.partition(END_CALL)
-        if not end and not self._is_last:
-            return False
+        held = self._held.lstrip()
+        if END_CALL not in held:
+            return self._no_call() if self._is_last else False
         try:
-            call: Any = json.loads(text) if end else None
-            name, arguments = call["name"], call.get("arguments", {})
-            if not isinstance(name, str) or not isinstance(arguments, dict):
+            call, end = _DECODER.raw_decode(held)
+            name, arguments, rest = call["name"], call.get("arguments", {}), held[end:].lstrip()
+            if END_CALL.startswith(rest) and rest != END_CALL and not self._is_last:
+                return False
+            if not isinstance(name, str) or not isinstance(arguments, dict) or not rest.startswith(END_CALL):
                 raise TypeError
             written, _ = _json_text(cast(object, arguments)), _json_text(name)
+        except json.JSONDecodeError as error:
+            # A text in it may have that marker as well.
+            return False if _is_cut(error) and not self._is_last else self._no_call()
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return self._no_call()
         self._begin(name)
         self._argue(written)
-        self._held, self._step, self._skips_blanks = rest, self._content, True
+        self._held, self._step, self._skips_blanks = rest.removeprefix(END_CALL), self._content, True
         return True
 
     def _parameters(self) -> bool:
@@ -208,6 +216,9 @@ class ReplyParser:
         else:
             ends = [(at, marker) for marker in (END_PARAMETER, PARAMETER, END_FUNCTION) if (at := self._held.find(marker)) >= 0]
             at, found = min(ends, default=(0, ""))
+            if found and (whole := _json_length(self._held, self._is_last)) > at:  # a text in it has a marker
+                at = self._held.find(END_PARAMETER, whole)
+                found = END_PARAMETER if at >= 0 else ""
             if found:
                 self._argue(_value_of(self._held[:at].removesuffix("\n"), self._types))
                 self._held = self._held[at + len(found) :]
@@ -282,6 +293,8 @@ class ReplyParser:
             self._pieces.append(CallArguments(len(self._calls) - 1, text))
 
 
+#: parts of a schema that are looked at
+MAX_LOOKS = 1000
 #: the JSON type of a value
 TYPES: dict[type, str] = {
     bool: "boolean", int: "integer", float: "number", type(None): "null", dict: "object", list: "array",
@@ -290,29 +303,51 @@ TYPES: dict[type, str] = {
 
 def types_of(schema: object, key: str) -> set[str]:
     """The JSON types that a schema allows for a property; a text if it does not say."""
-    return _types_in(_at(schema, ("properties", key)), schema) or {"string"}
+    return types_in(_property(schema, key), schema) or {"string"}
 
 
-def _types_in(schema: object, root: object, depth: int = 8) -> set[str]:
-    if not isinstance(schema, Mapping) or depth == 0:
-        return set()
-    given = cast("Mapping[str, object]", schema)
-    kind, reference = given.get("type"), given.get("$ref")
-    kinds = cast("list[object]", kind) if isinstance(kind, list) else [kind]
-    found = {each for each in kinds if isinstance(each, str)}
-    if isinstance(reference, str) and reference.startswith("#/"):
-        found |= _types_in(_at(root, reference.split("/")[1:]), root, depth - 1)
-    for word in ("anyOf", "oneOf", "allOf"):
-        for each in _several(given.get(word)):
-            found |= _types_in(each, root, depth - 1)
-    if not found:
-        values = [*_several(given.get("enum")), *([given["const"]] if "const" in given else [])]
-        found = {TYPES.get(type(value), "string") for value in values}
-        found |= {name for word, name in (("properties", "object"), ("items", "array")) if word in given}
+def _property(schema: object, key: str) -> object:
+    """What a schema, or a part of it that holds for the whole, says of a property."""
+    waiting, seen = [schema], set[str]()
+    for _ in range(MAX_LOOKS):
+        if not waiting:
+            break
+        each = waiting.pop(0)
+        given = cast("Mapping[str, object]", each) if isinstance(each, Mapping) else dict[str, object]()
+        properties, reference = given.get("properties"), given.get("$ref")
+        if isinstance(properties, Mapping) and key in properties:
+            return cast("Mapping[str, object]", properties)[key]
+        if isinstance(reference, str) and reference.startswith("#/") and reference not in seen:
+            seen.add(reference)
+            waiting.append(at_path(schema, reference.split("/")[1:]))
+        waiting += [one for word in ("allOf", "anyOf", "oneOf") for one in _several(given.get(word))]
+    return None
+
+
+def types_in(schema: object, root: object) -> set[str]:
+    """The JSON types that a schema, a part of `root`, allows, as far as it says: what it refers to is looked at once."""
+    waiting, seen, found = [schema], set[str](), set[str]()
+    for _ in range(MAX_LOOKS):
+        if not waiting:
+            break
+        each = waiting.pop()
+        given = cast("Mapping[str, object]", each) if isinstance(each, Mapping) else dict[str, object]()
+        kind, reference = given.get("type"), given.get("$ref")
+        here = {name for name in (_several(cast(object, kind)) if isinstance(kind, list) else [kind]) if isinstance(name, str)}
+        if isinstance(reference, str) and reference.startswith("#/") and reference not in seen:
+            seen.add(reference)
+            waiting.append(at_path(root, reference.split("/")[1:]))
+        either = [one for word in ("anyOf", "oneOf", "allOf") for one in _several(given.get(word))]
+        waiting += either
+        if not here and not either:
+            values = [*_several(given.get("enum")), *([given["const"]] if "const" in given else [])]
+            here = {TYPES.get(type(value), "string") for value in values}
+            here |= {name for word, name in (("properties", "object"), ("items", "array")) if word in given}
+        found |= here
     return found
 
 
-def _at(schema: object, path: Sequence[str]) -> object:
+def at_path(schema: object, path: Sequence[str]) -> object:
     """What lies in a schema along a path, if anything does."""
     for name in path:
         schema = cast("Mapping[str, object]", schema).get(name) if isinstance(schema, Mapping) else None
@@ -336,6 +371,21 @@ def _value_of(text: str, types: set[str]) -> str:
         except (ValueError, RecursionError):
             pass
     return json.dumps(text, ensure_ascii=False)
+
+
+def _json_length(text: str, is_whole: bool) -> int:
+    """Up to where a text is a JSON value: 0 if it does not begin with one, and all of it if one may be cut off at its end."""
+    try:
+        return _DECODER.raw_decode(text, len(text) - len(text.lstrip()))[1]
+    except json.JSONDecodeError as error:
+        return 0 if is_whole or not _is_cut(error) else len(text)
+    except RecursionError:
+        return 0
+
+
+def _is_cut(error: json.JSONDecodeError) -> bool:
+    """Whether more text could make JSON of it."""
+    return error.msg.startswith("Unterminated string") or error.pos == len(error.doc)
 
 
 def _json_text(value: object) -> str:

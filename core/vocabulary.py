@@ -135,7 +135,7 @@ SAMPLING_NUMBERS: tuple[str, ...] = tuple(name for name in SamplingParams.__slot
 #: how a grammar may be told: the options of those names
 GrammarKind = Literal["json_schema", "regex", "grammar"]
 #: characters that one may have
-GRAMMAR_CHARACTERS = 100_000
+GRAMMAR_CHARACTERS = 400_000
 
 
 @dataclass(frozen=True, slots=True)

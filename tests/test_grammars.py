@@ -203,3 +203,65 @@ def test_grammars_of_calls_have_what_the_parser_reads(demo: forerun.Model, templ
     vocabulary.chat_template = "{{ messages }}"
     with pytest.raises(forerun.InvalidRequest, match="no form for calls"):
         call_grammar(tools, vocabulary)
+
+
+def loop(size: int) -> Any:
+    """A schema that refers to itself over and over."""
+    return {"type": "object", "properties": {"x": {"$ref": "#/$defs/A"}}, "$defs": {"A": {"anyOf": [{"$ref": "#/$defs/A"}] * size}}}
+
+
+@pytest.mark.parametrize("template", ["<tool_call> <function=", "<tool_call>"])
+@pytest.mark.parametrize(
+    ("schema", "arguments"),
+    [
+        (None, {}),
+        ({}, {}),
+        ({"properties": {"a": {"type": "integer"}}, "required": ["a"]}, {"a": 3}),
+        ({"$ref": "#/$defs/A", "$defs": {"A": {"type": "object", "properties": {"a": {"type": "boolean"}}}}}, {"a": True}),
+        ({"allOf": [{"properties": {"a": {"type": "integer"}}, "required": ["a"]}]}, {"a": 3}),
+        ({"properties": {"a": {"type": "integer"}, "b": {"$ref": "#/properties/a"}}}, {"a": 3, "b": 4}),
+        ({"properties": {"n": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}, "v": {"type": "integer"}}}, {"n": {"v": 1}, "v": 2}),
+        ({"properties": {"c": {"$ref": "#/$defs/C"}}, "$defs": {"C": {"enum": ["red", "gr\x7f\"een"]}}}, {"c": "gr\x7f\"een"}),
+        ({"properties": {"c": {"const": "r", "description": "x" * 500_000}}}, {"c": "r"}),
+        (
+            {"properties": {"description": {"type": "string"}, "title": {"type": "array"}}},
+            {"description": "d", "title": ["</parameter>", "<parameter=x>", "</tool_call>"]},
+        ),
+        ({"properties": {"s": {"type": "string"}}}, {"s": "a\n</param\n\n</function>\nb"}),
+        ({"additionalProperties": {"type": "string"}}, {"other": "x", "more": "y"}),
+        (loop(50), {}),
+    ],
+)  # fmt: skip
+def test_calls_of_many_schemas_come_back(demo: forerun.Model, template: str, schema: Any, arguments: Any) -> None:
+    assert demo.vocabulary is not None
+    vocabulary = copy.copy(demo.vocabulary)
+    vocabulary.chat_template = template
+    tools: Any = [{"function": {"name": "f", "parameters": schema}}]
+    if "<function=" in template:
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in arguments.items()}
+        answer = "<tool_call>\n<function=f>\n" + "".join(f"<parameter={key}>\n{text}\n</parameter>\n" for key, text in texts.items())
+        answer += "</function>\n</tool_call>"
+    else:
+        answer = "<tool_call>\n" + json.dumps({"name": "f", "arguments": arguments}) + "\n</tool_call>"
+    grammar = Grammar("grammar", call_grammar(tools, vocabulary))
+    limits = Grammars(demo.vocabulary, demo.num_token_ids, demo.defaults.stop_ids).limits(grammar, False)
+    mask = limits.allowed(demo.vocabulary.encode(answer))
+    assert mask is not None
+    assert any(mask[each // 8] >> each % 8 & 1 for each in demo.defaults.stop_ids)
+    for size in (1, 7, len(answer)):
+        parser = forerun.ReplyParser(tools)
+        for at in range(0, len(answer), size):
+            parser.push(answer[at : at + size])
+        (found,) = parser.message().get("tool_calls", [])
+        assert json.loads(cast(str, found["function"]["arguments"])) == arguments
+
+
+@pytest.mark.parametrize("name", ["a>b", "a\nb", " a", ""])
+def test_names_that_a_form_has_no_room_for(demo: forerun.Model, name: str) -> None:
+    vocabulary = copy.copy(demo.vocabulary)
+    assert vocabulary is not None
+    vocabulary.chat_template = "<tool_call> <function="
+    bad: list[Any] = [{"name": name}, {"name": "f", "parameters": {"properties": {name: {"type": "string"}}}}]
+    for function in bad:
+        with pytest.raises(forerun.InvalidRequest, match="no name"):
+            call_grammar([{"function": function}], vocabulary)

@@ -93,7 +93,11 @@ def asked(body: object, is_chat: bool) -> Asked:
         choice = fields.get("tool_choice", "auto")
         tools: Any = fields.get("tools", []) if choice != "none" else []
         must_call = _must_call(choice, violations)
-        names |= {"grammar": "tool_choice"} if must_call is not None else {}
+        if must_call is not None:
+            others = [name for name in ("json_schema", "regex", "grammar", "ignore_eos") if fields.get(name)]
+            violations += [("tool_choice", f"does not go with {name}") for name in others]
+            names["grammar"] = "tool_choice"
+            options.pop("json_schema", None)  # a call has a form of its own
         told: Any = fields.get("chat_template_kwargs", {})
         if "reasoning_effort" in fields and isinstance(told, dict):  # templates that know it heed it
             told = {"reasoning_effort": fields["reasoning_effort"], **cast("dict[str, Any]", told)}
