@@ -35,7 +35,7 @@ class Grammars:
         try:
             import llguidance
         except ImportError:
-            raise InvalidRequest([(grammar.kind, "needs llguidance: pip install 'forerun[grammar]'")]) from None
+            raise InvalidRequest([(grammar.kind, "needs llguidance, of the extra `grammar`")]) from None
         with self._lock:
             if self._tokenizer is None:
                 words = _Words(self._vocabulary, self._num_token_ids, self._stop_ids)

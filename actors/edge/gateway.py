@@ -210,7 +210,7 @@ class Gateway:
 
     async def _show_metrics(self, request: Request) -> Response:
         if self._metrics is None:
-            return _error(404, "invalid_request_error", "install forerun[metrics]", "not_found")
+            return _error(404, "invalid_request_error", "needs prometheus-client, of the extra `metrics`", "not_found")
         return Response(self._metrics(), media_type="text/plain; version=0.0.4")
 
     async def _complete(self, request: Request, is_chat: bool) -> Response:

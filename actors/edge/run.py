@@ -134,7 +134,7 @@ def _telemetry(model_name: str) -> Meter:
     try:
         from .telemetry import Telemetry, exporting
     except ImportError as error:
-        raise InvalidRequest([("otel", f"needs {error.name}: pip install 'forerun[otel]'")]) from None
+        raise InvalidRequest([("otel", f"needs {error.name}, of the extra `otel`")]) from None
     return Telemetry(model_name, exporting(metadata.version("forerun")))
 
 
@@ -142,7 +142,7 @@ def _gateway(served: Served, params: ServerParams, port: int) -> Gateway:
     try:
         from .gateway import Gateway
     except ImportError as error:
-        raise InvalidRequest([("http", f"needs {error.name}: pip install 'forerun[http]'")]) from None
+        raise InvalidRequest([("http", f"needs {error.name}, of the extra `http`")]) from None
     try:
         from .metrics import Metrics
     except ImportError:
