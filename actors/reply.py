@@ -379,7 +379,7 @@ def _json_length(text: str, is_whole: bool) -> int:
         return _DECODER.raw_decode(text, len(text) - len(text.lstrip()))[1]
     except json.JSONDecodeError as error:
         return 0 if is_whole or not _is_cut(error) else len(text)
-    except RecursionError:
+    except (ValueError, RecursionError):  # a number of too many digits, or brackets without end
         return 0
 
 

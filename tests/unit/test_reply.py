@@ -180,6 +180,17 @@ def test_arguments_that_ended_are_json_whatever_models_write() -> None:
         assert arguments["path"] == values["path"]
 
 
+@pytest.mark.parametrize("value", ["1" * 5000, "[" * 100_000, '{"a": ' * 5000, "1e5000", "-", '"\\'])
+def test_values_that_no_reader_takes(value: str) -> None:
+    for text in (call("write", tags=value), f'<tool_call>{{"name": "stop", "arguments": {{"a": {value}}}}}</tool_call>'):
+        parser = ReplyParser(TOOLS)
+        for at in range(0, len(text), 997):
+            parser.push(text[at : at + 997])
+        parser.end()
+        for found in parser.message().get("tool_calls", []):
+            assert json.loads(str(found["function"]["arguments"])) == {"tags": value}
+
+
 def test_only_so_many_calls_are_heard() -> None:
     for text in (call("stop") + "\n" + call("stop") + "z", "<tool_call><function=stop></function><function=stop></function></tool_call>"):
         for size in range(1, 20):
