@@ -72,7 +72,7 @@ class ReplyParser:
         self._may_think = not opens_reasoning  # nothing but blanks has come
         self._skips_blanks = opens_reasoning  # those that come next
         self._if_no_call = ""  # what belongs to the content if no call follows it
-        self._num_parameters, self._types, self._key = 0, set[str](), ""
+        self._num_parameters, self._types = 0, set[str]()
         self._reasoning_text, self._content_text = "", ""
         self._calls: list[tuple[str, str]] = []
 
@@ -196,7 +196,7 @@ class ReplyParser:
     def _named(self) -> bool:
         key, end, rest = self._held.partition(">")
         if end:
-            self._key, self._types = key, types_of(self._schemas.get(self._calls[-1][0]), key)
+            self._types = types_of(self._schemas.get(self._calls[-1][0]), key)
             self._argue(("{" if not self._num_parameters else ", ") + json.dumps(key, ensure_ascii=False) + ": ")
             self._num_parameters += 1
             if self._types == {"string"}:
