@@ -9,9 +9,10 @@ from typing import Any, cast
 from ..core.errors import InvalidRequest
 from ..core.vocabulary import GRAMMAR_CHARACTERS
 from .grammar import BLANKS
-from .reply import CALL, END_CALL, END_FUNCTION, END_PARAMETER, FUNCTION, PARAMETER, at_path, types_in
+from .reply import CALL, END_CALL, END_FUNCTION, END_PARAMETER, FUNCTION, PARAMETER, at_path, several, types_in, values_of
 from .tokenizer import Vocabulary
 
+LINE = "\n"
 #: what schemas say to people, and what is said for the whole of one
 ANNOTATIONS = ("description", "title", "default", "examples", "$schema", "$id", "$comment", "$defs", "definitions")
 #: values of a schema, and how deep references may lead, until which they are replaced by what they mean: others are anything
@@ -27,21 +28,21 @@ def call_grammar(tools: Sequence[Mapping[str, Any]], vocabulary: Vocabulary | No
     template = (vocabulary.chat_template if vocabulary is not None else None) or ""
     if CALL not in template:
         raise InvalidRequest([("grammar", "this model's chat template has no form for calls")])
-    rule = _tagged if FUNCTION in template else _json
-    rules = list[str]()
+    is_tagged = FUNCTION in template
+    rule, rules = (_tagged, [f"text[suffix={_text(END_PARAMETER)}]: /(?s:.*)/"]) if is_tagged else (_json, list[str]())
     for i, tool in enumerate(tools):
         rules += rule(f"f{i}", cast("Mapping[str, Any]", tool["function"]))
         if sum(map(len, rules)) > GRAMMAR_CHARACTERS:
             raise InvalidRequest([("grammar", "would be too large for so many tools")])
     either = " | ".join(f"f{i}" for i in range(len(tools)))
-    return "\n".join([f"start: /[ \\n]{{0,4}}/ {_text(CALL, chr(10))} ({either}) {_text(END_CALL)}", *rules]) + "\n"
+    return "\n".join([f"start: /[ \\n]{{0,4}}/ {_text(CALL, LINE)} ({either}) {_text(END_CALL)}", *rules]) + "\n"
 
 
 def _json(name: str, function: Mapping[str, Any]) -> list[str]:
     """A JSON object of name and arguments."""
     head = _text('{"name": ', json.dumps(function["name"], ensure_ascii=False), ', "arguments": ')
     schema = _plain(function.get("parameters"))
-    return [f"{name}: {head} {name}_arguments {_text('}', chr(10))}", f"{name}_arguments: {_rule({**schema, 'type': 'object'})}"]
+    return [f"{name}: {head} {name}_arguments {_text('}', LINE)}", f"{name}_arguments: {_rule({**schema, 'type': 'object'})}"]
 
 
 def _tagged(name: str, function: Mapping[str, Any]) -> list[str]:
@@ -52,21 +53,19 @@ def _tagged(name: str, function: Mapping[str, Any]) -> list[str]:
         rule, choices = f"{name}_{i}", _choices(kind)
         types = types_in(kind, kind)
         if choices:
-            value = f"({' | '.join(_text(each) for each in choices)}) {_text(chr(10), END_PARAMETER)}"
+            value = f"({' | '.join(_text(each) for each in choices)}) {_text(LINE, END_PARAMETER)}"
         elif types and "string" not in types:
-            value = f"{rule}_value {_text(chr(10), END_PARAMETER)}"
+            value = f"{rule}_value {_text(LINE, END_PARAMETER)}"
             rules.append(f"{rule}_value: {_rule(kind)}")
         else:
-            value = f"{rule}_value"
-            rules.append(f"{rule}_value[suffix={_text(END_PARAMETER)}]: /(?s:.*)/")
-        rules.append(f"{rule}: {_text(PARAMETER, _named(key), '>', chr(10))} {value} {_text(chr(10))}")
+            value = "text"
+        rules.append(f"{rule}: {_text(PARAMETER, _named(key), '>', LINE)} {value} {_text(LINE)}")
         sequence.append(rule if key in required else f"{rule}?")
     if is_open:
-        rules.append(f"{name}_more: {_text(PARAMETER)} /[A-Za-z0-9_-]+/ {_text('>', chr(10))} {name}_text {_text(chr(10))}")
-        rules.append(f"{name}_text[suffix={_text(END_PARAMETER)}]: /(?s:.*)/")
+        rules.append(f"{name}_more: {_text(PARAMETER)} /[A-Za-z0-9_-]+/ {_text('>', LINE)} text {_text(LINE)}")
         sequence.append(f"{name}_more*")
-    head = _text(FUNCTION, _named(cast(str, function["name"])), ">", chr(10))
-    return [f"{name}: {' '.join([head, *sequence, _text(END_FUNCTION, chr(10))])}", *rules]
+    head = _text(FUNCTION, _named(cast(str, function["name"])), ">", LINE)
+    return [f"{name}: {' '.join([head, *sequence, _text(END_FUNCTION, LINE)])}", *rules]
 
 
 def _members(schema: Mapping[str, Any]) -> tuple[dict[str, Any], set[str], bool]:
@@ -74,12 +73,12 @@ def _members(schema: Mapping[str, Any]) -> tuple[dict[str, Any], set[str], bool]
     properties, required = dict[str, Any](), set[str]()
     is_open = schema.get("additionalProperties", False) is not False
     is_open |= any(word in schema for word in ("anyOf", "oneOf", "patternProperties"))
-    parts: list[Any] = [schema, *(each for each in _list(schema.get("allOf")) if isinstance(each, dict))]
+    parts: list[Any] = [schema, *(each for each in several(schema.get("allOf")) if isinstance(each, dict))]
     for part in parts:
         given = cast("dict[str, Any]", part)
         known = given.get("properties")
         properties |= cast("dict[str, Any]", known) if isinstance(known, dict) else {}
-        required |= {each for each in _list(given.get("required")) if isinstance(each, str)}
+        required |= {each for each in several(given.get("required")) if isinstance(each, str)}
     return properties, required, is_open or not required <= properties.keys()
 
 
@@ -88,11 +87,11 @@ def _choices(kind: Any) -> list[str]:
     if not isinstance(kind, dict):
         return []
     given = cast("dict[str, Any]", kind)
-    several = _list(given.get("enum")) or ([given["const"]] if "const" in given else [])
-    if not several:
-        either = [_choices(each) for each in _list(given.get("anyOf")) if each != {"type": "null"}]
+    values = values_of(given)
+    if not values:
+        either = [_choices(each) for each in several(given.get("anyOf")) if each != {"type": "null"}]
         return [text for each in either for text in each] if either and all(either) else []
-    return cast("list[str]", several) if all(isinstance(each, str) for each in several) else []
+    return cast("list[str]", values) if all(isinstance(each, str) for each in values) else []
 
 
 def _plain(schema: Any) -> dict[str, Any]:
@@ -137,10 +136,6 @@ def _named(name: str) -> str:
     if not name or name != name.strip() or any(each in name for each in ">\n\r"):
         raise InvalidRequest([("grammar", f"{name!r:.50} is no name that this model's template has room for")])
     return name
-
-
-def _list(value: Any) -> list[Any]:
-    return cast("list[Any]", value) if isinstance(value, list) else []
 
 
 def _text(*parts: str) -> str:

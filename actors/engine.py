@@ -35,6 +35,7 @@ from ..core.trace import Flow, Stage, Subscription, Trace
 from ..core.vocabulary import (
     CheckedPrompt,
     FinishReason,
+    Grammar,
     Prompt,
     Request,
     Result,
@@ -158,10 +159,10 @@ class Engine:
         numbers = {name: value for name, value in options.items() if name in RANGES}
         violations = check_ranges(numbers) + check_salt(options.get("cache_salt")) + self._check_id(options.get("request_id"))
         violations += check_stop(stops_of(options.get("stop"))) + check_logit_bias(tuple((options.get("logit_bias") or {}).items()))
-        if violations := violations + check_stop_ids(options.get("stop_ids")):
+        violations += check_stop_ids(options.get("stop_ids"))
+        if violations:
             raise InvalidRequest(violations)
-        grammar_of(options)
-        return self._begin(check_prompt(prompt, self.model.context), options, None)
+        return self._begin(check_prompt(prompt, self.model.context), options, grammar_of(options))
 
     def restore(self, path: str | Path, *, timeout_seconds: float | None = None, request_id: str | None = None) -> Stream:
         """Goes on with a request that `Stream.save` put into a file, under its own options, and with the tokens it would have had. The
@@ -171,15 +172,16 @@ class Engine:
         the stream, and so are Overloaded and DeadlineExceeded."""
         if violations := check_ranges({"timeout_seconds": timeout_seconds}) + self._check_id(request_id):
             raise InvalidRequest(violations)
-        return self._begin([], {"timeout_seconds": timeout_seconds, "request_id": request_id}, Path(path))
+        return self._begin([], {"timeout_seconds": timeout_seconds, "request_id": request_id}, saved=Path(path))
 
-    def _begin(self, prompt: CheckedPrompt, options: Options, saved: Path | None) -> Stream:
+    def _begin(self, prompt: CheckedPrompt, options: Options, grammar: Grammar | None = None, saved: Path | None = None) -> Stream:
         self._check_open()
         assert self._group is not None
         request_id, timeout = options.get("request_id") or self._new_id(), options.get("timeout_seconds")
         deadline = math.inf if timeout is None else anyio.current_time() + timeout
         outbox = Outbox(request_id, self._trace, self._params.outbox_capacity, self._params.merged_tokens)
-        job = Job(request_id, prompt, options, sampling_of(options, self.model), outbox, anyio.CancelScope(deadline=deadline), saved)
+        sampling, scope = sampling_of(options, self.model), anyio.CancelScope(deadline=deadline)
+        job = Job(request_id, prompt, options, sampling, outbox, scope, grammar, saved)
         self._jobs[job] = None
         self._group.start_soon(self._run, job, name=f"forerun {request_id}")
         return Stream(job, self._call_soon)

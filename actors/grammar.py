@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 from ..core.errors import InvalidRequest
@@ -65,9 +66,9 @@ class TokenLimits:
         self._consumed: tuple[int, ...] = ()
         self._failures: dict[tuple[int, ...], str] = {}
 
-    def error(self, output: tuple[int, ...]) -> str | None:
+    def error(self, output: Sequence[int]) -> str | None:
         """As vocabulary.Limits has it. A draft that leads nowhere is no failure: nobody has chosen it."""
-        return next((why for tokens, why in self._failures.items() if output[: len(tokens)] == tokens), None)
+        return next((why for tokens, why in self._failures.items() if tuple(output[: len(tokens)]) == tokens), None)
 
     def allowed(self, output: tuple[int, ...]) -> bytes | None:
         """As vocabulary.Limits has it."""

@@ -8,7 +8,7 @@ hold `<function=NAME><parameter=KEY>value</parameter>...</function>` (Qwen3-Code
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -121,13 +121,10 @@ class ReplyParser:
             self._step, self._skips_blanks = self._content, True
         return bool(found)
 
-    def _nothing(self) -> bool:
-        self._held = ""
-        return False
-
     def _content(self) -> bool:
         if len(self._calls) == self._most_calls:
-            return self._nothing()
+            self._held = ""
+            return False
         markers = ((THINK,) if self._may_think else ()) + ((CALL,) if self._schemas else ())
         found, text = self._until(markers, str.rstrip)
         if found == THINK and text.strip():  # a thought would have been first
@@ -295,6 +292,8 @@ class ReplyParser:
 
 #: parts of a schema that are looked at
 MAX_LOOKS = 1000
+#: what a schema is made of, or may be instead
+ALTERNATIVES = ("allOf", "anyOf", "oneOf")
 #: the JSON type of a value
 TYPES: dict[type, str] = {
     bool: "boolean", int: "integer", float: "number", type(None): "null", dict: "object", list: "array",
@@ -303,48 +302,47 @@ TYPES: dict[type, str] = {
 
 def types_of(schema: object, key: str) -> set[str]:
     """The JSON types that a schema allows for a property; a text if it does not say."""
-    return types_in(_property(schema, key), schema) or {"string"}
-
-
-def _property(schema: object, key: str) -> object:
-    """What a schema, or a part of it that holds for the whole, says of a property."""
-    waiting, seen = [schema], set[str]()
-    for _ in range(MAX_LOOKS):
-        if not waiting:
-            break
-        each = waiting.pop(0)
-        given = cast("Mapping[str, object]", each) if isinstance(each, Mapping) else dict[str, object]()
-        properties, reference = given.get("properties"), given.get("$ref")
+    for part in _parts(schema, schema):
+        properties = part.get("properties")
         if isinstance(properties, Mapping) and key in properties:
-            return cast("Mapping[str, object]", properties)[key]
-        if isinstance(reference, str) and reference.startswith("#/") and reference not in seen:
-            seen.add(reference)
-            waiting.append(at_path(schema, reference.split("/")[1:]))
-        waiting += [one for word in ("allOf", "anyOf", "oneOf") for one in _several(given.get(word))]
-    return None
+            return types_in(cast("Mapping[str, object]", properties)[key], schema) or {"string"}
+    return {"string"}
 
 
 def types_in(schema: object, root: object) -> set[str]:
-    """The JSON types that a schema, a part of `root`, allows, as far as it says: what it refers to is looked at once."""
-    waiting, seen, found = [schema], set[str](), set[str]()
-    for _ in range(MAX_LOOKS):
-        if not waiting:
-            break
-        each = waiting.pop()
-        given = cast("Mapping[str, object]", each) if isinstance(each, Mapping) else dict[str, object]()
-        kind, reference = given.get("type"), given.get("$ref")
-        here = {name for name in (_several(cast(object, kind)) if isinstance(kind, list) else [kind]) if isinstance(name, str)}
-        if isinstance(reference, str) and reference.startswith("#/") and reference not in seen:
-            seen.add(reference)
-            waiting.append(at_path(root, reference.split("/")[1:]))
-        either = [one for word in ("anyOf", "oneOf", "allOf") for one in _several(given.get(word))]
-        waiting += either
-        if not here and not either:
-            values = [*_several(given.get("enum")), *([given["const"]] if "const" in given else [])]
-            here = {TYPES.get(type(value), "string") for value in values}
-            here |= {name for word, name in (("properties", "object"), ("items", "array")) if word in given}
+    """The JSON types that a schema, a part of `root`, allows, as far as it says."""
+    found = set[str]()
+    for part in _parts(schema, root):
+        kind = part.get("type")
+        here = {name for name in (several(cast(object, kind)) if isinstance(kind, list) else [kind]) if isinstance(name, str)}
+        if not here and not any(several(part.get(word)) for word in ALTERNATIVES):
+            here = {TYPES.get(type(value), "string") for value in values_of(part)}
+            here |= {name for word, name in (("properties", "object"), ("items", "array")) if word in part}
         found |= here
     return found
+
+
+def _parts(schema: object, root: object) -> Iterator[Mapping[str, object]]:
+    """A schema, what it refers to in `root`, once each, and what it is made of or may be instead, from the outside in."""
+    found, seen = [schema], set[str]()
+    for i in range(MAX_LOOKS):
+        if i == len(found):
+            return
+        part = found[i]
+        if not isinstance(part, Mapping):
+            continue
+        given = cast("Mapping[str, object]", part)
+        yield given
+        reference = given.get("$ref")
+        if isinstance(reference, str) and reference.startswith("#/") and reference not in seen:
+            seen.add(reference)
+            found.append(at_path(root, reference.split("/")[1:]))
+        found += [one for word in ALTERNATIVES for one in several(given.get(word))]
+
+
+def values_of(schema: Mapping[str, object]) -> list[object]:
+    """Those that a schema names, of which a value has to be one."""
+    return several(schema.get("enum")) or ([schema["const"]] if "const" in schema else [])
 
 
 def at_path(schema: object, path: Sequence[str]) -> object:
@@ -354,7 +352,7 @@ def at_path(schema: object, path: Sequence[str]) -> object:
     return schema
 
 
-def _several(value: object) -> list[object]:
+def several(value: object) -> list[object]:
     return cast("list[object]", value) if isinstance(value, list) else []
 
 

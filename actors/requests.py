@@ -9,7 +9,7 @@ from typing import Any
 from ..core.chat import Chat
 from ..core.embeddings import Encoded
 from ..core.errors import InvalidRequest, SavedSequenceError
-from ..core.vocabulary import Request, SamplingParams, SavedFile, grammar_of
+from ..core.vocabulary import Request, SamplingParams, SavedFile
 from ..kernels.model import saved
 from ..kernels.model.inputs import violations_of
 from ..kernels.model.prefix import Snapshot
@@ -53,7 +53,7 @@ def request_of(job: Job, prompt: Encoded, model: Model, num_positions: int) -> R
     max_tokens = max_tokens or min(room, default, max(num_positions - len(ids), 1))
     salt = job.options.get("cache_salt") or ""
     num_logprobs = job.options.get("num_logprobs")
-    rest = boundary_ids, salt, stops, num_logprobs, prompt.embeddings, prompt.opens_reasoning, grammar_of(job.options)
+    rest = boundary_ids, salt, stops, num_logprobs, prompt.embeddings, prompt.opens_reasoning, job.grammar
     return Request(job.request_id, ids, max_tokens, job.sampling, stop_ids, vocabulary, *rest)
 
 

@@ -165,7 +165,7 @@ class Sequence:
                 state = protocol.state
                 try:
                     await states[state]()
-                    if self._limits is not None and (why := self._limits.error(tuple(protocol.output))) is not None:
+                    if self._limits is not None and (why := self._limits.error(protocol.output)) is not None:
                         raise RequestFailed(f"the grammar cannot be followed any further: {why}")
                 except (ActorRestarted, LeaseLost) as error:
                     await self._lose_memory(error)

@@ -13,7 +13,7 @@ import anyio
 
 from ..core.errors import ForerunError, SavedSequenceError
 from ..core.outbox import Outbox
-from ..core.vocabulary import CheckedPrompt, Delta, Result, SamplingParams, Started
+from ..core.vocabulary import CheckedPrompt, Delta, Grammar, Result, SamplingParams, Started
 from .sequence import PrefillProgress, SaveOrder, Sequence
 
 #: Tokens of an answer that nobody has limited: of a text, and of a chat, where thoughts come first.
@@ -56,6 +56,7 @@ class Job:
     sampling: SamplingParams  # in effect
     outbox: Outbox
     scope: anyio.CancelScope  # its deadline is the request's
+    grammar: Grammar | None = None  # that its answer follows
     saved: Path | None = None  # the file it goes on from
     saves: list[SaveOrder] = field(default_factory=list[SaveOrder])
     sequence: Sequence | None = None  # once the prompt is encoded

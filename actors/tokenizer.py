@@ -90,7 +90,7 @@ class Vocabulary:
     def token_bytes(self, token: int) -> bytes:
         """The bytes a token stands for; none for special tokens and ids beyond the vocabulary."""
         if token not in self._bytes:
-            name: str = self._tokenizer.id_to_token(token) or ""
+            name = self.name(token)
             known = all(character in BYTE_OF for character in name)
             self._bytes[token] = bytes(BYTE_OF[character] for character in name) if known else name.encode()
         return self._bytes[token]

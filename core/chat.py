@@ -6,12 +6,11 @@ Messages and tools have the form of OpenAI's API (platform.openai.com/docs/api-r
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NotRequired, TypedDict, cast
 
-from .checks import check_text
+from .checks import check_text, json_of
 from .errors import InvalidRequest
 
 #: who may speak in a chat
@@ -133,11 +132,7 @@ class _Look:
         name, arguments = (cast("dict[str, object]", function).get(key) for key in ("name", "arguments"))
         self.violations += check_text(f"{path}.function.name", name)
         if isinstance(arguments, str):
-            try:
-                arguments = cast(object, json.loads(arguments or "{}"))
-            except (ValueError, RecursionError):
-                self.violations.append((f"{path}.function.arguments", "must be the text of a JSON object"))
-                arguments = dict[str, object]()
+            arguments = json_of(arguments or "{}")
         return call | {"type": "function", "function": {"name": name, "arguments": self.object(f"{path}.function.arguments", arguments)}}
 
     def object(self, path: str, given: object) -> dict[str, Any]:

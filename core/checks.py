@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -66,6 +67,14 @@ def check_ranges(values: Mapping[str, object]) -> list[tuple[str, str]]:
         elif not lowest <= value <= highest:  # NaN is not, either
             violations.append((name, f"must be between {lowest} and {highest}, got {value!r:.50}"))
     return violations
+
+
+def json_of(text: str) -> object:
+    """What a JSON text says; None, as `null` does, where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def check_text(field: str, text: object) -> list[tuple[str, str]]:

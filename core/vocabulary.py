@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, Protocol, SupportsIndex, TypeVar, cast, get_args
 
 from .chat import MAX_MESSAGES, MAX_VIOLATIONS, Chat, Message, check_chat
-from .checks import check_logit_bias, check_ranges, check_text
+from .checks import check_logit_bias, check_ranges, check_text, json_of
 from .embeddings import EmbeddingRows, Part
 from .errors import InvalidRequest
 from .speculation import Draft, DrafterName, Speculation
@@ -163,7 +163,7 @@ def grammar_of(options: Mapping[str, object]) -> Grammar | None:
         assert isinstance(text, str)
         if not 0 < len(text) <= GRAMMAR_CHARACTERS:
             raise InvalidRequest([(kind, f"must have 1 to {GRAMMAR_CHARACTERS} characters")])
-        if kind == "json_schema" and not isinstance(_json_of(text), dict):
+        if kind == "json_schema" and not isinstance(json_of(text), dict):
             raise InvalidRequest([(kind, "must be a JSON object")])
         found.append(Grammar(kind, text))
     if len(found) > 1:
@@ -173,17 +173,10 @@ def grammar_of(options: Mapping[str, object]) -> Grammar | None:
     return found[0] if found else None
 
 
-def _json_of(text: str) -> object:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
 class Limits(Protocol):
     """What an answer may go on with."""
 
-    def error(self, output: tuple[int, ...]) -> str | None:
+    def error(self, output: Sequence[int]) -> str | None:
         """Why it cannot be said any more what may follow some beginning of `output`, once that was asked in vain."""
         ...
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -12,6 +11,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, cast
 
 from .. import BACKENDS, DEFAULT_CHAT_TOKENS, DEFAULT_MAX_TOKENS, DRAFTERS, Engine, SpeculationParams, open_engine
+from ..core.checks import json_of
 
 #: wrong or old flag -> what to use
 RENAMED = {
@@ -84,10 +84,7 @@ def token_ids(text: str) -> list[int]:
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    try:
-        found: Any = json.loads(text)
-    except (ValueError, RecursionError):
-        found = None
+    found = json_of(text)
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r:.100}")
     return cast("dict[str, Any]", found)

@@ -85,25 +85,11 @@ def asked(body: object, is_chat: bool) -> Asked:
     stop = fields.get("stop", [])
     if not isinstance(stop, str | list):
         violations.append(("stop", "must be a text, or a list of texts"))
+    must_call: str | None = None
     if is_chat:
-        if (schema := _schema(fields.get("response_format", {"type": "text"}), violations)) is not None:
-            violations += [("response_format", "does not go with json_schema")] if "json_schema" in options else []
-            options["json_schema"], names["json_schema"] = schema, "response_format"
-        options["num_logprobs"] = fields.get("top_logprobs", 0) if fields.get("logprobs") else None
-        choice = fields.get("tool_choice", "auto")
-        tools: Any = fields.get("tools", []) if choice != "none" else []
-        must_call = _must_call(choice, violations)
-        if must_call is not None:
-            others = [name for name in ("json_schema", "regex", "grammar", "ignore_eos") if fields.get(name)]
-            violations += [("tool_choice", f"does not go with {name}") for name in others]
-            names["grammar"] = "tool_choice"
-            options.pop("json_schema", None)  # a call has a form of its own
-        told: Any = fields.get("chat_template_kwargs", {})
-        if "reasoning_effort" in fields and isinstance(told, dict):  # templates that know it heed it
-            told = {"reasoning_effort": fields["reasoning_effort"], **cast("dict[str, Any]", told)}
-        prompt = Chat(_messages(fields.get("messages"), violations), tools, told)
+        prompt, must_call = _chat(fields, options, names, violations)
     else:
-        options["num_logprobs"], must_call = fields.get("logprobs"), None
+        options["num_logprobs"] = fields.get("logprobs")
         prompt = _prompt(fields.get("prompt"), violations)
     streaming = fields.get("stream_options", {})
     if not isinstance(streaming, dict):
@@ -114,6 +100,28 @@ def asked(body: object, is_chat: bool) -> Asked:
     most_calls = 1 if fields.get("parallel_tool_calls") is False else None
     wants_usage = cast("dict[str, Any]", streaming).get("include_usage") is True
     return Asked(prompt, cast(Options, options), is_chat, bool(fields.get("stream")), wants_usage, most_calls, must_call, names)
+
+
+def _chat(
+    fields: Mapping[str, Any], options: dict[str, Any], names: dict[str, str], violations: list[tuple[str, str]]
+) -> tuple[Chat, str | None]:
+    """The prompt of a chat, and what _must_call says; what else a chat says goes into `options`, and what is wrong into `violations`."""
+    if (schema := _schema(fields.get("response_format", {"type": "text"}), violations)) is not None:
+        violations += [("response_format", "does not go with json_schema")] if "json_schema" in options else []
+        options["json_schema"], names["json_schema"] = schema, "response_format"
+    options["num_logprobs"] = fields.get("top_logprobs", 0) if fields.get("logprobs") else None
+    choice = fields.get("tool_choice", "auto")
+    tools: Any = fields.get("tools", []) if choice != "none" else []
+    must_call = _must_call(choice, violations)
+    if must_call is not None:
+        others = [name for name in ("json_schema", "regex", "grammar", "ignore_eos") if fields.get(name)]
+        violations += [("tool_choice", f"does not go with {name}") for name in others]
+        names["grammar"] = "tool_choice"
+        options.pop("json_schema", None)  # a call has a form of its own
+    told: Any = fields.get("chat_template_kwargs", {})
+    if "reasoning_effort" in fields and isinstance(told, dict):  # templates that know it heed it
+        told = {"reasoning_effort": fields["reasoning_effort"], **cast("dict[str, Any]", told)}
+    return Chat(_messages(fields.get("messages"), violations), tools, told), must_call
 
 
 def with_names(error: InvalidRequest, asked: Asked) -> InvalidRequest:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from ...core.channel import RETRY_AFTER_SECONDS
 from ...core.chat import Chat
-from ...core.errors import EngineClosed
+from ...core.errors import EngineClosed, Overloaded
 from ...core.vocabulary import Delta, Prompt, Result, Started
 from ..engine import Engine
 from ..stream import Stream
@@ -54,6 +55,24 @@ class Reader(Protocol):
     async def delta(self, delta: Delta) -> None: ...
 
     async def finished(self, result: Result) -> None: ...
+
+
+class Places:
+    """Of those who watch something, for each costs the others: `most` at once."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._num_taken = most, 0
+
+    @contextmanager
+    def taken(self) -> Generator[None]:
+        """One of them, inside the block. Overloaded when there is none."""
+        if self._num_taken == self._most:
+            raise Overloaded(f"{self._most} watch already", RETRY_AFTER_SECONDS)
+        self._num_taken += 1
+        try:
+            yield
+        finally:
+            self._num_taken -= 1
 
 
 @dataclass(slots=True)

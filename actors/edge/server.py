@@ -14,12 +14,11 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # pyright: ignore[reportMissingTypeStubs]
 from grpc_reflection.v1alpha import reflection  # pyright: ignore[reportMissingTypeStubs]
 
-from ...core.channel import RETRY_AFTER_SECONDS
 from ...core.chat import Chat, Message, check_chat
 from ...core.checks import check_ranges
 from ...core.errors import InvalidRequest, Overloaded
 from .rpc import Gate, Service, abort, handlers
-from .served import Served
+from .served import Places, Served
 from .services import AdminService, GenerationService, ModelService, TraceService
 from .statuses import status_of
 
@@ -121,19 +120,15 @@ def is_local(host: str) -> bool:
         return False
 
 
-def at_most(most: int, watch: Callable[[Any, Any], Awaitable[None]]) -> Callable[[Any, Any], Awaitable[None]]:
-    """A stream's handler for so many at once: who needs no token must not keep those who have one out."""
-    num_watchers = 0
+def within(places: Places, watch: Callable[[Any, Any], Awaitable[None]]) -> Callable[[Any, Any], Awaitable[None]]:
+    """A stream's handler, for as many calls as there are places."""
 
     async def watched(request: Any, context: Any) -> None:
-        nonlocal num_watchers
-        if num_watchers == most:
-            await abort(context, status_of(Overloaded(f"{most} watch already", RETRY_AFTER_SECONDS)))
-        num_watchers += 1
         try:
-            await watch(request, context)
-        finally:
-            num_watchers -= 1
+            with places.taken():
+                await watch(request, context)
+        except Overloaded as error:
+            await abort(context, status_of(error))
 
     return watched
 
@@ -153,7 +148,7 @@ class GrpcServer:
         self._server.add_generic_rpc_handlers(tuple(handlers(service, served, params.stall_seconds) for service in services))
         self._names = [service.descriptor.full_name for service in services]
         self._health = cast(Any, health).aio.HealthServicer()
-        self._health.Watch = at_most(MAX_HEALTH_WATCHERS, self._health.Watch)
+        self._health.Watch = within(Places(MAX_HEALTH_WATCHERS), self._health.Watch)  # who needs no token must not keep others out
         cast(Any, health_pb2_grpc).add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection([*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server)
         try:

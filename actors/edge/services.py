@@ -12,12 +12,11 @@ from typing import Any, Protocol
 import anyio
 from forerun.v1 import admin_service_pb2, generation_service_pb2, model_service_pb2, trace_service_pb2
 
-from ...core.channel import RETRY_AFTER_SECONDS
-from ...core.errors import InvalidRequest, Overloaded, SavedSequenceError
+from ...core.errors import InvalidRequest, SavedSequenceError
 from ...core.trace import Event, Span, is_about
 from ...core.vocabulary import Delta, Result, Started
 from . import wire
-from .served import Served
+from .served import Places, Served
 from .statuses import NoState
 
 #: Calls of Watch at once: each costs the engine's loop something for every event.
@@ -162,27 +161,21 @@ class TraceService:
     descriptor = trace_service_pb2.DESCRIPTOR.services_by_name["TraceService"]
 
     def __init__(self, served: Served) -> None:
-        self._served, self._num_watchers = served, 0
+        self._served, self._places = served, Places(MAX_WATCHERS)
 
     async def watch(self, request: trace_service_pb2.WatchRequest, call: Call) -> None:
         actors = frozenset(request.actors)
-        if self._num_watchers == MAX_WATCHERS:
-            raise Overloaded(f"{MAX_WATCHERS} watch already", RETRY_AFTER_SECONDS)
-        self._num_watchers += 1
-        try:
-            with self._served.engine.trace() as events:
-                while not self._served.is_drained:
-                    taken: list[Event] = []
-                    with anyio.move_on_after(DRAIN_LOOK_SECONDS):
-                        taken = await events.take()
-                        if not taken:
-                            break
-                    wanted = [wire.event_message(event) for event in taken if is_about(event, actors, request.request_id)]
-                    if wanted:
-                        await call.write(trace_service_pb2.WatchResponse(events=wanted, num_missed=events.num_missed))
-                    await anyio.sleep(WATCH_SECONDS)
-        finally:
-            self._num_watchers -= 1
+        with self._places.taken(), self._served.engine.trace() as events:
+            while not self._served.is_drained:
+                taken: list[Event] = []
+                with anyio.move_on_after(DRAIN_LOOK_SECONDS):
+                    taken = await events.take()
+                    if not taken:
+                        break
+                wanted = [wire.event_message(event) for event in taken if is_about(event, actors, request.request_id)]
+                if wanted:
+                    await call.write(trace_service_pb2.WatchResponse(events=wanted, num_missed=events.num_missed))
+                await anyio.sleep(WATCH_SECONDS)
 
 
 class AdminService:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any, cast
 
@@ -10,6 +9,7 @@ from forerun.v1 import generation_service_pb2 as pb
 from forerun.v1 import trace_service_pb2
 
 from ...core.chat import MAX_MESSAGES, MAX_TOOLS, Chat, Message
+from ...core.checks import json_of
 from ...core.embeddings import EmbeddingRows, Part
 from ...core.errors import InvalidRequest
 from ...core.trace import Counter, Event, Span, Stage
@@ -46,9 +46,8 @@ def prompt_of(prompt: pb.Prompt) -> Prompt:
                 raise InvalidRequest([("prompt.chat.messages", f"must be at most {MAX_MESSAGES}")])
             if len(prompt.chat.tools) > MAX_TOOLS:
                 raise InvalidRequest([("prompt.chat.tools", f"must be at most {MAX_TOOLS}")])
-            tools = [_object_of(f"tools[{i}]", tool) for i, tool in enumerate(prompt.chat.tools)]
-            told = _object_of("template_kwargs", prompt.chat.template_kwargs or "{}")
-            return Chat([_message_of(message) for message in prompt.chat.messages], tools, told)
+            tools, told = [json_of(tool) for tool in prompt.chat.tools], json_of(prompt.chat.template_kwargs or "{}")
+            return Chat([_message_of(message) for message in prompt.chat.messages], cast(Any, tools), cast(Any, told))
         case "parts":
             return [_part_of(part, f"prompt[{i}]") for i, part in enumerate(prompt.parts.parts)]
         case _:
@@ -66,14 +65,6 @@ def _message_of(message: pb.ChatMessage) -> Message:
     if message.name:
         found["name"] = message.name
     return found
-
-
-def _object_of(field: str, text: str) -> dict[str, Any]:
-    """The engine checks what is in it."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise InvalidRequest([(field, "must be the text of a JSON object")]) from None
 
 
 def _part_of(part: pb.PromptPart, field: str) -> Part:
