@@ -21,7 +21,7 @@ BLANKS = r"[ \n\r\t]{0,40}"
 
 
 class Grammars:
-    """Those of one model. Blocking; made ready for the vocabulary when they are first asked for, which takes up to a second."""
+    """Those of one model. Blocking; made ready for the vocabulary when they are first asked for, which takes a second or two."""
 
     def __init__(self, vocabulary: Vocabulary | None, num_token_ids: int, stop_ids: frozenset[int]) -> None:
         self._vocabulary, self._num_token_ids, self._stop_ids = vocabulary, num_token_ids, stop_ids
