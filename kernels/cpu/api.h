@@ -11,8 +11,8 @@
 API const char *forerun_use(const char *name);
 /* Bytes of a matrix once repacked; inputs are whole blocks of its format. */
 API int64_t forerun_packed_bytes(int format, int64_t outputs, int64_t inputs);
-/* Repacks the blocks of a file into tiles. 0, or -1 when memory ran out. */
-API int forerun_pack(int format, int outputs, int inputs, const void *raw, void *tiles, int num_threads);
+/* Repacks the blocks of a file into tiles; `codebook` [entries, 8 or 4] is that of IQ1, IQ2 or IQ3. 0, or -1 when memory ran out. */
+API int forerun_pack(int format, int outputs, int inputs, const void *raw, const void *codebook, void *tiles, int num_threads);
 /* Runs a program over all rows of a call. 0, or -1 when memory ran out, and then nothing has been touched. */
 API int forerun_run(const Call *call, int num_threads);
 

@@ -8,7 +8,10 @@
 #include <stdint.h>
 
 /* Formats of a matrix, all of them repacked into tiles (pack.c). Up to BF16 they are floats. */
-enum { F32, F16, BF16, Q8_0, Q4_0, Q4_1, IQ4_NL, IQ4_XS, MXFP4, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, NUM_FORMATS };
+enum {
+    F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL, IQ4_XS, MXFP4, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K,
+    IQ1_S, IQ1_M, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S, NUM_FORMATS
+};
 
 /* Outputs of one tile of a repacked matrix, and of one unit of work. */
 #define TILE 16

@@ -129,32 +129,42 @@ typedef struct {
 #define EACH_PART for (int part = 0; part < PARTS; part++)
 #define VECTOR (LANES * 4) /* bytes */
 
-/* Weights that are signed bytes, or codes for them; a scale for 32. Parts come one after another: sums of all rows and the weights they share
- * then fit into the registers. */
-ALWAYS void bytes_tile(int format, const uint8_t *w, int inputs, const TileRows *a, int rows, VF acc[ROWS][PARTS]) {
-    VI table = vi_weights(vi_table(codes(format)));
-    int subs = format_of(format).inputs / 32;
+/* Weights that are signed bytes, or codes for them; a scale for 32, or 16. `format` is one that is laid out as the matrix' own, which says what
+ * codes mean. Parts come one after another: sums of all rows and the weights they share then fit into the registers. */
+ALWAYS void bytes_tile(int format, int own, const uint8_t *w, int inputs, const TileRows *a, int rows, VF acc[ROWS][PARTS]) {
+    Format f = format_of(format);
+    VI table = vi_weights(vi_table(codes(own)));
+    VF step = vf_set(step_of(own));
+    int subs = f.inputs / 32, turns = f.scales == 18 ? 2 : 1, groups = 8 / turns, shared = 8 / f.low;
     for (int block = 0; block < inputs / 32; block += subs, w += block_bytes(format)) {
-        const uint8_t *weights = w + format_of(format).scales * TILE;
+        const uint8_t *low = w + f.scales * TILE, *high = low + f.inputs / 8 * f.low * TILE;
         for (int sub = 0; sub < subs; sub++) EACH_PART {
-            VI sum[ROWS];
-            EACH_ROW sum[r] = vi_start(a->sums_32[r][block + sub]);
-            for (int group = 0; group < 8; group++) {
-                VI v;
-                if (format == Q8_0) {
-                    const uint8_t *at = weights + group * 4 * TILE + part * VECTOR;
-                    if (part == 0) __builtin_prefetch(at + AHEAD);
-                    v = vi_weights(vi_load(at));
-                } else {
-                    const uint8_t *at = weights + (sub * 4 + group / 2) * 4 * TILE + part * VECTOR;
-                    if (part == 0 && group % 2 == 0) __builtin_prefetch(at + AHEAD);
-                    v = vi_lookup(table, vi_bits(vi_load(at), group % 2 * 4, 15));
-                }
-                EACH_ROW sum[r] = vi_dot(sum[r], v, vi_four(a->quants[r] + (block + sub) * 32 + group * 4));
+            VI upper = vi_set(0);
+            if (f.high) {
+                const uint8_t *at = high + sub * 4 * TILE + part * VECTOR;
+                if (part == 0) __builtin_prefetch(at + AHEAD);
+                upper = vi_load(at);
             }
-            VF scale = format == MXFP4 ? vf_wide(w + part * LANES * 2) : vf_half(w + part * LANES * 2);
-            if (format == IQ4_XS) scale = vf_mul(scale, vi_float(vi_signed(w + (2 + sub) * TILE + part * LANES)));
-            EACH_ROW acc[r][part] = vf_add(acc[r][part], vf_mul(vi_float(sum[r]), vf_mul(scale, vf_set(a->scales[r][block + sub]))));
+            for (int turn = 0; turn < turns; turn++) {
+                VI sum[ROWS];
+                EACH_ROW sum[r] = vi_start(turns == 1 ? a->sums_32[r][block + sub] : a->sums[r][(block + sub) * 2 + turn]);
+                for (int i = 0; i < groups; i++) {
+                    int group = turn * groups + i;
+                    const uint8_t *at = low + (sub * (8 / shared) + group / shared) * 4 * TILE + part * VECTOR;
+                    if (part == 0 && group % shared == 0) __builtin_prefetch(at + AHEAD);
+                    VI v = vi_load(at);
+                    if (format == Q8_0) v = vi_weights(v);
+                    else {
+                        v = vi_bits(v, group % shared * f.low, (1 << f.low) - 1);
+                        if (f.high) v = vi_or(v, vi_bits(upper, group - f.low, 1 << f.low));
+                        v = vi_lookup(table, v);
+                    }
+                    EACH_ROW sum[r] = vi_dot(sum[r], v, vi_four(a->quants[r] + (block + sub) * 32 + group * 4));
+                }
+                VF scale = format == MXFP4 ? vf_wide(w + part * LANES * 2) : vf_half(w + part * LANES * 2);
+                if (f.scales > 2) scale = vf_mul(vf_mul(scale, step), vi_float(vi_signed(w + (2 + sub * turns + turn) * TILE + part * LANES)));
+                EACH_ROW acc[r][part] = vf_add(acc[r][part], vf_mul(vi_float(sum[r]), vf_mul(scale, vf_set(a->scales[r][block + sub]))));
+            }
         }
     }
 }
@@ -172,17 +182,36 @@ ALWAYS void nibbles(const uint8_t *w, const TileRows *a, int at, int rows, int p
     }
 }
 
-/* A block: d, with 8 added to the weights, or d and what all of them have added. */
+/* 32 inputs with weights of 5 bits, too much for sums of 16 bits; the fifth ones are in a plane of their own. */
+ALWAYS void fives(const uint8_t *w, const TileRows *a, int at, int rows, int part, VI sum[ROWS]) {
+    VI upper = vi_load(w + 16 * TILE + part * VECTOR);
+    if (part == 0) __builtin_prefetch(w + AHEAD + 16 * TILE);
+    EACH_ROW sum[r] = vi_set(0);
+    for (int group = 0; group < 8; group++) {
+        if (part == 0 && group % 2 == 0) __builtin_prefetch(w + AHEAD + group * 2 * TILE);
+        VI v = vi_bits(vi_load(w + group / 2 * 4 * TILE + part * VECTOR), group % 2 * 4, 15);
+        v = vi_or(v, vi_bits(upper, group - 4, 16));
+        EACH_ROW sum[r] = vi_dot(sum[r], v, vi_four(a->quants[r] + at + group * 4));
+    }
+}
+
+/* A block: d, with 8 or 16 added to the weights, or d and what all of them have added. */
 ALWAYS void nibbles_tile(int format, const uint8_t *w, int inputs, const TileRows *a, int rows, VF acc[ROWS][PARTS]) {
+    Format f = format_of(format);
     for (int block = 0; block < inputs / 32; block++, w += block_bytes(format)) EACH_PART {
-        VS sum[ROWS];
-        nibbles(w + format_of(format).scales * TILE, a, block * 32, rows, part, sum);
+        VI sum[ROWS];
+        if (f.high) fives(w + f.scales * TILE, a, block * 32, rows, part, sum);
+        else {
+            VS sums[ROWS];
+            nibbles(w + f.scales * TILE, a, block * 32, rows, part, sums);
+            EACH_ROW sum[r] = vs_sum(sums[r]);
+        }
         VF d = vf_half(w + part * LANES * 2), least = vf_half(w + 2 * TILE + part * LANES * 2);
         EACH_ROW {
             int of_others = a->sums_32[r][block];
             VF by = vf_set(a->scales[r][block]), value;
-            if (format == Q4_0) value = vf_mul(vi_float(vi_sub(vs_sum(sum[r]), vi_set(8 * of_others))), vf_mul(d, by));
-            else value = vf_mul(vf_add(vf_mul(d, vi_float(vs_sum(sum[r]))), vf_mul(least, vf_set((float)of_others))), by);
+            if (f.scales == 2) value = vf_mul(vi_float(vi_sub(sum[r], vi_set((f.high ? 16 : 8) * of_others))), vf_mul(d, by));
+            else value = vf_mul(vf_add(vf_mul(d, vi_float(sum[r])), vf_mul(least, vf_set((float)of_others))), by);
             acc[r][part] = vf_add(acc[r][part], value);
         }
     }
@@ -291,12 +320,21 @@ ALWAYS void tile_rows(const Matrix *m, int tile, const Activations *a, int row, 
     EACH_ROW EACH_PART acc[r][part] = vf_set(0);
     const uint8_t *w = (const uint8_t *)m->data + tile * tile_bytes(m->format, inputs);
     switch (m->format) {
-    case Q8_0: bytes_tile(Q8_0, w, inputs, &of, rows, acc); break;
+    case Q8_0: bytes_tile(Q8_0, Q8_0, w, inputs, &of, rows, acc); break;
     case Q4_0: nibbles_tile(Q4_0, w, inputs, &of, rows, acc); break;
     case Q4_1: nibbles_tile(Q4_1, w, inputs, &of, rows, acc); break;
-    case IQ4_NL: bytes_tile(IQ4_NL, w, inputs, &of, rows, acc); break;
-    case IQ4_XS: bytes_tile(IQ4_XS, w, inputs, &of, rows, acc); break;
-    case MXFP4: bytes_tile(MXFP4, w, inputs, &of, rows, acc); break;
+    case Q5_0: nibbles_tile(Q5_0, w, inputs, &of, rows, acc); break;
+    case Q5_1: nibbles_tile(Q5_1, w, inputs, &of, rows, acc); break;
+    case IQ4_NL: bytes_tile(IQ4_NL, IQ4_NL, w, inputs, &of, rows, acc); break;
+    case MXFP4: bytes_tile(MXFP4, MXFP4, w, inputs, &of, rows, acc); break;
+    case IQ4_XS:
+    case IQ3_XXS:
+    case IQ3_S: bytes_tile(IQ4_XS, m->format, w, inputs, &of, rows, acc); break;
+    case IQ1_S:
+    case IQ2_XXS: bytes_tile(IQ2_XXS, m->format, w, inputs, &of, rows, acc); break;
+    case IQ1_M:
+    case IQ2_XS:
+    case IQ2_S: bytes_tile(IQ2_S, m->format, w, inputs, &of, rows, acc); break;
     case Q2_K: sixteens_tile(Q2_K, w, inputs, &of, rows, acc); break;
     case Q3_K: sixteens_tile(Q3_K, w, inputs, &of, rows, acc); break;
     case Q4_K: q4_k_tile(w, inputs, &of, rows, acc); break;

@@ -43,6 +43,8 @@ static inline Format format_of(int format) {
     case Q8_0: return (Format){32, 34, 2, 8, 0, 32};
     case Q4_0: return (Format){32, 18, 2, 4, 0, 32};
     case Q4_1: return (Format){32, 20, 4, 4, 0, 32};
+    case Q5_0: return (Format){32, 22, 2, 4, 1, 32};
+    case Q5_1: return (Format){32, 24, 4, 4, 1, 32};
     case IQ4_NL: return (Format){32, 18, 2, 4, 0, 32};
     case IQ4_XS: return (Format){256, 136, 10, 4, 0, 32};
     case MXFP4: return (Format){32, 17, 2, 4, 0, 32};
@@ -50,7 +52,14 @@ static inline Format format_of(int format) {
     case Q3_K: return (Format){256, 110, 18, 2, 1, 256};
     case Q4_K: return (Format){256, 144, 20, 4, 0, 256};
     case Q5_K: return (Format){256, 176, 28, 4, 2, 256};
-    default: return (Format){256, 210, 18, 4, 2, 256};
+    case Q6_K: return (Format){256, 210, 18, 4, 2, 256};
+    case IQ1_S: return (Format){256, 50, 10, 2, 1, 32};
+    case IQ1_M: return (Format){256, 56, 18, 2, 1, 32};
+    case IQ2_XXS: return (Format){256, 66, 10, 2, 1, 32};
+    case IQ2_XS: return (Format){256, 74, 18, 2, 1, 32};
+    case IQ2_S: return (Format){256, 82, 18, 2, 1, 32};
+    case IQ3_XXS: return (Format){256, 98, 10, 4, 0, 32};
+    default: return (Format){256, 110, 10, 4, 0, 32};
     }
 }
 
@@ -65,12 +74,27 @@ static inline int64_t tile_bytes(int format, int64_t inputs) {
     return (inputs + of - 1) / of * block_bytes(format);
 }
 
-/* What quants of 4 bits stand for in IQ4_NL and IQ4_XS, and in MXFP4 (ggml's kvalues_iq4nl and kvalues_mxfp4). */
+/* What quants of 3 or 4 bits stand for where they are codes (ggml's kvalues_iq4nl and kvalues_mxfp4; formats/grids.py), in steps of: */
 static inline const int8_t *codes(int format) {
     static const int8_t iq4[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
     static const int8_t mxfp4[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-    return format == MXFP4 ? mxfp4 : iq4;
+    static const int8_t iq1[16] = {-7, 1, 9, 0, -9, -1, 7}, iq2[16] = {8, 25, 43, 0, -8, -25, -43};
+    static const int8_t iq3_xxs[16] = {4, 12, 20, 28, 36, 44, 52, 62, -4, -12, -20, -28, -36, -44, -52, -62};
+    static const int8_t iq3_s[16] = {1, 3, 5, 7, 9, 11, 13, 15, -1, -3, -5, -7, -9, -11, -13, -15};
+    switch (format) {
+    case MXFP4: return mxfp4;
+    case IQ1_S:
+    case IQ1_M: return iq1;
+    case IQ2_XXS:
+    case IQ2_XS:
+    case IQ2_S: return iq2;
+    case IQ3_XXS: return iq3_xxs;
+    case IQ3_S: return iq3_s;
+    default: return iq4;
+    }
 }
+
+static inline float step_of(int format) { return format < IQ1_S || format == IQ3_S ? 1 : format == IQ3_XXS ? 0.25f : 0.125f; }
 
 static inline float highest(const float *x, int64_t n) {
     enum { WIDE = 16 };

@@ -18,12 +18,9 @@ from ...core.errors import InternalBug
 from ...core.vocabulary import SamplingParams
 from ..backend import F32
 
-FORMATS = {
-    name: number
-    for number, name in enumerate(
-        ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "IQ4_NL", "IQ4_XS", "MXFP4", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
-    )
-}
+_NAMES = """F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 IQ4_NL IQ4_XS MXFP4 Q2_K Q3_K Q4_K Q5_K Q6_K
+IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S"""
+FORMATS = {name: number for number, name in enumerate(_NAMES.split())}
 #: Instruction sets, best first. Which of them there are depends on the processor.
 INSTRUCTION_SETS = ("avx512", "avx2", "neon", "portable")
 LOG, RING, CHUNK = range(3)
@@ -96,7 +93,7 @@ class Library:
         self.packed_bytes = library.forerun_packed_bytes
         self.packed_bytes.restype, self.packed_bytes.argtypes = c_int64, [c_int, c_int64, c_int64]
         self._pack = library.forerun_pack
-        self._pack.restype, self._pack.argtypes = c_int, [c_int, c_int, c_int, c_void_p, c_void_p, c_int]
+        self._pack.restype, self._pack.argtypes = c_int, [c_int, c_int, c_int, c_void_p, c_void_p, c_void_p, c_int]
         self._run = library.forerun_run
         self._run.restype, self._run.argtypes = c_int, [POINTER(CallStruct), c_int]
         self._draw = library.forerun_draw
@@ -118,9 +115,9 @@ class Library:
         self.instruction_set = found.decode()
         return self.instruction_set
 
-    def pack(self, number: int, outputs: int, inputs: int, raw: int, packed: int, num_threads: int) -> None:
+    def pack(self, number: int, outputs: int, inputs: int, raw: int, codebook: int | None, packed: int, num_threads: int) -> None:
         """Puts the blocks at `raw` into tiles at `packed`; `number` is their format's."""
-        if self._pack(number, outputs, inputs, raw, packed, num_threads):
+        if self._pack(number, outputs, inputs, raw, codebook, packed, num_threads):
             raise MemoryError("no memory to repack a matrix")
 
     def run(self, call: CallStruct, num_threads: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..formats.grids import GRIDS
 from ..formats.stored import U8, Stored
 from .library import FORMATS, address, library, physical_cores
 
@@ -40,7 +41,8 @@ class CpuBackend:
         (outputs, inputs), number = weight.shape, FORMATS[weight.type]
         raw = np.ascontiguousarray(weight.raw)
         packed = self._take(self.library.packed_bytes(number, outputs, inputs))
-        self.library.pack(number, outputs, inputs, address(raw), address(packed), self.num_threads)
+        codebook = address(GRIDS[weight.type].codebook) if weight.type in GRIDS else None
+        self.library.pack(number, outputs, inputs, address(raw), codebook, address(packed), self.num_threads)
         return CpuMatrix(number, outputs, inputs, packed)
 
     def first_outputs(self, weight: CpuMatrix, count: int) -> CpuMatrix:

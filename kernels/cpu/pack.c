@@ -15,9 +15,71 @@ static void get_scales_k4(const uint8_t *packed, int i, uint8_t *scale, uint8_t 
     }
 }
 
+static int word(const uint8_t *p) { return p[0] | p[1] << 8; }
+static uint32_t word_32(const uint8_t *p) { return (uint32_t)word(p) | (uint32_t)word(p + 2) << 16; }
+
+/* The signs of eight, of which seven are kept: an even number is negative. */
+static int signs_of_7(uint32_t bits) { return (int)(bits & 127) | __builtin_parity(bits & 127) << 7; }
+
+/* Codes of IQ1, IQ2 and IQ3: rows of a codebook, and a bit above each for its sign (formats/grids.py). */
+static void codes_of(int format, const uint8_t *block, const uint8_t *codebook, uint8_t *q) {
+    int is_iq3 = format == IQ3_XXS || format == IQ3_S, size = is_iq3 ? 4 : 8;
+    const uint8_t *of = block + (format == IQ1_M ? 0 : 2);
+    for (int g = 0; g < 32; g++) { /* eight values */
+        int index[2] = {of[is_iq3 ? 2 * g : g], of[is_iq3 ? 2 * g + 1 : g]}, signs, quarter = g % 4;
+        switch (format) {
+        case IQ1_S: {
+            int high = word(block + 34 + g / 4 * 2);
+            index[0] |= (high >> 3 * quarter & 7) << 8;
+            signs = high >> 15 ? 255 : 0;
+            break;
+        }
+        case IQ1_M: {
+            int high = block[32 + g / 2] >> g % 2 * 4;
+            index[0] |= (high & 7) << 8;
+            signs = high & 8 ? 255 : 0;
+            break;
+        }
+        case IQ2_XXS:
+            index[0] = block[2 + g / 4 * 8 + quarter];
+            signs = signs_of_7(word_32(block + 6 + g / 4 * 8) >> 7 * quarter);
+            break;
+        case IQ2_XS:
+            index[0] = word(block + 2 + 2 * g) & 511;
+            signs = signs_of_7((uint32_t)word(block + 2 + 2 * g) >> 9);
+            break;
+        case IQ2_S:
+            index[0] |= (block[66 + g / 4] >> 2 * quarter & 3) << 8;
+            signs = block[34 + g];
+            break;
+        case IQ3_XXS: signs = signs_of_7(word_32(block + 66 + g / 4 * 4) >> 7 * quarter); break;
+        default:
+            index[0] |= (block[66 + g / 4] >> 2 * quarter & 1) << 8;
+            index[1] |= (block[66 + g / 4] >> (2 * quarter + 1) & 1) << 8;
+            signs = block[74 + g];
+        }
+        for (int i = 0; i < 8; i++) q[8 * g + i] = (uint8_t)(codebook[index[i / size] * size + i % size] | (signs >> i & 1) << (is_iq3 ? 3 : 2));
+    }
+}
+
+/* The i-th scale s of a block of those types; it counts 2 s + 1. */
+static int scale_of_codes(int format, const uint8_t *block, int i) {
+    switch (format) {
+    case IQ1_S: return word(block + 34 + 2 * i) >> 12 & 7;
+    case IQ1_M: return word(block + 48 + i / 4 * 2) >> i % 4 * 3 & 7;
+    case IQ2_XXS: return (int)(word_32(block + 6 + 8 * i) >> 28);
+    case IQ3_XXS: return (int)(word_32(block + 66 + 4 * i) >> 28);
+    default: return block[(format == IQ2_XS ? 66 : format == IQ2_S ? 74 : 106) + i / 2] >> i % 2 * 4 & 15;
+    }
+}
+
 /* The quants of one block of one output, unsigned where the tile's are. */
-static void quants_of(int format, const uint8_t *block, uint8_t *q) {
-    const uint8_t *packed = block + (format == MXFP4 ? 1 : format == Q4_1 ? 4 : format == IQ4_XS ? 8 : 2);
+static void quants_of(int format, const uint8_t *block, const uint8_t *codebook, uint8_t *q) {
+    const uint8_t *packed = block + (format == MXFP4 ? 1 : format == Q4_1 ? 4 : format == Q5_0 ? 6 : format == Q5_1 || format == IQ4_XS ? 8 : 2);
+    if (format >= IQ1_S) {
+        codes_of(format, block, codebook, q);
+        return;
+    }
     switch (format) {
     case Q8_0: memcpy(q, block + 2, 32); break;
     case Q2_K:
@@ -43,7 +105,10 @@ static void quants_of(int format, const uint8_t *block, uint8_t *q) {
         }
         break;
     default:
-        for (int i = 0; i < format_of(format).inputs; i++) q[i] = packed[i / 32 * 16 + i % 16] >> (i % 32 / 16 * 4) & 15;
+        for (int i = 0; i < format_of(format).inputs; i++) {
+            q[i] = packed[i / 32 * 16 + i % 16] >> (i % 32 / 16 * 4) & 15;
+            if (format == Q5_0 || format == Q5_1) q[i] |= (uint8_t)((word_32(packed - 4) >> i & 1) << 4);
+        }
     }
 }
 
@@ -100,12 +165,19 @@ static void put_scales(int format, const uint8_t *block, int o, uint8_t *tile) {
         break;
     default:
         memcpy(first, block, 2);
-        if (format == Q4_1) memcpy(first + 2 * TILE, block + 2, 2);
+        if (format == Q4_1 || format == Q5_1) memcpy(first + 2 * TILE, block + 2, 2);
+        if (format == IQ1_M) { /* in the upper bits of four words of scales */
+            uint16_t d = 0;
+            for (int i = 0; i < 4; i++) d |= (uint16_t)(word(block + 48 + 2 * i) >> 12 << 4 * i);
+            memcpy(first, &d, 2);
+        }
+        if (format >= IQ1_S)
+            for (int i = 0; i < f.scales - 2; i++) scales[i * TILE + o] = (uint8_t)(2 * scale_of_codes(format, block, i) + 1);
     }
 }
 
 /* Output `o` of one block of a tile, all of whose bytes are zero. */
-static void put(int format, const uint8_t *block, int o, uint8_t *tile) {
+static void put(int format, const uint8_t *block, const uint8_t *codebook, int o, uint8_t *tile) {
     Format f = format_of(format);
     if (format <= BF16) {
         memcpy(tile + o * f.bytes, block, (size_t)f.bytes);
@@ -113,7 +185,7 @@ static void put(int format, const uint8_t *block, int o, uint8_t *tile) {
     }
     uint8_t q[256], *low = tile + f.scales * TILE, *high = low + f.inputs * f.low / 8 * TILE;
     put_scales(format, block, o, tile);
-    quants_of(format, block, q);
+    quants_of(format, block, codebook, q);
     for (int i = 0; i < f.inputs; i++) {
         low[place(f.low, i, o)] |= (uint8_t)((q[i] & ((1 << f.low) - 1)) << shift(f.low, i));
         if (f.high) high[place(f.high, i, o)] |= (uint8_t)(q[i] >> f.low << shift(f.high, i));
@@ -122,7 +194,7 @@ static void put(int format, const uint8_t *block, int o, uint8_t *tile) {
 
 typedef struct {
     int format, outputs, inputs;
-    const uint8_t *raw;
+    const uint8_t *raw, *codebook;
     uint8_t *tiles;
 } Packing;
 
@@ -140,7 +212,7 @@ static void pack_tile(void *what, int step, int tile, int thread) {
     memset(p->tiles + tile * size, 0, (size_t)size);
     for (int o = 0; o < TILE && tile * TILE + o < p->outputs; o++) {
         const uint8_t *row = p->raw + (tile * TILE + o) * row_bytes;
-        for (int b = 0; b < blocks; b++) put(p->format, row + (int64_t)b * f.bytes, o, p->tiles + tile * size + b * block);
+        for (int b = 0; b < blocks; b++) put(p->format, row + (int64_t)b * f.bytes, p->codebook, o, p->tiles + tile * size + b * block);
         if (odd) memcpy(p->tiles + tile * size + blocks * block + 4 * o, row + (int64_t)blocks * f.bytes, 2);
     }
 }
@@ -149,8 +221,8 @@ API int64_t forerun_packed_bytes(int format, int64_t outputs, int64_t inputs) {
     return (outputs + TILE - 1) / TILE * tile_bytes(format, inputs);
 }
 
-int forerun_pack(int format, int outputs, int inputs, const void *raw, void *tiles, int num_threads) {
-    Packing packing = {format, outputs, inputs, raw, tiles};
+int forerun_pack(int format, int outputs, int inputs, const void *raw, const void *codebook, void *tiles, int num_threads) {
+    Packing packing = {format, outputs, inputs, raw, codebook, tiles};
     Work work = {&packing, 1, 0, num_tiles, pack_tile};
     pool_enter();
     int status = pool_run(num_threads, &work);
@@ -172,6 +244,8 @@ static float weight_at(int format, Format f, const uint8_t *tile, int i, int o) 
     case Q8_0: return d * (float)(int8_t)q;
     case Q4_0: return d * (float)(q - 8);
     case Q4_1: return d * (float)q + least;
+    case Q5_0: return d * (float)(q - 16);
+    case Q5_1: return d * (float)q + least;
     case IQ4_NL: return d * (float)codes(format)[q];
     case IQ4_XS: return d * (float)(int8_t)tile[2 * TILE + i / 32 * TILE + o] * (float)codes(format)[q];
     case MXFP4: {
@@ -183,7 +257,8 @@ static float weight_at(int format, Format f, const uint8_t *tile, int i, int o) 
     case Q3_K: return d * (float)(int8_t)tile[2 * TILE + pair(i / 16, o)] * (float)(q - 4);
     case Q4_K: return d * (float)tile[4 * TILE + pair(i / 32, o)] * (float)q - least * (float)tile[12 * TILE + pair(i / 32, o)];
     case Q5_K: return d * (float)tile[4 * TILE + pair(i / 16, o)] * (float)q - least * (float)tile[20 * TILE + pair(i / 32, o)];
-    default: return d * (float)(int8_t)tile[2 * TILE + pair(i / 16, o)] * (float)(q - 32);
+    case Q6_K: return d * (float)(int8_t)tile[2 * TILE + pair(i / 16, o)] * (float)(q - 32);
+    default: return d * step_of(format) * (float)tile[2 * TILE + i / (f.scales == 18 ? 16 : 32) * TILE + o] * (float)codes(format)[q];
     }
 }
 

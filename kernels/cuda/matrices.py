@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from ...core.errors import ModelFileError
 from ..backend import F32
-from ..formats.stored import U8, Stored, quantise, unpack_codes, unpack_minima, unpack_q3_k, unpack_q4_0, unpack_q6_k
+from ..formats.stored import U8, Stored, quantise, unpack_codes, unpack_minima, unpack_no_minima, unpack_q6_k, unpack_sixteens
 from ..model.config import ModelConfig
 from .device import Address, Array, Device, Kernels, MatrixStruct, problem_with, sizes_of
 
@@ -229,14 +229,14 @@ def _pack_q8_0(weight: Stored) -> tuple[int, list[U8]]:
     return _pack_q8(quants, np.ascontiguousarray(blocks[:, :, :2]).view("<f2")[:, :, 0])
 
 
-def _pack_q4_0(weight: Stored) -> tuple[int, list[U8]]:
-    """As Q8_0: the same values, in twice the memory."""
-    d, quants = unpack_q4_0(weight)
+def _pack_no_minima(weight: Stored) -> tuple[int, list[U8]]:
+    """As Q8_0: the same values, in more memory."""
+    d, quants = unpack_no_minima(weight)
     return _pack_q8(quants, d)
 
 
 def _pack_codes(weight: Stored) -> tuple[int, list[U8]]:
-    """As Q8_0, in twice the memory: the same values, but scales are halves, to which those of IQ4_XS are rounded. What is beyond a half of
+    """As Q8_0, in more memory: the same values, but scales are halves, to which those of IQ2_XXS and IQ4_XS are rounded. What is beyond a half of
     them goes into the quants, as far as these can take it."""
     scales, quants = unpack_codes(weight)
     held = np.clip(scales, 2.0**-24, 2.0**15) if weight.type == "MXFP4" else np.clip(scales, -65504, 65504)
@@ -245,9 +245,9 @@ def _pack_codes(weight: Stored) -> tuple[int, list[U8]]:
     return _pack_q8(blocks.astype(np.int8).reshape(quants.shape), held.astype(np.float16))
 
 
-def _pack_q3_k(weight: Stored) -> tuple[int, list[U8]]:
-    """As Q6_K: the same values, in twice the memory."""
-    d, scales, quants = unpack_q3_k(weight)
+def _pack_sixteens(weight: Stored) -> tuple[int, list[U8]]:
+    """As Q6_K: the same values, in more memory."""
+    d, scales, quants = unpack_sixteens(weight)
     return _pack_sixes(d, scales, (quants + np.int8(32)).view(np.uint8))
 
 
@@ -265,6 +265,8 @@ def _pack_sixes(d: npt.NDArray[np.float16], scales: npt.NDArray[np.int8], quants
 
 
 PACK: dict[str, Callable[[Stored], tuple[int, list[U8]]]] = {
-    "Q8_0": _pack_q8_0, "Q4_0": _pack_q4_0, "IQ4_NL": _pack_codes, "IQ4_XS": _pack_codes, "MXFP4": _pack_codes,
-    "Q3_K": _pack_q3_k, "Q4_K": _pack_minima, "Q5_K": _pack_minima, "Q6_K": _pack_q6_k,
+    "Q8_0": _pack_q8_0, "Q4_0": _pack_no_minima, "Q5_0": _pack_no_minima,
+    "IQ2_XXS": _pack_codes, "IQ4_NL": _pack_codes, "IQ4_XS": _pack_codes, "MXFP4": _pack_codes,
+    "Q3_K": _pack_sixteens, "IQ1_S": _pack_sixteens, "IQ1_M": _pack_sixteens, "IQ3_XXS": _pack_sixteens, "IQ3_S": _pack_sixteens,
+    "Q4_K": _pack_minima, "Q5_K": _pack_minima, "Q6_K": _pack_q6_k,
 }  # fmt: skip

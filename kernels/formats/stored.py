@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..backend import F32
+from . import grids
 
 U8 = npt.NDArray[np.uint8]
 I8 = npt.NDArray[np.int8]
@@ -63,6 +64,21 @@ def _q4_0(blocks: U8) -> F32:
 def _q4_1(blocks: U8) -> F32:
     d, least = _half(blocks[:, :2]), _half(blocks[:, 2:4])
     return cast("F32", d * _halves_of_bytes(blocks[:, 4:]).astype(np.float32) + least)
+
+
+def _quants_of_5(blocks: U8, at: int) -> U8:
+    """Quants of Q5_0 and Q5_1 [blocks, 32], from 0 to 31; `at` is where their fifth bits are."""
+    fifth = np.unpackbits(np.ascontiguousarray(blocks[:, at : at + 4]), axis=1, bitorder="little")
+    return _halves_of_bytes(blocks[:, at + 4 :]) | fifth << np.uint8(4)
+
+
+def _q5_0(blocks: U8) -> F32:
+    return cast("F32", _half(blocks[:, :2]) * (_quants_of_5(blocks, 2).astype(np.float32) - np.float32(16)))
+
+
+def _q5_1(blocks: U8) -> F32:
+    d, least = _half(blocks[:, :2]), _half(blocks[:, 2:4])
+    return cast("F32", d * _quants_of_5(blocks, 4).astype(np.float32) + least)
 
 
 def _codes(kind: str, blocks: U8) -> tuple[F32, I8]:
@@ -170,12 +186,19 @@ class _Type(NamedTuple):
     halves: tuple[int, ...] = ()  # bytes of a block at which halves are that scale it, then what is added or taken away
 
 
+def _grid(name: str, size: int) -> _Type:
+    return _Type(name, 256, size, partial(grids.values, name), (0,))
+
+
 TYPES = {
     0: _Type("F32", 1, 4, _f32), 1: _Type("F16", 1, 2, _half), 30: _Type("BF16", 1, 2, _bf16), 2: _Type("Q4_0", 32, 18, _q4_0, (0,)),
-    3: _Type("Q4_1", 32, 20, _q4_1, (0, 2)), 8: _Type("Q8_0", 32, 34, _q8_0, (0,)), 10: _Type("Q2_K", 256, 84, _q2_k, (80, 82)),
+    3: _Type("Q4_1", 32, 20, _q4_1, (0, 2)), 6: _Type("Q5_0", 32, 22, _q5_0, (0,)), 7: _Type("Q5_1", 32, 24, _q5_1, (0, 2)),
+    8: _Type("Q8_0", 32, 34, _q8_0, (0,)), 10: _Type("Q2_K", 256, 84, _q2_k, (80, 82)),
     11: _Type("Q3_K", 256, 110, _q3_k, (108,)), 12: _Type("Q4_K", 256, 144, _q4_k, (0, 2)), 13: _Type("Q5_K", 256, 176, _q5_k, (0, 2)),
     14: _Type("Q6_K", 256, 210, _q6_k, (208,)), 20: _Type("IQ4_NL", 32, 18, partial(_coded, "IQ4_NL"), (0,)),
     23: _Type("IQ4_XS", 256, 136, partial(_coded, "IQ4_XS"), (0,)), 39: _Type("MXFP4", 32, 17, partial(_coded, "MXFP4")),
+    16: _grid("IQ2_XXS", 66), 17: _grid("IQ2_XS", 74), 22: _grid("IQ2_S", 82), 18: _grid("IQ3_XXS", 98), 21: _grid("IQ3_S", 110),
+    19: _grid("IQ1_S", 50), 29: _grid("IQ1_M", 56),
 }  # fmt: skip
 BY_NAME = {each.name: each for each in TYPES.values()}
 
@@ -216,26 +239,27 @@ def _halves(blocks: U8, at: int) -> Halves:
     return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2")
 
 
-def unpack_q4_0(tensor: Stored) -> tuple[Halves, I8]:
-    """What a matrix [outputs, inputs] of Q4_0 is made of: d [outputs, blocks], quants [outputs, inputs] from -8 to 7. A value is
-    d * quant."""
+def unpack_no_minima(tensor: Stored) -> tuple[Halves, I8]:
+    """What a matrix [outputs, inputs] of Q4_0 or Q5_0 is made of: d [outputs, blocks], quants [outputs, inputs] from -8 to 7 or -16 to 15.
+    A value is d * quant."""
     blocks, shape = _blocks(tensor)
-    return _halves(blocks, 0).reshape(shape), _quants_4_0(blocks).reshape(shape[0], -1)
+    quants = _quants_4_0(blocks) if tensor.type == "Q4_0" else _quants_of_5(blocks, 2).view(np.int8) - np.int8(16)
+    return _halves(blocks, 0).reshape(shape), quants.reshape(shape[0], -1)
 
 
 def unpack_codes(tensor: Stored) -> tuple[F32, I8]:
-    """What a matrix [outputs, inputs] of IQ4_NL, IQ4_XS or MXFP4 is made of: scales of 32 inputs [outputs, inputs / 32], quants [outputs,
-    inputs] from -127 to 113. A value is scale * quant."""
+    """What a matrix [outputs, inputs] of IQ2_XXS, IQ4_NL, IQ4_XS or MXFP4 is made of: scales of 32 inputs [outputs, inputs / 32], quants
+    [outputs, inputs] from -127 to 113. A value is scale * quant."""
     blocks, (outputs, _) = _blocks(tensor)
-    scales, quants = _codes(tensor.type, blocks)
+    scales, quants = grids.scaled(tensor.type, blocks) if tensor.type == "IQ2_XXS" else _codes(tensor.type, blocks)
     return scales.reshape(outputs, -1), quants.reshape(outputs, -1)
 
 
-def unpack_q3_k(tensor: Stored) -> tuple[Halves, I8, I8]:
-    """What a matrix [outputs, inputs] of Q3_K is made of: d [outputs, blocks], scales of 16 inputs [outputs, blocks, 16] from -32 to 31,
-    quants [outputs, inputs] from -4 to 3. A value is d * scale * quant."""
+def unpack_sixteens(tensor: Stored) -> tuple[Halves, I8, I8]:
+    """A matrix [outputs, inputs] of Q3_K, IQ1 or IQ3 as d [outputs, blocks], scales of 16 inputs [outputs, blocks, 16] from -32 to 31, and
+    quants [outputs, inputs] from -31 to 31. A value is d * scale * quant; of IQ1 and IQ3_XXS, a d below 2^-11 or 2^-13 is rounded."""
     blocks, shape = _blocks(tensor)
-    d, scales, quants = _parts_3(blocks)
+    d, scales, quants = _parts_3(blocks) if tensor.type == "Q3_K" else grids.sixteens(tensor.type, blocks)
     return d.reshape(shape), scales.reshape(*shape, 16), quants.reshape(shape[0], -1)
 
 
@@ -254,6 +278,16 @@ def unpack_q6_k(tensor: Stored) -> tuple[Halves, I8, U8]:
     blocks, shape = _blocks(tensor)
     scales = np.ascontiguousarray(blocks[:, 192:208]).view(np.int8).reshape(*shape, 16)
     return _halves(blocks, 208).reshape(shape), scales, _quants_6(blocks).reshape(shape[0], -1)
+
+
+def put_half(kind: str, blocks: U8, which: int, values: npt.ArrayLike) -> None:
+    """Sets one of the halves that blocks [blocks, bytes] of a type have (`TYPES`), to a value or to one for each."""
+    halves = np.broadcast_to(np.asarray(values, "<f2"), len(blocks))
+    if kind == "IQ1_M":
+        grids.put_half_of_iq1_m(blocks, halves)
+        return
+    at = BY_NAME[kind].halves[which]
+    blocks[:, at : at + 2] = np.ascontiguousarray(halves)[:, None].view(np.uint8)
 
 
 #: Types that values are written in.

@@ -9,7 +9,7 @@ import numpy as np
 
 from ...core.errors import InvalidRequest
 from ..backend import F32
-from ..formats.stored import BY_NAME, CODES, U8, WRITTEN, Stored, quantise
+from ..formats.stored import BY_NAME, CODES, U8, WRITTEN, Stored, put_half, quantise
 from .config import ModelConfig
 from .sizes import PUBLISHED
 from .weights import HubLayout
@@ -70,8 +70,8 @@ def random_values(kind: str, count: int, deviation: float, rng: np.random.Genera
         return blocks.reshape(-1)
 
     def scaled(*by: float) -> F32:
-        for at, value in zip(type_.halves, by, strict=True):
-            blocks[:, at : at + 2] = np.full((1, 1), value, "<f2").view(np.uint8)
+        for which, value in enumerate(by):
+            put_half(kind, blocks, which, value)
         return type_.read(blocks)
 
     others = (0.0,) * (len(type_.halves) - 1)

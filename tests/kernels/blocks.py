@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from forerun.kernels.formats.stored import BY_NAME, Stored, quantise
+from forerun.kernels.formats.stored import BY_NAME, Stored, put_half, quantise
 
 Draw = Callable[[np.random.Generator, int], npt.NDArray[Any]]
 
@@ -21,8 +21,8 @@ def random_blocks(kind: str, count: int, rng: np.random.Generator, draw: Draw = 
     if kind in ("F32", "F16", "BF16"):
         return quantise(rng.normal(0, 1, count).astype(np.float32), kind).reshape(count, -1)
     blocks = rng.integers(0, 256, (count, BY_NAME[kind].size), np.uint8)  # any will do, but for halves
-    for at in BY_NAME[kind].halves:
-        blocks[:, at : at + 2] = draw(rng, count).astype("<f2")[:, None].view(np.uint8)
+    for which in range(len(BY_NAME[kind].halves)):
+        put_half(kind, blocks, which, draw(rng, count))
     if kind == "MXFP4":
         blocks[:, 0] = rng.integers(118, 132, count)
     return blocks

@@ -15,8 +15,8 @@ static float normal(void) { return ((float)(draw() % 2001) - 1000) / 700; }
 enum { OUTPUTS = 45, INPUTS = 512, MOST = 7 };
 /* Where a block has halves. */
 static const int halves[NUM_FORMATS][2] = {
-    [F32] = {-1}, [F16] = {0, 0}, [BF16] = {-1}, [Q8_0] = {0, 0}, [Q4_0] = {0, 0}, [Q4_1] = {0, 2}, [IQ4_NL] = {0, 0}, [IQ4_XS] = {0, 0},
-    [MXFP4] = {-1}, [Q2_K] = {80, 82}, [Q3_K] = {108, 108}, [Q4_K] = {0, 2}, [Q5_K] = {0, 2}, [Q6_K] = {208, 208},
+    [F32] = {-1}, [F16] = {0, 0}, [BF16] = {-1}, [Q8_0] = {0, 0}, [Q4_0] = {0, 0}, [Q4_1] = {0, 2}, [Q5_0] = {0, 0}, [Q5_1] = {0, 2}, [IQ4_NL] = {0, 0}, [IQ4_XS] = {0, 0},
+    [MXFP4] = {-1}, [Q2_K] = {80, 82}, [Q3_K] = {108, 108}, [Q4_K] = {0, 2}, [Q5_K] = {0, 2}, [Q6_K] = {208, 208}, [IQ1_M] = {-1},
 };
 
 int main(void) {
@@ -25,7 +25,8 @@ int main(void) {
     int failed = 0;
     for (int r = 0; r < MOST; r++)
         for (int i = 0; i < INPUTS; i++) x[r][i] = normal() * (r == 3 ? 1e-3f : 1);
-    uint8_t *raw[NUM_FORMATS], *tiles[NUM_FORMATS];
+    uint8_t *raw[NUM_FORMATS], *tiles[NUM_FORMATS], codebook[2048 * 8];
+    for (size_t i = 0; i < sizeof codebook; i++) codebook[i] = (uint8_t)(draw() % 3);
     for (int format = 0; format < NUM_FORMATS; format++) {
         Format f = format_of(format);
         int blocks = OUTPUTS * INPUTS / f.inputs;
@@ -40,10 +41,12 @@ int main(void) {
             if (format == F32) memcpy(block, &value, 4);
             if (format == BF16) memcpy(block, upper, 4);
             if (format == MXFP4) block[0] = (uint8_t)(118 + draw() % 14);
+            if (format == IQ1_M) /* its half lies in four words */
+                for (int i = 0; i < 4; i++) block[49 + 2 * i] = (uint8_t)((block[49 + 2 * i] & 15) | (one_and_some >> 4 * i & 15) << 4);
             for (int i = 0; i < 2 && halves[format][i] >= 0; i++) memcpy(block + halves[format][i], &one_and_some, 2);
         }
         tiles[format] = aligned_alloc(64, ((size_t)forerun_packed_bytes(format, OUTPUTS, INPUTS) + 63) / 64 * 64);
-        forerun_pack(format, OUTPUTS, INPUTS, raw[format], tiles[format], 2);
+        forerun_pack(format, OUTPUTS, INPUTS, raw[format], codebook, tiles[format], 2);
     }
     for (int n = 0; n < 4; n++) {
         if (!forerun_use(names[n])) continue;

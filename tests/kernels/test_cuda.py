@@ -94,7 +94,8 @@ def config(checkpoints: dict[str, Path]) -> Any:
     [
         ("BF16", 160), ("BF16", 40), ("F32", 64), ("Q8_0", 160), ("Q8_0", 1024), ("Q4_K", 256), ("Q4_K", 768), ("Q4_0", 64), ("Q5_K", 256),
         ("Q5_K", 768), ("Q6_K", 256), ("Q6_K", 768), ("Q4_1", 64), ("IQ4_NL", 64), ("IQ4_XS", 256), ("MXFP4", 64), ("Q2_K", 256),
-        ("Q3_K", 256),
+        ("Q3_K", 256), ("Q5_0", 64), ("Q5_1", 64), ("IQ1_S", 256), ("IQ1_M", 256), ("IQ2_XXS", 256), ("IQ2_S", 256), ("IQ3_XXS", 256),
+        ("IQ3_S", 256),
     ],
 )  # fmt: skip
 def test_products_are_those_of_rounded_rows(cuda: CudaBackend, config: Any, kind: str, inputs: int) -> None:
@@ -104,8 +105,8 @@ def test_products_are_those_of_rounded_rows(cuda: CudaBackend, config: Any, kind
     wanted = (bf16(x) if m.format == BF16 else int8(x)).astype(np.float64) @ values.astype(np.float64).T
     for splits in (1, 2):
         found = product(cuda, config, m, x, splits)
-        # Scales of IQ4_XS are rounded to halves.
-        assert np.linalg.norm(found - wanted) < (3e-4 if kind == "IQ4_XS" else 1e-5) * np.linalg.norm(wanted)
+        # Scales of IQ2_XXS and IQ4_XS are rounded to halves.
+        assert np.linalg.norm(found - wanted) < (3e-4 if kind in ("IQ2_XXS", "IQ4_XS") else 1e-5) * np.linalg.norm(wanted)
 
 
 def test_powers_of_two_that_halves_cannot_hold(cuda: CudaBackend, config: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ from forerun.actors.model import SHIPPED
 from forerun.actors.vocabularies import folder_vocabulary, gguf_vocabulary
 from forerun.core.errors import ModelFileError
 from forerun.kernels.formats.gguf import GgufFile, write
+from forerun.kernels.formats.grids import GRIDS
 from forerun.kernels.formats.stored import BY_NAME, quantise
 from forerun.kernels.model.drafts import MtpRows
 from forerun.kernels.model.gguf_names import GgufCheckpoint, gguf_config
@@ -42,11 +44,55 @@ def scale_of(block: bytes, j: int) -> tuple[int, int]:
 
 
 IQ4 = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
+LEVELS = {"IQ1": [-1, 0, 1], "IQ2": [8, 25, 43], "IQ3": [4, 12, 20, 28, 36, 44, 52, 62], "IQ3_S": [1, 3, 5, 7, 9, 11, 13, 15]}
+#: How the SHA-256 begins of the codebooks as ggml-common.h has them, a byte a value.
+CODEBOOKS = {
+    "IQ1_S": "07540ffc1aeaf6ad", "IQ2_XXS": "05826b5d3e472a3a", "IQ2_XS": "06e47aaca60b4dc1", "IQ2_S": "e1aa1473412b0552", "IQ3_XXS": "46e35f5a997efdee", "IQ3_S": "bd1af4945a1717c6",
+}  # fmt: skip
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 
 def nibble(block: bytes, at: int, i: int) -> int:
     return block[at + i % 16] >> (4 if i >= 16 else 0) & 15
+
+
+def bits(block: bytes, at: int, size: int, shift: int, width: int) -> int:
+    return int.from_bytes(block[at : at + size], "little") >> shift & (1 << width) - 1
+
+
+def sign_of(seven: int, i: int) -> int:
+    return -1 if (seven | (seven.bit_count() & 1) << 7) >> i & 1 else 1
+
+
+def codebook_value(kind: str, block: bytes, i: int) -> float:
+    """The i-th value of a block of IQ1, IQ2 or IQ3, in units of its half."""
+    g, of_32, of_16, levels = i // 8, i // 32, i // 16, LEVELS[kind[:3] if kind != "IQ3_S" else kind]
+    book = GRIDS[kind].codebook
+    match kind:
+        case "IQ1_S":
+            word = bits(block, 34 + 2 * of_32, 2, 0, 16)
+            level = levels[book[block[2 + g] + 256 * (word >> 3 * (g % 4) & 7), i % 8]]
+            return (2 * (word >> 12 & 7) + 1) * (level - 0.125 if word >> 15 else level + 0.125)
+        case "IQ1_M":
+            high = bits(block, 32 + g // 2, 1, 4 * (g % 2), 4)
+            level = levels[book[block[g] + 256 * (high & 7), i % 8]]
+            return (2 * bits(block, 48 + of_16 // 4 * 2, 2, 3 * (of_16 % 4), 3) + 1) * (level - 0.125 if high & 8 else level + 0.125)
+        case "IQ2_XXS":
+            at, sign = 2 + 8 * of_32, sign_of(bits(block, 6 + 8 * of_32, 4, 7 * (g % 4), 7), i % 8)
+            return (0.5 + bits(block, at + 4, 4, 28, 4)) / 4 * sign * levels[book[block[at + g % 4], i % 8]]
+        case "IQ2_XS":
+            word = bits(block, 2 + 2 * g, 2, 0, 16)
+            scale = (0.5 + bits(block, 66 + of_32, 1, 4 * (of_16 % 2), 4)) / 4
+            return scale * sign_of(word >> 9, i % 8) * levels[book[word & 511, i % 8]]
+        case "IQ2_S":
+            index, sign = block[2 + g] + 256 * bits(block, 66 + g // 4, 1, 2 * (g % 4), 2), 1 - 2 * (block[34 + g] >> i % 8 & 1)
+            return (0.5 + bits(block, 74 + of_32, 1, 4 * (of_16 % 2), 4)) / 4 * sign * levels[book[index, i % 8]]
+        case "IQ3_XXS":
+            sign = sign_of(bits(block, 66 + 4 * of_32, 4, 7 * (g % 4), 7), i % 8)
+            return (0.5 + bits(block, 66 + 4 * of_32, 4, 28, 4)) / 2 * sign * levels[book[block[2 + i // 4], i % 4]]
+        case _:
+            index, sign = block[2 + i // 4] + 256 * bits(block, 66 + of_32, 1, i // 4 % 8, 1), 1 - 2 * (block[74 + g] >> i % 8 & 1)
+            return (1 + 2 * bits(block, 106 + i // 64, 1, 4 * (of_32 % 2), 4)) * sign * levels[book[index, i % 4]]
 
 
 def twin(kind: str, block: bytes) -> list[float]:
@@ -58,6 +104,16 @@ def twin(kind: str, block: bytes) -> list[float]:
             return [half(block, 0) * (nibble(block, 2, i) - 8) for i in range(32)]
         case "Q4_1":
             return [half(block, 0) * nibble(block, 4, i) + half(block, 2) for i in range(32)]
+        case "Q5_0":
+            return [half(block, 0) * (nibble(block, 6, i) + 16 * bits(block, 2, 4, i, 1) - 16) for i in range(32)]
+        case "Q5_1":
+            return [half(block, 0) * (nibble(block, 8, i) + 16 * bits(block, 4, 4, i, 1)) + half(block, 2) for i in range(32)]
+        case "IQ1_M":
+            parts = (bits(block, 48 + 2 * i, 2, 12, 4) << 4 * i for i in range(4))
+            d = float(np.array(sum(parts), "<u2").view("<f2"))
+            return [d * codebook_value(kind, block, i) for i in range(256)]
+        case "IQ1_S" | "IQ2_XXS" | "IQ2_XS" | "IQ2_S" | "IQ3_XXS" | "IQ3_S":
+            return [half(block, 0) * codebook_value(kind, block, i) for i in range(256)]
         case "IQ4_NL":
             return [half(block, 0) * IQ4[nibble(block, 2, i)] for i in range(32)]
         case "IQ4_XS":
@@ -110,6 +166,12 @@ def twin(kind: str, block: bytes) -> list[float]:
             return [half(block, 0)]
         case _:
             return [float((np.frombuffer(block, "<u2").astype(np.uint32) << 16).view(np.float32)[0])]
+
+
+@pytest.mark.parametrize(("kind", "digest"), CODEBOOKS.items())
+def test_codebooks_are_those_of_ggml(kind: str, digest: str) -> None:
+    levels = np.array(LEVELS[kind if kind == "IQ3_S" else kind[:3]], np.int8)
+    assert hashlib.sha256(levels[GRIDS[kind].codebook].tobytes()).hexdigest().startswith(digest)
 
 
 @pytest.mark.parametrize("kind", BY_NAME)
