@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import numpy as np
+
 from ..core.checks import check_ranges
 from ..core.errors import InvalidRequest, ModelFileError
 from ..kernels.backends import AnyBackend, make_backend, make_head, make_memory, make_trunk
@@ -24,9 +26,13 @@ from .vocabularies import folder_vocabulary, gguf_stop_ids, gguf_vocabulary
 SHIPPED = {"demo": Path(__file__).parents[1] / "kernels" / "model" / "demo"}
 
 
+#: What generation_config.json says of sampling, and what GGUF files call it (after `general.sampling.`).
+SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "repetition_penalty": "penalty_repeat"}
+
+
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """What a request gets where it says nothing: the model's generation_config.json, else greedy."""
+    """What a request gets where it says nothing: the model's generation_config.json or general.sampling, else greedy."""
 
     stop_ids: frozenset[int]
     sampling: dict[str, float]
@@ -43,10 +49,25 @@ class Defaults:
             raise ModelFileError(f"{path}: eos_token_id: expected token ids, got {stop!r}")
         sampling: dict[str, float] = {"temperature": 0.0}
         if values.get("do_sample") is True:
-            sampling = {"temperature": 1.0} | {k: v for k in ("temperature", "top_k", "top_p", "min_p") if (v := values.get(k)) is not None}
-        if violations := check_ranges(sampling):
-            raise ModelFileError(f"{path}: {violations[0][0]}: {violations[0][1]}")
-        return Defaults(frozenset[int](stop), sampling)
+            sampling = {"temperature": 1.0} | {k: v for k in SAMPLING if (v := values.get(k)) is not None}
+        return Defaults(frozenset[int](stop), _checked(path, sampling))
+
+    @staticmethod
+    def of_gguf(file: GgufFile) -> Defaults:
+        found = {name: file.metadata.get(f"general.sampling.{key}") for name, key in SAMPLING.items()}
+        # Floats of 32 bits, as the decimals they were.
+        given: dict[str, Any] = {k: float(str(np.float32(v))) if isinstance(v, float) else v for k, v in found.items() if v is not None}
+        return Defaults(gguf_stop_ids(file), _checked(file.path, {"temperature": 1.0} | given if given else {"temperature": 0.0}))
+
+    def gguf_metadata(self) -> dict[str, object]:
+        """What `of_gguf` reads of sampling; nothing when greedy."""
+        return {f"general.sampling.{SAMPLING[name]}": value for name, value in self.sampling.items() if self.sampling["temperature"] > 0}
+
+
+def _checked(path: Path, sampling: dict[str, float]) -> dict[str, float]:
+    if violations := check_ranges(sampling):
+        raise ModelFileError(f"{path}: {violations[0][0]}: {violations[0][1]}")
+    return sampling
 
 
 class Model(Protocol):
@@ -147,7 +168,7 @@ def load_model(name: str, progress: Progress | None = None, *, backend: str | No
         vocabulary = gguf_vocabulary(file)
         if vocabulary is not None and vocabulary.size > config.vocabulary:
             raise ModelFileError(f"{path}: {vocabulary.size} tokens, but embeddings for {config.vocabulary}")
-        return LoadedModel(name, weights, on, vocabulary, Defaults(gguf_stop_ids(file), {"temperature": 0.0}))
+        return LoadedModel(name, weights, on, vocabulary, Defaults.of_gguf(file))
     if not path.is_dir():
         expected = f"{', '.join(SHIPPED)}, a Hugging Face folder, a GGUF file or ORG/REPO[:QUANT]"
         raise ModelFileError(f"{name}: no such model; expected {expected}")

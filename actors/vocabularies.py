@@ -20,7 +20,7 @@ PRE_TOKENIZERS = {
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 #: GGUF's token types that never come from text.
-CONTROL, USER_DEFINED = 3, 4
+CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
 
 
 def folder_vocabulary(folder: Path) -> Vocabulary:
@@ -58,15 +58,16 @@ def gguf_vocabulary(file: GgufFile) -> Vocabulary | None:
         AddedToken(token, special=kind == CONTROL) for token, kind in zip(tokens, types, strict=True) if kind in (CONTROL, USER_DEFINED)
     ]
     try:
-        both = _bpe(tokens, pairs, added, pre), _bpe(tokens, pairs, added, pre)
+        ids = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED}
+        both = _bpe(ids, pairs, added, pre), _bpe(ids, pairs, added, pre)
     except Exception as error:  # the package raises bare Exception
         raise ModelFileError(f"{file.path}: tokenizer.ggml: {error}") from None
     template = file.metadata.get("tokenizer.chat_template")
     return Vocabulary(*both, template if isinstance(template, str) else None)
 
 
-def _bpe(tokens: list[str], merges: list[tuple[str, ...]], added: list[AddedToken], pre: str) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, cast("list[tuple[str, str]]", merges)))
+def _bpe(ids: dict[str, int], merges: list[tuple[str, ...]], added: list[AddedToken], pre: str) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(ids, cast("list[tuple[str, str]]", merges)))
     made: Any = tokenizer
     made.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(PRE_TOKENIZERS[pre]), "isolated")
@@ -82,8 +83,9 @@ def gguf_stop_ids(file: GgufFile) -> frozenset[int]:
     return frozenset(token for token in found if type(token) is int)
 
 
-def gguf_metadata(folder: Path) -> dict[str, object]:
-    """What a GGUF file says of a folder's tokenizer; nothing without one. ModelFileError when its pre-tokenizer has no name there."""
+def gguf_metadata(folder: Path, num_embeddings: int) -> dict[str, object]:
+    """What a GGUF file says of a folder's tokenizer; nothing without one. There is a token for each embedding, as llama.cpp demands.
+    ModelFileError when its pre-tokenizer has no name there."""
     path = folder / "tokenizer.json"
     if not path.exists():
         return {}
@@ -99,14 +101,14 @@ def gguf_metadata(folder: Path) -> dict[str, object]:
         ids[token["content"]] = token["id"]
         types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
     names = {i: name for name, i in ids.items()}
-    size = max(names) + 1
+    size = max(max(names) + 1, num_embeddings)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     vocabulary = folder_vocabulary(folder)
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,
         "tokenizer.ggml.tokens": [names.get(i, f"[PAD{i}]") for i in range(size)],
-        "tokenizer.ggml.token_type": [types.get(i, 5) for i in range(size)],
+        "tokenizer.ggml.token_type": [types.get(i, UNUSED) for i in range(size)],
         "tokenizer.ggml.merges": merges,
         **({"tokenizer.chat_template": vocabulary.chat_template} if vocabulary.chat_template is not None else {}),
     }

@@ -91,15 +91,17 @@ def _metadata(folder: Path, c: ModelConfig, has_mtp: bool, file_type: int) -> di
             "expert_count": c.moe.num_experts, "expert_used_count": c.moe.num_used, "expert_feed_forward_length": c.moe.intermediate,
             "expert_shared_feed_forward_length": c.moe.shared_intermediate,
         }  # fmt: skip
-    stop = sorted(Defaults.load(folder).stop_ids)
+    defaults = Defaults.load(folder)
+    stops = zip(("eos", "eot", "eom"), sorted(defaults.stop_ids), strict=False)
     return {
         "general.architecture": architecture,
         "general.name": folder.name,
         "general.file_type": file_type,
         "general.quantization_version": 2,
         **{f"{architecture}.{key}": value for key, value in sizes.items()},
-        **gguf_metadata(folder),
-        **({"tokenizer.ggml.eos_token_id": stop[0], "tokenizer.ggml.eot_token_id": stop[-1]} if stop else {}),
+        **gguf_metadata(folder, c.vocabulary),
+        **defaults.gguf_metadata(),
+        **{f"tokenizer.ggml.{name}_token_id": token for name, token in stops},
         "tokenizer.ggml.add_bos_token": False,
     }
 

@@ -127,6 +127,8 @@ def gguf_config(file: GgufFile, *, has_sidecar: bool = False) -> ModelConfig:
     head_dim = integer("attention.key_length")
     if heads % kv_heads or value_heads % key_heads or inner % value_heads or rotary % 2 or rotary > head_dim or num_layers < 1:
         raise ModelFileError(f"{file.path}: heads do not divide, or rotary dimensions cannot be paired")
+    if (scaling := file.metadata.get(f"{architecture}.rope.scaling.type", "none")) != "none":
+        raise ModelFileError(f"{file.path}: {architecture}.rope.scaling.type: expected 'none', got {scaling!r:.50}")
     return ModelConfig(
         family=family,
         vocabulary=file.tensors["token_embd.weight"].shape[0],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,8 +14,8 @@ from typing import Any
 import forerun
 import numpy as np
 import pytest
-from forerun.actors.model import SHIPPED
-from forerun.actors.vocabularies import folder_vocabulary, gguf_vocabulary
+from forerun.actors.model import SHIPPED, Defaults
+from forerun.actors.vocabularies import folder_vocabulary, gguf_metadata, gguf_vocabulary
 from forerun.core.errors import ModelFileError
 from forerun.kernels.formats.gguf import GgufFile, write
 from forerun.kernels.formats.grids import GRIDS
@@ -233,9 +235,38 @@ def test_the_converted_demo_model_says_the_same(tmp_path: Path) -> None:
     assert (file.specials, file.chat_template) == (folder.specials, folder.chat_template)
     one, other = forerun.load_model(str(tmp_path / "m.gguf")), forerun.load_model("demo")
     assert (one.context, one.num_token_ids, one.has_mtp) == (other.context, other.num_token_ids, True)
-    assert one.defaults.stop_ids == other.defaults.stop_ids
+    assert one.defaults == other.defaults
     assert one.fingerprint != other.fingerprint  # other bytes; their bits agree, but nothing says so
     assert "5.3 million parameters, 71 BF16, 52 F32" in info(tmp_path / "m.gguf")
+
+
+def test_what_a_file_says_of_sampling_and_of_tokens_that_are_none(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(SHIPPED["demo"], folder)
+    sampling = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.05}
+    generation = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**generation, **sampling, "do_sample": True}))
+    convert(folder, tmp_path / "m.gguf", "bf16")
+    assert Defaults.of_gguf(GgufFile(tmp_path / "m.gguf")) == Defaults.load(folder)
+    assert Defaults.load(folder).sampling == sampling
+    metadata = gguf_metadata(folder, 5000)  # there are more embeddings than tokens
+    write(tmp_path / "n.gguf", {**metadata, "general.sampling.temp": 0.5, "general.sampling.top_p": 7.0}, {})
+    padded, names = gguf_vocabulary(GgufFile(tmp_path / "n.gguf")), metadata["tokenizer.ggml.tokens"]
+    assert padded is not None
+    assert (len(names), names[-1], padded.size) == (5000, "[PAD4999]", folder_vocabulary(folder).size)
+    with pytest.raises(ModelFileError, match="top_p"):
+        Defaults.of_gguf(GgufFile(tmp_path / "n.gguf"))
+
+
+def test_positions_that_are_scaled_are_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    convert(checkpoints["dense"], tmp_path / "m.gguf", "f32")
+    file = GgufFile(tmp_path / "m.gguf")
+    for kind in ("none", "yarn"):
+        tensors = {name: ("F32", partial(file.read, name)) for name in file.tensors}
+        write(tmp_path / f"{kind}.gguf", {**file.metadata, "qwen35.rope.scaling.type": kind}, tensors)
+    gguf_config(GgufFile(tmp_path / "none.gguf"))
+    with pytest.raises(ModelFileError, match="rope.scaling.type: expected 'none', got 'yarn'"):
+        gguf_config(GgufFile(tmp_path / "yarn.gguf"))
 
 
 def test_a_draft_head_in_a_file_of_its_own(checkpoints: dict[str, Path], tmp_path: Path) -> None:
