@@ -236,8 +236,8 @@ def _pack_no_minima(weight: Stored) -> tuple[int, list[U8]]:
 
 
 def _pack_codes(weight: Stored) -> tuple[int, list[U8]]:
-    """As Q8_0, in more memory: the same values, but scales are halves, to which those of IQ2_XXS and IQ4_XS are rounded. What is beyond a half of
-    them goes into the quants, as far as these can take it."""
+    """As Q8_0, in more memory: the same values, but scales are halves, to which those of IQ2_XXS and IQ4_XS are rounded. What is beyond
+    a half of them goes into the quants, as far as these can take it."""
     scales, quants = unpack_codes(weight)
     held = np.clip(scales, 2.0**-24, 2.0**15) if weight.type == "MXFP4" else np.clip(scales, -65504, 65504)
     beyond = np.divide(scales, held, out=np.ones_like(scales), where=held != 0)

@@ -28,7 +28,7 @@ def _codebook(width: int, group: int, text: str) -> U8:
 #: ggml-common.h's iq1s_grid, iq2xxs_grid, iq2xs_grid, iq2s_grid, iq3xxs_grid and iq3s_grid.
 CODEBOOKS = {
     name: _codebook(*of)
-    for name, of in cast("dict[str, tuple[int, int, str]]", {
+    for name, of in {
     "IQ1": (2, 8,
         "c-oCujc(&M3>IZ6c4}XLuysxoU(*5|+U*W|o!*)NJz$6K)~(nx?9InN(UP6)h9ZqEQ55-+{Kz=xU4?(%)h@UezZdw~xQ^G(@JUu$+k0}LyA?jQZg3HwmiURNgVw!!Z"
         "|8Tj^Q61Mx9ECZp_>E#m$%<RP7Wy5q0|Z9@{ynSd?VnVNc6ZH@eJsC#X7{B-kqaP@hk2AiP8`F-KkWAt7QAY)<(Sfkgf3`3Oha1qK*M20B@6(2gRm4>U)E-8?$uWeT"
@@ -72,7 +72,7 @@ CODEBOOKS = {
         "1#fY<l$Dsz!8}v5&AP-km4~ShPmQKG1uTH*)ETJHzs7csfS3+2~m>GOA-HMY|=2dQ;!<L~erhHu6+71LsYrXypsf%$<o~g0{o=VeDqP*qhY;6F#jJtajv-MB-L-fjk"
         "7ffbvx67wnZTIG>Qw0a+o^Pe>~wkDM@N>BL-$veqm1Z&aQ~;8G?hR-NSqr$en7XR*mCxGnO9wL{b|JK5lDGkXC3EpolfGtfl#ty~tOzQK3F>Vaer-?Mxp=0-H5Wzb5"
         "RA;Yu7o3(#V`8;tlHppH7>ZAO?_X9|;@&~>@55W"),
-    }).items()
+    }.items()
 }  # fmt: skip
 
 
@@ -164,7 +164,7 @@ def scaled(kind: str, blocks: U8) -> tuple[F32, I8]:
     """Scales of 16 or 32 values [blocks, groups], and what they scale [blocks, groups, 16 or 32]."""
     d, scales, codes = parts(kind, blocks)
     by = d.astype(np.float32) * (scales.astype(np.float32) / np.float32(GRIDS[kind].steps))
-    return by, GRIDS[kind].levels[codes].reshape(*scales.shape, -1)
+    return cast("F32", by), GRIDS[kind].levels[codes].reshape(*scales.shape, -1)
 
 
 def values(kind: str, blocks: U8) -> F32:

@@ -9,7 +9,7 @@ import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import forerun
 import numpy as np
@@ -49,7 +49,8 @@ IQ4 = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
 LEVELS = {"IQ1": [-1, 0, 1], "IQ2": [8, 25, 43], "IQ3": [4, 12, 20, 28, 36, 44, 52, 62], "IQ3_S": [1, 3, 5, 7, 9, 11, 13, 15]}
 #: How the SHA-256 begins of the codebooks as ggml-common.h has them, a byte a value.
 CODEBOOKS = {
-    "IQ1_S": "07540ffc1aeaf6ad", "IQ2_XXS": "05826b5d3e472a3a", "IQ2_XS": "06e47aaca60b4dc1", "IQ2_S": "e1aa1473412b0552", "IQ3_XXS": "46e35f5a997efdee", "IQ3_S": "bd1af4945a1717c6",
+    "IQ1_S": "07540ffc1aeaf6ad", "IQ2_XXS": "05826b5d3e472a3a", "IQ2_XS": "06e47aaca60b4dc1", "IQ2_S": "e1aa1473412b0552",
+    "IQ3_XXS": "46e35f5a997efdee", "IQ3_S": "bd1af4945a1717c6",
 }  # fmt: skip
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
@@ -69,32 +70,32 @@ def sign_of(seven: int, i: int) -> int:
 def codebook_value(kind: str, block: bytes, i: int) -> float:
     """The i-th value of a block of IQ1, IQ2 or IQ3, in units of its half."""
     g, of_32, of_16, levels = i // 8, i // 32, i // 16, LEVELS[kind[:3] if kind != "IQ3_S" else kind]
-    book = GRIDS[kind].codebook
+    book: list[list[int]] = GRIDS[kind].codebook.tolist()
     match kind:
         case "IQ1_S":
             word = bits(block, 34 + 2 * of_32, 2, 0, 16)
-            level = levels[book[block[2 + g] + 256 * (word >> 3 * (g % 4) & 7), i % 8]]
+            level = levels[book[block[2 + g] + 256 * (word >> 3 * (g % 4) & 7)][i % 8]]
             return (2 * (word >> 12 & 7) + 1) * (level - 0.125 if word >> 15 else level + 0.125)
         case "IQ1_M":
             high = bits(block, 32 + g // 2, 1, 4 * (g % 2), 4)
-            level = levels[book[block[g] + 256 * (high & 7), i % 8]]
+            level = levels[book[block[g] + 256 * (high & 7)][i % 8]]
             return (2 * bits(block, 48 + of_16 // 4 * 2, 2, 3 * (of_16 % 4), 3) + 1) * (level - 0.125 if high & 8 else level + 0.125)
         case "IQ2_XXS":
             at, sign = 2 + 8 * of_32, sign_of(bits(block, 6 + 8 * of_32, 4, 7 * (g % 4), 7), i % 8)
-            return (0.5 + bits(block, at + 4, 4, 28, 4)) / 4 * sign * levels[book[block[at + g % 4], i % 8]]
+            return (0.5 + bits(block, at + 4, 4, 28, 4)) / 4 * sign * levels[book[block[at + g % 4]][i % 8]]
         case "IQ2_XS":
             word = bits(block, 2 + 2 * g, 2, 0, 16)
             scale = (0.5 + bits(block, 66 + of_32, 1, 4 * (of_16 % 2), 4)) / 4
-            return scale * sign_of(word >> 9, i % 8) * levels[book[word & 511, i % 8]]
+            return scale * sign_of(word >> 9, i % 8) * levels[book[word & 511][i % 8]]
         case "IQ2_S":
             index, sign = block[2 + g] + 256 * bits(block, 66 + g // 4, 1, 2 * (g % 4), 2), 1 - 2 * (block[34 + g] >> i % 8 & 1)
-            return (0.5 + bits(block, 74 + of_32, 1, 4 * (of_16 % 2), 4)) / 4 * sign * levels[book[index, i % 8]]
+            return (0.5 + bits(block, 74 + of_32, 1, 4 * (of_16 % 2), 4)) / 4 * sign * levels[book[index][i % 8]]
         case "IQ3_XXS":
             sign = sign_of(bits(block, 66 + 4 * of_32, 4, 7 * (g % 4), 7), i % 8)
-            return (0.5 + bits(block, 66 + 4 * of_32, 4, 28, 4)) / 2 * sign * levels[book[block[2 + i // 4], i % 4]]
+            return (0.5 + bits(block, 66 + 4 * of_32, 4, 28, 4)) / 2 * sign * levels[book[block[2 + i // 4]][i % 4]]
         case _:
             index, sign = block[2 + i // 4] + 256 * bits(block, 66 + of_32, 1, i // 4 % 8, 1), 1 - 2 * (block[74 + g] >> i % 8 & 1)
-            return (1 + 2 * bits(block, 106 + i // 64, 1, 4 * (of_32 % 2), 4)) * sign * levels[book[index, i % 4]]
+            return (1 + 2 * bits(block, 106 + i // 64, 1, 4 * (of_32 % 2), 4)) * sign * levels[book[index][i % 4]]
 
 
 def twin(kind: str, block: bytes) -> list[float]:
@@ -251,7 +252,7 @@ def test_what_a_file_says_of_sampling_and_of_tokens_that_are_none(tmp_path: Path
     assert Defaults.load(folder).sampling == sampling
     metadata = gguf_metadata(folder, 5000)  # there are more embeddings than tokens
     write(tmp_path / "n.gguf", {**metadata, "general.sampling.temp": 0.5, "general.sampling.top_p": 7.0}, {})
-    padded, names = gguf_vocabulary(GgufFile(tmp_path / "n.gguf")), metadata["tokenizer.ggml.tokens"]
+    padded, names = gguf_vocabulary(GgufFile(tmp_path / "n.gguf")), cast("list[str]", metadata["tokenizer.ggml.tokens"])
     assert padded is not None
     assert (len(names), names[-1], padded.size) == (5000, "[PAD4999]", folder_vocabulary(folder).size)
     with pytest.raises(ModelFileError, match="top_p"):
@@ -265,7 +266,7 @@ def test_positions_that_are_scaled_are_refused(checkpoints: dict[str, Path], tmp
         tensors = {name: ("F32", partial(file.read, name)) for name in file.tensors}
         write(tmp_path / f"{kind}.gguf", {**file.metadata, "qwen35.rope.scaling.type": kind}, tensors)
     gguf_config(GgufFile(tmp_path / "none.gguf"))
-    with pytest.raises(ModelFileError, match="rope.scaling.type: expected 'none', got 'yarn'"):
+    with pytest.raises(ModelFileError, match=r"rope\.scaling\.type: expected 'none', got 'yarn'"):
         gguf_config(GgufFile(tmp_path / "yarn.gguf"))
 
 
