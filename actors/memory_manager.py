@@ -39,6 +39,8 @@ T = TypeVar("T")
 
 #: About what a file takes, and its bytes to be checked and copied.
 FILE_SECONDS, BYTES_PER_SECOND = 0.1, 5e8
+#: Memory that is cleared or copied; new memory comes in small pages, at less than half the speed of that in use.
+COPIED_PER_SECOND = 2e9
 #: How often the queue is looked through for those who have given up waiting.
 LOOK_SECONDS = 1.0
 
@@ -152,13 +154,19 @@ class MemoryManager(Actor):
         if message.saved is None:
             await self._look_up(envelope, message)
         ends = message.ends if message.saved is None else ()
+        lease: Lease | None = None
         try:
-            lease = self._pool.lease(message.flow.request, message.prompt, ends, message.num_tokens, message.max_rows, message.salt)
+            found = self._pool.lease(message.flow.request, message.prompt, ends, message.num_tokens, message.max_rows, message.salt)
+            if found is None:
+                return False
+            lease, filling = found
+            if filling.num_bytes:
+                await self.compute(filling.do, filling.num_bytes / COPIED_PER_SECOND)
         except MemoryError:
+            if lease is not None:
+                self._pool.release(lease.number)
             envelope.fail(Overloaded(f"no memory for {message.num_tokens} positions", RETRY_AFTER_SECONDS))
             return True
-        if lease is None:
-            return False
         if message.saved is not None:
             try:
                 lease = await self._restore(lease, message.saved)

@@ -96,7 +96,7 @@ class CudaArena(Arena):
     def _allocate(self, num_pages: int, layers: int, kv_heads: int, head_dim: int) -> None:
         pass
 
-    def _clear(self, pages: list[int]) -> None:
+    def clear(self, pages: list[int]) -> None:
         ends = [i for i in range(1, len(pages) + 1) if i == len(pages) or pages[i] != pages[i - 1] + 1]
         for begin, end in pairwise([0, *ends]):  # pages that lie side by side at once: all of them, mostly
             side_by_side = slice(pages[begin], pages[end - 1] + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -174,7 +175,7 @@ class MemoryMaker(Protocol):
 def alone(make: MemoryMaker, capacity: int, max_rows: int, store: StoreName = "log") -> SequenceMemory:
     """Memory of a sequence that shares with nobody."""
     arena = make.arena(num_pages(capacity, max_rows))
-    return make.memory(arena, arena.take(arena.num_pages), capacity, max_rows, store)
+    return make.memory(arena, arena.take(arena.num_pages)[0], capacity, max_rows, store)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +193,14 @@ class ModelMemory:
 
     def memory(self, arena: Arena, table: list[int], capacity: int, max_rows: int, store: StoreName) -> SequenceMemory:
         return SequenceMemory(self.config, arena, table, capacity, max_rows, store)
+
+
+@dataclass(frozen=True, slots=True)
+class Filling:
+    """What is to be done before a lease is used: pages are cleared, and what is known of its prompt is put there."""
+
+    do: Callable[[], None]
+    num_bytes: int  # that are copied or cleared
 
 
 class SequencePool:
@@ -254,9 +263,11 @@ class SequencePool:
         """Whether a lease of `capacity` positions fits into empty memory."""
         return num_pages(capacity, 1) <= self._params.num_pages
 
-    def lease(self, owner: str, prompt: Encoded, ends: tuple[int, ...], capacity: int, max_rows: int, salt: str = "") -> Lease | None:
-        """Memory for a prompt whose chunks end at `ends` (no ends: with nothing in it), with as much of it in place as is known; None while
-        there is too little. Room for drafts beyond the last position gives way first, then checkpoints of prefixes."""
+    def lease(
+        self, owner: str, prompt: Encoded, ends: tuple[int, ...], capacity: int, max_rows: int, salt: str = ""
+    ) -> tuple[Lease, Filling] | None:
+        """Memory for a prompt whose chunks end at `ends` (no ends: with nothing in it), and what puts as much of it in place as is known;
+        None while there is too little. Room for drafts beyond the last position gives way first, then checkpoints of prefixes."""
         if len(self._leases) == self.num_slots:
             return None
         tokens = prompt.ids
@@ -267,32 +278,43 @@ class SequencePool:
                 max_rows = num_pages(capacity, 1) * PAGE - capacity
             elif not self.prefixes.give_way(num_pages(capacity, max_rows) - len(shared) - self._arena.num_free, but=found):
                 if found is None or self.prefixes.is_short:
+                    self.prefixes.finish_moves()
                     return None
                 found, shared = None, {}  # what it would save is in the way
         self._arena.share(list(shared.values()))
-        new = iter(self._arena.take(num_pages(capacity, max_rows) - len(shared)))
+        taken, used = self._arena.take(num_pages(capacity, max_rows) - len(shared))
+        new = iter(taken)
         table = [shared[i] if i in shared else next(new) for i in range(num_pages(capacity, max_rows))]
         try:
             memory = self._make.memory(self._arena, table, capacity, max_rows, self._params.store)
         except MemoryError:
             self._arena.give_back(table)
+            self.prefixes.finish_moves()
             raise
         if prompt.embeddings:
             memory.give(GivenRows(prompt.embeddings))
         memory.max_checkpoint_bytes = self._params.prefix_bytes
         position = found.checkpoint.position if found is not None else 0
-        if found is not None:
+        if ends:
+            self.prefixes.count(found, len(tokens))
+        number, self._next = self._next, self._next + 1
+        self._leases[number] = (owner, memory)
+
+        def fill() -> None:
+            self.prefixes.finish_moves()
+            self._arena.clear(used)
+            if found is None:
+                return
             for i, block in enumerate(found.blocks):
                 if i not in shared:
                     self._arena.write(table[i], self._arena.read(block.place) if isinstance(block.place, int) else block.place)
                     if i < position // PAGE:
                         self.prefixes.put_back(block, table[i])
             memory.restore(found.checkpoint)
-        if ends:
-            self.prefixes.count(found, len(tokens))
-        number, self._next = self._next, self._next + 1
-        self._leases[number] = (owner, memory)
-        return Lease(number, max_rows, position)
+
+        num_copied = self.prefixes.num_moving + len(used) + (len(found.blocks) - len(shared) if found is not None else 0)
+        of_states = found.checkpoint.num_bytes if found is not None else 0
+        return Lease(number, max_rows, position), Filling(fill, num_copied * self._arena.page_bytes + of_states)
 
     @staticmethod
     def _shared_pages(found: Entry | None) -> dict[int, int]:

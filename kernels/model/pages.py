@@ -28,6 +28,7 @@ class Arena:
         self._allocate(num_pages, layers, kv_heads, head_dim)
         self._references = [0] * num_pages
         self._free = list(reversed(range(num_pages)))  # the last given back goes first: those never used stay with the system
+        self._num_touched = 0  # pages from here on have never been lent, and hold zeros
 
     def _allocate(self, num_pages: int, layers: int, kv_heads: int, head_dim: int) -> None:
         shape = (num_pages, kv_heads, PAGE, head_dim)
@@ -35,7 +36,7 @@ class Arena:
         self.trunk = np.zeros((2, layers, *shape), np.float32)
         self.mtp = np.zeros((2, 1, *shape), np.float32)
 
-    def _clear(self, pages: list[int]) -> None:
+    def clear(self, pages: list[int]) -> None:
         self.trunk[:, :, pages] = 0
         self.mtp[:, :, pages] = 0
 
@@ -43,15 +44,17 @@ class Arena:
     def num_free(self) -> int:
         return len(self._free)
 
-    def take(self, count: int) -> list[int]:
-        """New pages, with one reference each and nothing of their former holders in them. InternalBug when there are too few."""
+    def take(self, count: int) -> tuple[list[int], list[int]]:
+        """New pages, with one reference each; and those of them that former holders wrote into, which are to be cleared. InternalBug when
+        there are too few."""
         if count > len(self._free):
             raise InternalBug(f"{count} pages wanted of {len(self._free)}")
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
             self._references[page] = 1
-        self._clear(pages)
-        return pages
+        used = sorted(page for page in pages if page < self._num_touched)
+        self._num_touched = max(self._num_touched, *(page + 1 for page in pages), 0)
+        return pages, used
 
     def share(self, pages: list[int]) -> None:
         """One reference more to each."""

@@ -69,10 +69,14 @@ class Snapshot:
 @dataclass(slots=True, eq=False)
 class Block:
     """Keys and values of PAGE positions, or of fewer at the end of a prefix, known to `num_entries` checkpoints: in a page of the arena,
-    or moved out of it into `rows`."""
+    or moved out of it."""
 
     place: int | PageRows
     num_entries: int = 0
+
+
+#: Where a block is that is about to be moved out of its page.
+NOWHERE: PageRows = (np.zeros(0, np.float32), np.zeros(0, np.float32))
 
 
 @dataclass(slots=True, eq=False)
@@ -121,6 +125,7 @@ class PrefixIndex:
         self._entries: dict[bytes, Entry] = {}
         self._by_page: dict[int, Block] = {}
         self._clock = self._num_bytes = 0
+        self._moving = list[tuple[Block, int]]()
         self._num_hits = self._num_misses = self._num_cached_tokens = self._num_prompt_tokens = self._num_loaded = 0
         self.is_short = False  # of room for what pages are wanted from
 
@@ -221,10 +226,21 @@ class PrefixIndex:
         return self._arena.num_free > before
 
     def _move_out(self, block: Block, page: int) -> None:
-        block.place = self._arena.read(page)
+        block.place = NOWHERE
+        self._moving.append((block, page))
         del self._by_page[page]
         self._arena.give_back([page])
         self._num_bytes += self._arena.page_bytes
+
+    @property
+    def num_moving(self) -> int:
+        return len(self._moving)
+
+    def finish_moves(self) -> None:
+        """Copies what is to be moved out of pages, before anybody writes into them: `give_way` only counts."""
+        for block, page in self._moving:
+            block.place = self._arena.read(page)
+        self._moving.clear()
 
     @staticmethod
     def _value(entry: Entry) -> tuple[int, int]:

@@ -42,7 +42,9 @@ class Arenas(RuleBasedStateMachine):
     @precondition(lambda self: self.arena.num_free > 0)
     @rule(data=st.data())
     def take(self, data: st.DataObject) -> None:
-        pages = self.arena.take(data.draw(st.integers(1, self.arena.num_free)))
+        pages, used = self.arena.take(data.draw(st.integers(1, self.arena.num_free)))
+        assert not {page for page in pages if self.arena.trunk[:, :, page].any()} - set(used)  # those never lent hold zeros
+        self.arena.clear(used)
         held = {page for each in self.held for page in each}
         assert not held & set(pages)
         assert not self.arena.trunk[:, :, pages].any()  # nothing of a former holder
@@ -85,18 +87,20 @@ class Pools(RuleBasedStateMachine):
     def lease(self, data: st.DataObject, salt: str, num_tokens: int, seed: int, rows: int) -> None:
         tokens = tuple((i * 5 + (seed if i > 100 else 0)) % 11 for i in range(num_tokens))
         ends = chunk_ends(tokens, BOUNDARY)
-        lease = self.pool.lease("someone", Encoded(tokens), ends, num_tokens + 5, rows, salt)
-        while lease is None and self.archive():
-            lease = self.pool.lease("someone", Encoded(tokens), ends, num_tokens + 5, rows, salt)
-        if lease is None:
+        found = self.pool.lease("someone", Encoded(tokens), ends, num_tokens + 5, rows, salt)
+        while found is None and self.archive():
+            found = self.pool.lease("someone", Encoded(tokens), ends, num_tokens + 5, rows, salt)
+        if found is None:
             needed = -(-(num_tokens + 5 + 1) // PAGE)
             held = {page for number in self.leases for page in self.pool[number].table}
             assert len(self.leases) == 4 or needed > 10 - len(held)
             return
+        lease, filling = found
+        filling.do()
         assert 1 <= lease.max_rows <= rows
         assert lease.num_cached in (0, *ends[:-1])
         memory: Any = self.pool[lease.number]
-        fresh = FakeMemory(arena := Arena(10, 1, 1, 1), arena.take(10), 640, 1)
+        fresh = FakeMemory(arena := Arena(10, 1, 1, 1), arena.take(10)[0], 640, 1)
         start, logits, expected = 0, None, None
         for end in ends:
             expected = self.target.prefill(Rows(fresh, start, tokens[start:end]), True)

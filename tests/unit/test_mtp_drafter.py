@@ -46,8 +46,9 @@ class Recorder(FakeHead):
 @pytest.mark.parametrize("num_behind", [1, 40, 130, 131, 500])
 async def test_it_catches_up_with_what_memory_still_has(num_behind: int, is_told: bool) -> None:
     pool, head, mailbox = SequencePool(FakeMaker(), MemoryParams(1, 16, 0, "log")), Recorder(), Mailbox("MTP drafter", 8)
-    lease = pool.lease("a", Encoded(()), (), 900, 4)
-    assert lease is not None
+    found = pool.lease("a", Encoded(()), (), 900, 4)
+    assert found is not None
+    lease, _ = found
     memory, drafter = pool[lease.number], MtpDrafter(mailbox, InPlace(), head, pool, SpeculationParams(types=("draft-mtp",)))
     tokens, end = tuple(range(3)) * 300, NUM_PROMPT + num_behind
     async with anyio.create_task_group() as group:

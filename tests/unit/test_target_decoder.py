@@ -78,8 +78,9 @@ class Decoder:
     texts: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
 
     async def begin(self, prompt: tuple[int, ...] = PROMPT) -> int:
-        lease = self.pool.lease("a", Encoded(()), (), 200, 8)
-        assert lease is not None
+        found = self.pool.lease("a", Encoded(()), (), 200, 8)
+        assert found is not None
+        lease, _ = found
         self.pool[lease.number].num_head_rows = len(prompt) + 1  # as if the head had been asked already
         verdict = await self.mailbox.ask(Prefill(FLOW, lease.number, 0, prompt, HOW, is_last=True, is_kept=False))
         self.texts[lease.number] = [*prompt, *verdict.choices]
