@@ -100,6 +100,8 @@ class Pools(RuleBasedStateMachine):
         assert 1 <= lease.max_rows <= rows
         assert lease.num_cached in (0, *ends[:-1])
         memory: Any = self.pool[lease.number]
+        in_use = -(-lease.num_cached // PAGE) * PAGE
+        assert not memory.trunk.read(len(memory.table) * PAGE)[..., in_use:, :].any()  # nothing of a former holder
         fresh = FakeMemory(arena := Arena(10, 1, 1, 1), arena.take(10)[0], 640, 1)
         start, logits, expected = 0, None, None
         for end in ends:

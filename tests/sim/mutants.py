@@ -97,8 +97,6 @@ MUTANTS = [
            "            block.place = self._arena.read(page)\n", "            block.place = tuple(part * 0 for part in self._arena.read(page))\n"),
     Mutant("prefixes", "a page is written before what was in it has been moved out", "kernels/model/memory.py",
            "            self.prefixes.finish_moves()\n            self._arena.clear(used)\n", "            self._arena.clear(used)\n            self.prefixes.finish_moves()\n"),
-    Mutant("prefixes", "pages are lent with what their former holders wrote", "kernels/model/memory.py",
-           "            self._arena.clear(used)\n", ""),
     Mutant("prefixes", "who brings a block back does not hold its page", "kernels/model/prefix.py",
            "            self._arena.share([page])\n            block.place", "            block.place"),
     Mutant("saving", "a request is saved with the rows of its draft", "tests/sim/fakes.py",
