@@ -10,6 +10,7 @@ one's tokens are on their way. Should a sequence ask for something else, that is
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -103,12 +104,13 @@ class TargetDecoder(Actor):
         super().__init__(mailbox, executor)
         self._target, self._pool, self._trace, self._drafts = target, pool, trace, drafts
         self._ahead: _Ahead | None = None
+        self._prefills = deque[tuple[Envelope, Prefill]]()  # of them one between two verifies, so that texts go on
         self._took: dict[int, float] = {}  # seconds of the newest verify of so many rows that was waited for from its beginning to its end
 
     @property
     def enough(self) -> float:
-        """Every sequence there is."""
-        return self._pool.num_used
+        """Every sequence there is, but those that have asked."""
+        return self._pool.num_used - len(self._prefills)
 
     def is_quick(self, message: Mail[Any]) -> bool:
         if not isinstance(message, Verify) or self._pool.num_used > 1:
@@ -121,7 +123,6 @@ class TargetDecoder(Actor):
 
     async def handle(self, batch: list[Envelope]) -> None:
         verifies: list[tuple[Envelope, Verify, Rows]] = []
-        prefills: list[tuple[Envelope, Prefill, Rows]] = []
         freezes: list[tuple[Envelope, Freeze]] = []
         forgets: list[tuple[Envelope, Forget]] = []
         for envelope in batch:
@@ -132,20 +133,21 @@ class TargetDecoder(Actor):
             if isinstance(message, Freeze):
                 freezes.append((envelope, message))
                 continue
-            if not isinstance(message, Verify | Prefill):
+            if isinstance(message, Prefill):
+                self._prefills.append((envelope, message))
+            elif not isinstance(message, Verify):
                 raise InternalBug(f"target decoder got {message!r}")
-            rows = self._rows(envelope, message)
-            if rows is None:
-                continue
-            if isinstance(message, Verify):
+            elif (rows := self._rows(envelope, message)) is not None:
                 verifies.append((envelope, message, rows))
-            else:
-                prefills.append((envelope, message, rows))
         if verifies:
             await self._verify_all(verifies)
-        for envelope, message, rows in prefills:
-            if not envelope.is_abandoned:
+        is_one_done = False
+        while self._prefills and not is_one_done:
+            envelope, message = self._prefills.popleft()
+            if (rows := self._rows(envelope, message)) is not None:
                 await self._prefill(envelope, message, rows)
+                is_one_done = True
+        self.is_behind = bool(self._prefills)
         for envelope, message in freezes:
             if not envelope.is_abandoned:
                 await self._freeze(envelope, message)

@@ -109,6 +109,7 @@ class Actor(ABC):
         self._work: dict[anyio.CancelScope, float] = {}  # under way at the executor, and the seconds it is allowed
         self._watch = Watch()
         self._is_handling = False
+        self.is_behind = False  # whether `handle` is called again, with nothing if nothing has arrived
         self.wake_at = math.inf  # anyio time at which `handle` is called, with nothing, if nothing arrives before
         self.num_steps = 0  # of progress, counted for the watchdog, which reads the clock so that nobody else must
 
@@ -130,7 +131,9 @@ class Actor(ABC):
         """Serves until cancelled."""
         while True:
             batch: list[Envelope] = []
-            if self.wake_at == math.inf:
+            if self.is_behind:
+                batch = await self.mailbox.receive_all(self.enough, is_patient=False)
+            elif self.wake_at == math.inf:
                 batch = await self.mailbox.receive_all(self.enough, self._handles_at_once)
             else:
                 with anyio.CancelScope(deadline=self.wake_at):
@@ -165,7 +168,8 @@ class Actor(ABC):
 
     @abstractmethod
     async def handle(self, batch: list[Envelope]) -> None:
-        """Answers every ask in `batch`, now or later, but those that are abandoned. `batch` is empty when `wake_at` has come."""
+        """Answers every ask in `batch`, now or later, but those that are abandoned. `batch` may be empty when `wake_at` has come, or it
+        `is_behind`."""
 
     async def compute(self, work: Callable[[], T], seconds: float) -> T:
         """Has `work` done by the executor, which `seconds` tells how long it may take. Cancelled: the work is finished first, so

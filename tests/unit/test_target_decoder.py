@@ -77,14 +77,17 @@ class Decoder:
     clock: Clock
     texts: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
 
-    async def begin(self, prompt: tuple[int, ...] = PROMPT) -> int:
+    def lease(self) -> int:
         found = self.pool.lease("a", Encoded(()), (), 200, 8)
         assert found is not None
-        lease, _ = found
-        self.pool[lease.number].num_head_rows = len(prompt) + 1  # as if the head had been asked already
-        verdict = await self.mailbox.ask(Prefill(FLOW, lease.number, 0, prompt, HOW, is_last=True, is_kept=False))
-        self.texts[lease.number] = [*prompt, *verdict.choices]
-        return lease.number
+        return found[0].number
+
+    async def begin(self, prompt: tuple[int, ...] = PROMPT) -> int:
+        lease = self.lease()
+        self.pool[lease].num_head_rows = len(prompt) + 1  # as if the head had been asked already
+        verdict = await self.mailbox.ask(Prefill(FLOW, lease, 0, prompt, HOW, is_last=True, is_kept=False))
+        self.texts[lease] = [*prompt, *verdict.choices]
+        return lease
 
     async def verify(self, lease: int, drafts: Sequence[int] = (), limit: int = 0) -> tuple[Verdict, tuple[int, ...]]:
         """What a round brings, and what has been drafted behind it."""
@@ -224,3 +227,25 @@ async def test_one_of_two_comes_late() -> None:
         lease = await it.begin()
         verdict, _ = await it.verify(lease)
         assert verdict.is_typical
+
+
+async def test_texts_go_on_between_the_chunks_of_prompts() -> None:
+    """However many prompts come at once, there is one chunk of them between two verifies; and they come in turn."""
+    steps = list[str]()
+
+    async def read(decoder: Decoder, name: str, lease: int) -> None:
+        for start in range(0, 12, 3):
+            await decoder.mailbox.ask(Prefill(FLOW, lease, start, PROMPT, HOW, is_last=False, is_kept=False))
+            steps.append(name)
+
+    async with decoder(num_slots=4) as it:
+        lease, others = await it.begin(), [it.lease() for _ in range(3)]
+        async with anyio.create_task_group() as group:
+            for i, other in enumerate(others):
+                group.start_soon(read, it, str(i), other)
+            while len([step for step in steps if step != "-"]) < 12:
+                await it.verify(lease)
+                steps.append("-")
+        assert it.is_right(lease)
+    assert "".join(steps).strip("-").replace("-", "") == "012" * 4
+    assert not any(one != "-" and other != "-" for one, other in zip(steps, steps[1:], strict=False)), steps
