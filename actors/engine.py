@@ -23,6 +23,7 @@ from ..core.errors import (
     EngineClosed,
     EngineDead,
     ForerunError,
+    InternalBug,
     InvalidRequest,
     PositionLost,
     RequestFailed,
@@ -271,8 +272,12 @@ class Engine:
             job.error.__cause__ = error
         except ForerunError as error:
             job.error = error
-        except Exception as error:
+        except InternalBug as error:
             self._die(f"sequence of {job.request_id}", error)
+        except Exception as error:
+            logger.exception("request %s failed", job.request_id)
+            job.error = RequestFailed("something unexpected came up")
+            job.error.__cause__ = error
         finally:
             if job.sequence is not None:
                 job.result = job.sequence.result()

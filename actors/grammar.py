@@ -48,8 +48,8 @@ class Grammars:
             else:
                 text = llguidance.grammar_from(grammar.kind, grammar.text)
             matcher = llguidance.LLMatcher(self._tokenizer, text, log_level=0)
-        except ValueError as error:
-            raise InvalidRequest([(grammar.kind, _first_line(str(error)))]) from None
+        except BaseException as error:
+            raise InvalidRequest([(grammar.kind, _what_failed(error))]) from None
         if matcher.is_error():
             raise InvalidRequest([(grammar.kind, _first_line(matcher.get_error()))])
         return TokenLimits(matcher, self._vocabulary if opens_reasoning else None)
@@ -68,18 +68,21 @@ class TokenLimits:
 
     def error(self, output: Sequence[int]) -> str | None:
         """As vocabulary.Limits has it. A draft that leads nowhere is no failure: nobody has chosen it."""
-        return next((why for tokens, why in self._failures.items() if tuple(output[: len(tokens)]) == tokens), None)
+        return next((why for tokens, why in list(self._failures.items()) if tuple(output[: len(tokens)]) == tokens), None)
 
     def allowed(self, output: tuple[int, ...]) -> bytes | None:
         """As vocabulary.Limits has it."""
         with self._lock:
             answer = self._thought.after(output) if self._thought is not None else output
-            if answer is None or not self._go_to(answer):
-                return None
-            mask = bytes(self._matcher.compute_bitmask())
-            if not self._matcher.is_error():
-                return mask
-            self._failures[output] = _first_line(self._matcher.get_error())
+            try:
+                if answer is None or not self._go_to(answer):
+                    return None
+                mask = bytes(self._matcher.compute_bitmask())
+                if not self._matcher.is_error():
+                    return mask
+                self._failures[output] = _first_line(self._matcher.get_error())
+            except BaseException as error:
+                self._failures[output] = _what_failed(error)
             self._matcher, self._consumed = self._new.deep_copy(), ()  # one that has failed answers nothing any more
             return None
 
@@ -130,6 +133,13 @@ class _Words:
 
     def __call__(self, text: bytes | str) -> list[int]:
         return list(self._vocabulary.encode(text.decode(errors="replace") if isinstance(text, bytes) else text))
+
+
+def _what_failed(error: BaseException) -> str:
+    """Of what came out of llguidance, panics of Rust included, which are no Exceptions: its request's matter, and nobody else's."""
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        raise error
+    return _first_line(str(error) or type(error).__name__)
 
 
 def _first_line(text: str) -> str:

@@ -54,6 +54,20 @@ PrefillProgress = Callable[[int, int], None]
 MAX_FRUITLESS_REPLAYS = 3
 
 
+@dataclass(slots=True)
+class Blame:
+    """Deaths of the target that one request was found to have caused: they are forgiven as soon as a verify of another succeeds, so that no
+    two such requests end the engine; a target that verifies nothing for anybody still does."""
+
+    forgive: Callable[[int], None]
+    num_deaths: int = 0
+
+    def settle(self) -> None:
+        if self.num_deaths:
+            self.forgive(self.num_deaths)
+            self.num_deaths = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Surroundings:
     """What all sequences of an engine share: the mailboxes they talk to, drafters in the order they are asked, and how they go about it."""
@@ -66,6 +80,7 @@ class Surroundings:
     overlap: bool
     keeps_prefixes: bool
     max_together: int
+    blame: Blame
     trace: Trace
 
 
@@ -276,7 +291,9 @@ class Sequence:
         reply = await self._to.target.post(verify)
         if reply.is_there:  # computed in this task, without a turn for others
             await checkpoint()
-        return await reply.wait()
+        verdict = await reply.wait()
+        self._to.blame.settle()
+        return verdict
 
     def _choosing(self, num_before: int | None = None) -> Choosing:
         """How tokens are chosen, the first of them after `num_before` of prompt and answer; after all of them if None."""
@@ -347,6 +364,7 @@ class Sequence:
             self._num_deaths = self._num_deaths + 1 if self._is_suspect else 1
             self._num_tokens_at_death = len(self.protocol.output)
             if self._num_deaths > MAX_FRUITLESS_REPLAYS:
+                self._to.blame.num_deaths += self._num_deaths
                 raise RequestFailed("the target failed each time it worked on this request") from error
         self._was_preempted |= isinstance(error, LeaseLost) and self._memory_life == self._to.memory.life
         await self._give_back(is_over=False)

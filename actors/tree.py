@@ -22,7 +22,7 @@ from .memory_manager import MemoryManager
 from .model import Model
 from .mtp_drafter import HeadDrafts, MtpDrafter
 from .ngram_drafter import NgramDrafter
-from .sequence import Surroundings
+from .sequence import Blame, Surroundings
 from .target_decoder import TargetDecoder
 from .tokenizer import TokenizerActor
 
@@ -115,8 +115,9 @@ class SupervisionTree:
         mailboxes: dict[DrafterName, Mailbox] = {name: spec.mailbox for name, spec in drafters.items()}
         keeps_prefixes = params.memory.prefix_bytes > 0
         self.surroundings = Surroundings(
-            memory.mailbox, target.mailbox, mailboxes, speculation, Experience(), params.overlap, keeps_prefixes, pool.max_together, trace
-        )
+            memory.mailbox, target.mailbox, mailboxes, speculation, Experience(), params.overlap, keeps_prefixes, pool.max_together,
+            Blame(lambda count: self.supervisor.forgive("target decoder", count)), trace,
+        )  # fmt: skip
         limits = RESTARTS, PERIOD_SECONDS
         return [
             Group((tokenizer,), *limits, WhenExhausted.ESCALATE),

@@ -284,8 +284,8 @@ class Mailbox:
     async def receive_all(
         self, enough: float = math.inf, at_once: Callable[[Envelope], bool] | None = None, *, is_patient: bool = True
     ) -> list[Envelope]:
-        """Waits for a message, if `is_patient`, lets every task that is ready run once while fewer than `enough` wait, and takes all there is.
-        Cancelled: nothing was taken. While nothing waits, messages go to `at_once` first, which may handle them in their senders'
+        """Waits for a message, if `is_patient`, lets every task that is ready run once while fewer than `enough` wait, and takes all there
+        is. Cancelled: nothing was taken. While nothing waits, messages go to `at_once` first, which may handle them in their senders'
         tasks, without two turns of the event loop; what it raises is raised here."""
         self._at_once = at_once
         try:

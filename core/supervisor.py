@@ -83,14 +83,15 @@ class Supervisor:
     def __init__(self, groups: list[Group], trace: Trace, die: Callable[[str, Exception], None]) -> None:
         self._groups, self._trace, self._die = groups, trace, die
         self._lives: list[_Life] = []
+        self._deaths = [deque[float]() for _ in groups]
         self.num_restarts = {child.mailbox.name: 0 for group in groups for child in group.children}
         self.switched_off: set[str] = set()
 
     async def run(self) -> None:
         """Keeps every group alive until cancelled."""
         async with anyio.create_task_group() as tasks:
-            for group in self._groups:
-                tasks.start_soon(self._keep, group)
+            for group, deaths in zip(self._groups, self._deaths, strict=True):
+                tasks.start_soon(self._keep, group, deaths)
             tasks.start_soon(self._watch)
 
     def kill(self, name: str, error: Exception) -> None:
@@ -101,8 +102,14 @@ class Supervisor:
                 return
         raise KeyError(name)
 
-    async def _keep(self, group: Group) -> None:
-        deaths: deque[float] = deque()
+    def forgive(self, name: str, count: int) -> None:
+        """The last `count` deaths of actor `name` and its group no longer count against it."""
+        for group, deaths in zip(self._groups, self._deaths, strict=True):
+            if any(child.mailbox.name == name for child in group.children):
+                for _ in range(min(count, len(deaths))):
+                    deaths.pop()
+
+    async def _keep(self, group: Group, deaths: deque[float]) -> None:
         while True:
             name, error = await self._live(group)
             now = anyio.current_time()

@@ -12,7 +12,7 @@ import anyio
 import forerun
 import pytest
 from forerun.actors.calls import call_grammar
-from forerun.actors.grammar import Grammars
+from forerun.actors.grammar import Grammars, TokenLimits
 from forerun.core.vocabulary import Grammar
 
 pytestmark = pytest.mark.anyio
@@ -112,6 +112,34 @@ async def test_a_draft_that_leads_nowhere_is_nobodys_failure(demo: forerun.Model
             with pytest.raises(forerun.RequestFailed, match="cannot be followed"):
                 await engine.complete(ids, **how | {"logit_bias": {a: 500.0}})
     assert found == {"bdbdbdbdbdbd"}
+
+
+class Panic(BaseException):
+    """As those of Rust are seen here."""
+
+
+async def test_a_library_that_panics_fails_its_request_alone(demo: forerun.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> bool:
+        raise ZeroDivisionError
+
+    def panic(*_: object) -> str:
+        raise Panic("index out of bounds")
+
+    async with forerun.open_engine(demo) as engine:
+        alone = (await engine.complete("import", max_tokens=400, ignore_eos=True)).token_ids
+        async with engine.generate("import", max_tokens=400, ignore_eos=True) as stream:
+            await anext(stream)
+            with monkeypatch.context() as patch:
+                patch.setattr(TokenLimits, "_go_to", broken)
+                with pytest.raises(forerun.RequestFailed, match="cannot be followed any further: ZeroDivisionError"):
+                    await engine.complete("people = [", max_tokens=20, json_schema=SCHEMA)
+                patch.setattr("llguidance.grammar_from", panic)
+                with pytest.raises(forerun.InvalidRequest, match="index out of bounds"):
+                    await engine.complete("people = [", max_tokens=20, regex="a+")
+            async for _ in stream:
+                pass
+        assert stream.result.token_ids == alone
+        assert engine.statistics().actors["target decoder"].num_restarts == 0
 
 
 def test_the_end_of_a_thought_whatever_spells_it(demo: forerun.Model) -> None:

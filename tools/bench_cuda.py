@@ -169,7 +169,7 @@ class Bench:
             arena = maker.arena(pages * batch)
             starts = list[Start]()
             for _ in range(batch):
-                memory = maker.memory(arena, arena.take(pages), capacity, 4, "log")
+                memory = maker.memory(arena, arena.take(pages)[0], capacity, 4, "log")
                 _prefill(trunk, head, memory, tokens[:-1])
                 starts.append(Start(memory, tokens))
             rounds = DeviceRounds(weights, self.backend, head if depth else None, starts, depth, RATES[:depth] or None)

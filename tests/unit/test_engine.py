@@ -336,6 +336,41 @@ async def test_a_request_that_kills_the_target_is_found_out_and_its_neighbours_g
         assert sorted(found) == sorted(alone)
 
 
+async def test_any_number_of_such_requests_leaves_the_engine_alive(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Poison(monkeypatch)
+    async with forerun.open_engine(model, spec_type="none") as engine:
+        alone = (await engine.complete(prompt(70), max_tokens=900, ignore_eos=True)).token_ids
+        async with engine.generate(prompt(70), max_tokens=900, ignore_eos=True) as stream:
+            await anext(stream)
+            for _ in range(3):
+                with anyio.fail_after(10), pytest.raises(forerun.RequestFailed, match="each time"):
+                    await engine.complete([98, 1, 2], max_tokens=5)
+            async for _ in stream:
+                pass
+        assert stream.result.token_ids == alone
+        assert engine.statistics().actors["target decoder"].num_restarts == 12
+
+
+async def test_what_nobody_foresaw_fails_its_request_alone(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with forerun.open_engine(model) as engine:
+        wanted = await engine.complete(prompt(10), max_tokens=20)
+        async with engine.generate(prompt(20), max_tokens=900, ignore_eos=True) as stream:
+            await anext(stream)
+            with monkeypatch.context() as patch:
+
+                def fail(*_: Any) -> Any:
+                    raise ZeroDivisionError
+
+                patch.setattr("forerun.core.protocol.SequenceProtocol.chunk_computed", fail)
+                with pytest.raises(forerun.RequestFailed, match="unexpected") as caught:
+                    await engine.complete(prompt(10), max_tokens=20)
+            assert isinstance(caught.value.__cause__, ZeroDivisionError)
+            assert (await engine.complete(prompt(10), max_tokens=20)).token_ids == wanted.token_ids
+            async for _ in stream:
+                pass
+        assert len(stream.result.token_ids) == 900
+
+
 async def test_too_many_deaths_end_the_engine(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     Poison(monkeypatch)
     with pytest.raises(forerun.EngineDead) as caught:
