@@ -211,7 +211,7 @@ class Bench:
         trunk, head, maker = CudaTrunk(weights, self.backend), CudaHead(weights, self.backend), CudaMemory(config, self.device)
         pages = num_pages(num_tokens, 4)
         arena = maker.arena(pages)
-        table = arena.take(pages)
+        table = arena.take(pages)[0]
         tokens = [int(t) for t in np.random.default_rng(2).integers(0, 30_000, num_tokens)]
         seconds = dict[bool, float]()
         for with_head in (False, True):
