@@ -14,7 +14,7 @@ import anyio
 from ..core.checks import check_ranges
 from ..core.errors import InvalidRequest
 from ..core.speculation import SpeculationOptions, SpeculationParams, parse_spec_type
-from ..kernels.model.memory import MemoryParams
+from ..kernels.model.memory import MemoryParams, blank
 from ..kernels.model.memory import num_pages as pages_of
 from ..kernels.model.recurrent import STORES, StoreName
 from ..kernels.model.saved import PrefixFolder
@@ -28,8 +28,8 @@ from .tree import EngineParams
 PAGED_CONTEXT = 8192
 #: Tokens that the prompts of those who wait may have by default.
 QUEUE_TOKENS = 4_000_000
-#: Bytes of checkpoints kept by default.
-PREFIX_BYTES = 256 * 2**20
+#: Bytes of checkpoints kept by default: so many for each slot, and no fewer bytes than that.
+CHECKPOINTS_PER_SLOT, PREFIX_BYTES = 2, 256 * 2**20
 #: Bytes of checkpoints kept in files by default, where a folder is given.
 FOLDER_BYTES = 8 * 2**30
 #: Seconds a request waits for memory before others are pre-empted for it, by default.
@@ -45,7 +45,7 @@ async def open_engine(
     num_pages: int | None = None,
     queue_size: int = 256,
     queue_tokens: int = QUEUE_TOKENS,
-    prefix_bytes: int = PREFIX_BYTES,
+    prefix_bytes: int | None = None,
     prefix_folder: str | Path | None = None,
     folder_bytes: int = FOLDER_BYTES,
     recurrent_store: StoreName = "log",
@@ -62,7 +62,8 @@ async def open_engine(
     can be said of speculation: SpeculationParams.
     `num_slots` requests run at once, `queue_size` more wait, with prompts of `queue_tokens` in all. They share `num_pages` pages of 64
     positions, by default as many as all of them need for the context, or for PAGED_CONTEXT positions if that is less. `prefix_bytes` of
-    checkpoints let requests go on from what others with the same beginning have computed (and the same `cache_salt`); 0 keeps none. What
+    checkpoints let requests go on from what others with the same beginning have computed (and the same `cache_salt`); by default two for
+    each slot, or PREFIX_BYTES if that is more; 0 keeps none. What
     does not fit goes into at most `folder_bytes` of files in `prefix_folder`, if there is one, and so does everything at the end.
     `recurrent_store` is `log`, or `snapshots`: the same tokens, more memory for a draft. For a request that has waited
     `preempt_after_seconds` (None: however long) the newest that have run as long are pre-empted, once each, and go on later with the same
@@ -72,12 +73,10 @@ async def open_engine(
     Raises ModelFileError, InvalidRequest, SavedSequenceError if `prefix_folder` cannot be used; at the end, EngineDead if an actor
     failed beyond repair and the block did not raise."""
     sizes: dict[str, object] = {
-        "num_slots": num_slots, "queue_size": queue_size, "queue_tokens": queue_tokens, "prefix_bytes": prefix_bytes,
-        "folder_bytes": folder_bytes,
+        "num_slots": num_slots, "queue_size": queue_size, "queue_tokens": queue_tokens, "folder_bytes": folder_bytes,
     }  # fmt: skip
-    if violations := check_ranges(sizes | {"num_pages": num_pages, "preempt_after_seconds": preempt_after_seconds}) or [
-        (name, "must be given") for name in sizes if sizes[name] is None
-    ]:
+    others = {"num_pages": num_pages, "prefix_bytes": prefix_bytes, "preempt_after_seconds": preempt_after_seconds}
+    if violations := check_ranges(sizes | others) or [(name, "must be given") for name in sizes if sizes[name] is None]:
         raise InvalidRequest(violations)
     if recurrent_store not in STORES:
         raise InvalidRequest([("recurrent_store", f"must be one of {', '.join(STORES)}, got {recurrent_store!r:.50}")])
@@ -97,6 +96,8 @@ async def open_engine(
     if num_pages is None:
         max_rows = 1 + max(map(params.limit, types), default=0)
         num_pages = num_slots * pages_of(min(model.context, PAGED_CONTEXT), max_rows)
+    if prefix_bytes is None:
+        prefix_bytes = max(CHECKPOINTS_PER_SLOT * num_slots * blank(model.memory(), recurrent_store).checkpoint.num_bytes, PREFIX_BYTES)
     memory = MemoryParams(num_slots, num_pages, prefix_bytes, recurrent_store, is_archived=prefix_folder is not None)
     folder: PrefixFolder | None = None
     if prefix_folder is not None:

@@ -44,6 +44,8 @@ def make_backend(name: str | None, num_threads: int | None) -> AnyBackend:
             raise InvalidRequest([("backend", f"there are no C kernels: {error}")]) from error
         _say_slow(str(error))
         return ReferenceBackend()
+    except ImportError as error:
+        raise InvalidRequest([("backend", str(error))]) from error
 
 
 @cache

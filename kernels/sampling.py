@@ -207,12 +207,14 @@ def _penalised(logits: F32, params: SamplingParams, history: History | None) -> 
         if token < len(x):
             x[token] += np.float32(bias)
     if history is not None:
-        seen = np.unique(history.tokens)
-        seen = seen[seen >= 0]  # embedding rows are no tokens
-        seen = seen[seen < len(x)]  # a draft's logits may be of fewer tokens
-        x[seen] = np.where(x[seen] > 0, x[seen] / np.float32(params.repetition_penalty), x[seen] * np.float32(params.repetition_penalty))
-        tokens, counts = np.unique(np.array(history.tokens[history.num_prompt :], np.int64), return_counts=True)
-        is_there = tokens < len(x)
-        penalty = np.float32(params.presence_penalty) + np.float32(params.frequency_penalty) * counts.astype(np.float32)
-        x[tokens[is_there]] -= penalty[is_there]
+        tokens = np.array(history.tokens, np.int64)
+        is_there = (tokens >= 0) & (tokens < len(x))  # embedding rows are no tokens; a draft's logits may be of fewer
+        if params.repetition_penalty != 1:
+            seen, by = np.zeros(len(x), np.bool_), np.float32(params.repetition_penalty)
+            seen[tokens[is_there]] = True
+            x[seen] = np.where(x[seen] > 0, x[seen] / by, x[seen] * by)
+        if params.presence_penalty or params.frequency_penalty:
+            counts = np.bincount(tokens[history.num_prompt :][is_there[history.num_prompt :]], minlength=len(x))
+            penalty = np.float32(params.presence_penalty) + np.float32(params.frequency_penalty) * counts.astype(np.float32)
+            x[counts > 0] -= penalty[counts > 0]
     return x

@@ -30,6 +30,10 @@ def add_parser(commands: Any) -> None:
     flags.option(parser, "-c", "--ctx-size", type=int, help="positions that all have together (default, and 0: 8192 each, or the context)")
     flags.option(parser, "--queue-size", type=int, default=256, help="requests that may wait for memory (default: 256)")
     flags.option(parser, "--queue-tokens", type=int, default=4_000_000, help="tokens their prompts may have together (default: 4000000)")
+    flags.option(parser, "--cache-ram", type=int, help="MiB for beginnings that requests share, 0 for none (default: two states a slot)")
+    flags.option(parser, "--cache-folder", type=Path, help="folder for those that do not fit, which outlive the server")
+    flags.option(parser, "--cache-disk", type=int, default=8192, help="MiB they may take there (default: 8192)")
+    flags.option(parser, "--preempt-after", type=float, default=20.0, help="seconds a request waits for memory of others (default: 20)")
     flags.option(parser, "--stall-timeout", type=float, default=30.0, help="seconds after which who does not read is dropped (default: 30)")
     flags.option(parser, "--max-message-mib", type=int, default=4, help="MiB a request may have, embedding rows need more (default: 4)")
     flags.option(parser, "--state-folder", type=Path, help="where AdminService saves requests")
@@ -66,11 +70,14 @@ def run(args: argparse.Namespace) -> None:
     params = ServerParams(args.host, args.port, _tokens(args), args.admin_key, tls, args.insecure, *limits, args.chat_template_kwargs)
     if args.ctx_size is not None and args.ctx_size < 0:
         raise InvalidRequest([("--ctx-size", "must not be below 0")])
-    num_pages = -(-args.ctx_size // PAGE) if args.ctx_size else None
+    sizes: dict[str, Any] = {
+        "num_slots": args.parallel, "num_pages": -(-args.ctx_size // PAGE) if args.ctx_size else None,
+        "queue_size": args.queue_size, "queue_tokens": args.queue_tokens, "preempt_after_seconds": args.preempt_after,
+        "prefix_bytes": None if args.cache_ram is None else args.cache_ram * 2**20,
+        "prefix_folder": args.cache_folder, "folder_bytes": args.cache_disk * 2**20,
+    }  # fmt: skip
     run_server(
-        lambda: flags.engine(
-            args, num_slots=args.parallel, num_pages=num_pages, queue_size=args.queue_size, queue_tokens=args.queue_tokens
-        ),
+        lambda: flags.engine(args, **sizes),
         args.alias or args.model,
         params,
         event_loop=args.event_loop,

@@ -75,12 +75,26 @@ class WantedStruct(Structure):
     _fields_ = [("sampling", SamplingStruct), ("floor", c_double), ("least", c_double), ("limit", c_int32), ("reserved", c_int32)]
 
 
+#: api.h's number of the interface; with it, what both sides must agree on.
+INTERFACE = 1
+
+
 class HeadBuffers(Structure):
     _fields_ = [("hidden", c_int32), ("out", c_int32), ("logits", c_int32)]
 
 
+def _check_layout(library: ctypes.CDLL, path: Path) -> None:
+    structs = MatrixStruct, SpanStruct, OpStruct, CallStruct, SamplingStruct, WantedStruct, HeadBuffers
+    mine = [INTERFACE, len(FORMATS), *map(ctypes.sizeof, structs)]
+    theirs = (c_int32 * len(mine))()
+    if hasattr(library, "forerun_layout"):
+        library.forerun_layout(theirs)
+    if list(theirs) != mine:
+        raise ImportError(f"{path} was compiled from other sources than these: install the package again")
+
+
 class Library:
-    """What api.h offers. OSError where this installation has no compiled kernels."""
+    """What api.h offers. OSError where this installation has no compiled kernels, ImportError where they are of other sources."""
 
     def __init__(self) -> None:
         names = [f"_cpu{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
@@ -88,6 +102,7 @@ class Library:
         if not paths:
             raise OSError("kernels/cpu was not compiled when this package was installed")
         library = ctypes.CDLL(str(paths[0]))
+        _check_layout(library, paths[0])
         self._use = library.forerun_use
         self._use.restype, self._use.argtypes = c_char_p, [c_char_p]
         self.packed_bytes = library.forerun_packed_bytes

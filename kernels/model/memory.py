@@ -178,6 +178,11 @@ def alone(make: MemoryMaker, capacity: int, max_rows: int, store: StoreName = "l
     return make.memory(arena, arena.take(arena.num_pages)[0], capacity, max_rows, store)
 
 
+def blank(make: MemoryMaker, store: StoreName) -> Snapshot:
+    """A sequence at position 0."""
+    return make.memory(make.arena(1), [0], 0, 1, store).snapshot()
+
+
 @dataclass(frozen=True, slots=True)
 class ModelMemory:
     """A real model's."""
@@ -222,7 +227,7 @@ class SequencePool:
     @cached_property
     def blank(self) -> Snapshot:
         """A sequence at position 0: what others are shaped like."""
-        return self._make.memory(self._make.arena(1), [0], 0, 1, self._params.store).snapshot()
+        return blank(self._make, self._params.store)
 
     def __getitem__(self, lease: int) -> SequenceMemory:
         if lease not in self._leases or lease in self._revoked:

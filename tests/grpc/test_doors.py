@@ -296,6 +296,7 @@ async def test_while_the_model_is_loaded_it_is_not_serving() -> None:
         (("--api-key-file", "/dev/null"), "there is no key in it"),
         (("-m", "nowhere"), "no such model"),
         (("-np", "0"), "num_slots: must be between"),
+        (("--cache-ram", "-1"), "prefix_bytes: must be between"),
     ],
 )  # fmt: skip
 def test_a_server_that_cannot_start_says_why(args: tuple[str, ...], says: str) -> None:
@@ -303,6 +304,18 @@ def test_a_server_that_cannot_start_says_why(args: tuple[str, ...], says: str) -
     assert done.returncode == 1
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+async def test_beginnings_of_prompts_outlive_the_server(tmp_path: Path) -> None:
+    args = "--cache-folder", str(tmp_path), "--cache-ram", "64", "--cache-disk", "64", "--preempt-after", "5"
+    cached = list[int]()
+    for _ in range(2):
+        with serving(*args) as server:
+            async with Client(server.address) as client:
+                result = await client.complete([7] * 300, max_tokens=4, ignore_eos=True)
+            cached.append(result.usage.num_cached_tokens)
+            assert server.end() == 0
+    assert cached == [0, 256]
 
 
 def test_a_port_that_is_taken() -> None:

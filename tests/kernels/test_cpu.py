@@ -18,7 +18,7 @@ import pytest
 from forerun.core.errors import InternalBug
 from forerun.core.vocabulary import Choosing, SamplingParams
 from forerun.kernels.backends import make_head, make_memory, make_trunk
-from forerun.kernels.cpu.library import FORMATS, INSTRUCTION_SETS, library, physical_cores
+from forerun.kernels.cpu.library import FORMATS, INSTRUCTION_SETS, Library, library, physical_cores
 from forerun.kernels.cpu.matrices import CpuBackend, CpuMatrix
 from forerun.kernels.cpu.program import EMBED, Program
 from forerun.kernels.formats.stored import BY_NAME, Stored
@@ -34,6 +34,13 @@ from tests.kernels.blocks import random_weights
 #: Outputs beyond whole tiles, and beyond one unit of work.
 OUTPUTS = 83
 FLOATS = ("F32", "F16", "BF16")
+
+
+def test_kernels_of_other_sources_are_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    Library()
+    monkeypatch.setattr("forerun.kernels.cpu.library.INTERFACE", 0)
+    with pytest.raises(ImportError, match="install the package again"):
+        Library()
 
 
 def supported() -> list[str]:

@@ -77,6 +77,13 @@ async def test_nothing_that_a_caller_gives_yields_special_tokens(vocabulary: Voc
     assert [token for token in vocabulary.encode_rendered(parts) if token >= 4093] == [4095]
 
 
+@pytest.mark.anyio
+async def test_what_templates_are_written_for() -> None:
+    template = "{% generation %}{{ messages[0] | tojson(separators=(',', ':'), sort_keys=True) }}{% endgeneration %}"
+    parts = await chat_template.render(template, check_chat(Chat([{"role": "user", "content": "é"}])), [])
+    assert "".join(text for _, text in parts) == '{"content":"é","role":"user"}'
+
+
 DEEP: Any = functools.reduce(lambda inner, _: {"a": inner}, range(40), cast(Any, {}))
 USER: Any = {"role": "user", "content": "x"}
 
