@@ -30,7 +30,7 @@ from ..core.vocabulary import Lease, SavedFile
 from ..kernels.model import saved
 from ..kernels.model.memory import SequencePool
 from ..kernels.model.pages import PAGE
-from ..kernels.model.prefix import Entry, keys
+from ..kernels.model.prefix import Entry
 from ..kernels.model.saved import PrefixFolder
 
 logger = logging.getLogger("forerun")
@@ -79,8 +79,8 @@ class MemoryManager(Actor):
                     self._pool.release(lease)
                     self._lent.pop(lease, None)
                     envelope.answer(None)
-                case Publish(_, lease, prompt, ends, salt):
-                    self._pool.publish(lease, prompt, ends, salt)
+                case Publish(_, lease, tokens, ends, salt):
+                    self._pool.publish(lease, tokens, ends, salt)
                     envelope.answer(None)
                 case Save() as message:
                     await self._save(envelope, message)
@@ -225,7 +225,7 @@ class MemoryManager(Actor):
         start = found.checkpoint.position if found is not None else 0
         there = [
             (end, key)
-            for end, key in keys(message.prompt.ids, message.ends[:-1], message.salt)
+            for end, key in prefixes.keys(message.prompt.ids, message.ends, message.salt, folder.positions)
             if end > start and key in folder and folder.size(key) <= prefixes.max_bytes
         ]
         if not there:

@@ -20,7 +20,7 @@ from ..core.embeddings import Encoded
 from ..core.errors import ActorRestarted, ForerunError, LeaseLost, RequestFailed, SavedSequenceError, WorkFailed
 from ..core.messages import Admit, Forget, Freeze, Observe, Prefill, Publish, Release, Save, Verify
 from ..core.outbox import Outbox
-from ..core.protocol import SequenceProtocol, State
+from ..core.protocol import MIN_CHUNK, SequenceProtocol, State
 from ..core.speculation import DrafterName, Speculation, SpeculationParams
 from ..core.trace import Flow, Stage, Trace
 from ..core.vocabulary import (
@@ -79,6 +79,7 @@ class Surroundings:
     experience: Experience
     overlap: bool
     keeps_prefixes: bool
+    keeps_answers: bool
     max_together: int
     blame: Blame
     trace: Trace
@@ -137,8 +138,14 @@ class Sequence:
         self._request, self._to, self._origin, self._saves = request, surroundings, origin, saves
         self._params, self._overlap, self._trace = surroundings.speculation, surroundings.overlap, surroundings.trace
         output = origin.output if origin is not None else ()
-        max_together, keeps_prefixes = surroundings.max_together, surroundings.keeps_prefixes
-        self.protocol = SequenceProtocol(request, output, writer.push, max_together=max_together, keeps_prefixes=keeps_prefixes)
+        self.protocol = SequenceProtocol(
+            request,
+            output,
+            writer.push,
+            max_together=surroundings.max_together,
+            keeps_prefixes=surroundings.keeps_prefixes,
+            is_by_chunks=not surroundings.keeps_answers,
+        )
         self._writer, self._outbox, self._progress, self._started = writer, outbox, progress, started
         self._drafting = Drafting(
             surroundings.drafters,
@@ -185,6 +192,7 @@ class Sequence:
                 except (ActorRestarted, LeaseLost) as error:
                     await self._lose_memory(error)
                 self._tell_stage(state)
+            await self._keep_answer()
         except BaseException as error:
             if not protocol.is_over:
                 protocol.fail() if isinstance(error, Exception) else protocol.cancel()
@@ -339,6 +347,14 @@ class Sequence:
                 order.finish(order.error)
 
     # Memory that is lost or revoked, and given back
+
+    async def _keep_answer(self) -> None:
+        """What is computed of a conversation is where its next turn goes on from."""
+        tokens, salt = self.protocol.computed(), self._request.cache_salt
+        if self._to.keeps_answers and self._lease is not None and len(self.protocol.output) >= MIN_CHUNK:
+            with suppress(ForerunError):  # the answer is there, whatever becomes of its memory
+                await self._to.target.ask(Freeze(self._flow, self._held, len(tokens), is_whole=False))
+                await self._to.memory.tell(Publish(self._flow, self._held, tokens, (len(tokens),), salt))
 
     @property
     def _is_suspect(self) -> bool:

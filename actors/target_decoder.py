@@ -62,7 +62,7 @@ class Target(Protocol):
 
     def prefill(self, rows: Rows, is_last: bool) -> F32 | None: ...
 
-    def freeze(self, memory: SequenceMemory, position: int) -> None: ...
+    def freeze(self, memory: SequenceMemory, position: int, *, is_whole: bool) -> None: ...
 
     def seconds(self, num_rows: int) -> float:
         """About how long so many rows take."""
@@ -339,7 +339,7 @@ class TargetDecoder(Actor):
             memory = self._pool[message.lease]
             memory.check(message.position, 0, is_chunk=False)
             self._drop(message.lease)  # memory goes back to the position, without rows after it
-            freeze: Begun[None] = Begun(None, lambda: self._target.freeze(memory, message.position))
+            freeze: Begun[None] = Begun(None, lambda: self._target.freeze(memory, message.position, is_whole=message.is_whole))
             await self._do(lambda: freeze, max(self._target.seconds(message.position), FREEZE_SECONDS), "freeze", [envelope])
         except (LeaseLost, PositionLost) as error:
             envelope.fail(error)

@@ -114,8 +114,9 @@ class SupervisionTree:
                 drafters[name] = child(f"{name} drafter", lambda mailbox, make=make: NgramDrafter(mailbox, executor, make()))
         mailboxes: dict[DrafterName, Mailbox] = {name: spec.mailbox for name, spec in drafters.items()}
         keeps_prefixes = params.memory.prefix_bytes > 0
+        keeps_answers = keeps_prefixes and pool.steps_equal_chunks
         self.surroundings = Surroundings(
-            memory.mailbox, target.mailbox, mailboxes, speculation, Experience(), params.overlap, keeps_prefixes, pool.max_together,
+            memory.mailbox, target.mailbox, mailboxes, speculation, Experience(), params.overlap, keeps_prefixes, keeps_answers, pool.max_together,
             Blame(lambda count: self.supervisor.forgive("target decoder", count)), trace,
         )  # fmt: skip
         limits = RESTARTS, PERIOD_SECONDS

@@ -69,10 +69,11 @@ class Admit(Mail[Lease]):
 
 @dataclass(frozen=True, slots=True)
 class Publish(Mail[None]):
-    """Sequence to memory manager, once, after the prompt: what was kept of it may serve others with the same `salt`."""
+    """Sequence to memory manager, after the prompt, and after the answer: what was kept of these tokens may serve others with the same
+    `salt`."""
 
     lease: int
-    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
     ends: tuple[int, ...]
     salt: str
 
@@ -127,10 +128,12 @@ class Verify(Mail[Verdict]):
 
 @dataclass(frozen=True, slots=True)
 class Freeze(Mail[None]):
-    """Sequence to target decoder, between rounds, when it is to be saved: copy all of it as it is at `position`."""
+    """Sequence to target decoder, between rounds, when it is to be saved: copy all of it as it is at `position`. After an answer, not
+    `is_whole`: take a checkpoint there."""
 
     lease: int
     position: int
+    is_whole: bool = True
 
 
 @dataclass(frozen=True, slots=True)

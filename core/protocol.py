@@ -151,14 +151,16 @@ class SequenceProtocol:
         *,
         max_together: int = 0,
         keeps_prefixes: bool = False,
+        is_by_chunks: bool = True,
     ) -> None:
         """`output` is what a saved request had produced. `find_stop` is told all new tokens, once, and returns how many of them it takes
         until a stop text stands there. Chunks of at most `max_together` positions are computed at once; with `keeps_prefixes` not beyond
-        where others may go on from."""
+        where others may go on from. `is_by_chunks`: it goes on itself only where its chunks end."""
         self.request = request
         self.chunk_ends = chunk_ends(request.prompt_ids, request.boundary_ids)
         self.kept_ends = kept_ends(self.chunk_ends) if keeps_prefixes else frozenset[int]()
         self._prefill_ends = together(self.chunk_ends, max_together, self.kept_ends)
+        self._is_by_chunks = is_by_chunks
         self.state = State.WAITING
         self.holds_lease = False
         self.finish_reason: FinishReason | None = None
@@ -211,8 +213,8 @@ class SequenceProtocol:
     # Memory
 
     def admitted(self, num_cached: int = 0) -> None:
-        """A lease was lent, which holds the prompt's first `num_cached` tokens: up to the end of a chunk before the last."""
-        if num_cached and num_cached not in self.chunk_ends[:-1]:
+        """A lease was lent, which holds the prompt's first `num_cached` tokens, not all of them; by chunks, up to the end of one."""
+        if not 0 <= num_cached < len(self.request.prompt_ids) or (self._is_by_chunks and num_cached not in (0, *self.chunk_ends)):
             raise InternalBug(f"memory holds {num_cached} tokens, but chunks end at {self.chunk_ends}")
         self._move(Event.ADMITTED, State.PREFILLING)
         self.holds_lease = True

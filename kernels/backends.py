@@ -75,4 +75,6 @@ def make_head(weights: ModelWeights, backend: AnyBackend) -> HeadBase:
 
 
 def make_memory(config: ModelConfig, backend: AnyBackend) -> MemoryMaker:
-    return CudaMemory(config, backend.device) if isinstance(backend, CudaBackend) else ModelMemory(config)
+    if isinstance(backend, CudaBackend):
+        return CudaMemory(config, backend.device)
+    return ModelMemory(config, steps_equal_chunks=isinstance(backend, CpuBackend))

@@ -289,10 +289,10 @@ class CudaTrunk(TrunkBase):
         memory.recurrent.moved_to(rows.position)
         return as_rows(recorded, "hidden", len(rows.tokens), self.config.hidden)
 
-    def freeze(self, memory: SequenceMemory, position: int) -> None:
+    def freeze(self, memory: SequenceMemory, position: int, *, is_whole: bool) -> None:
         memory.check(position, 0, is_chunk=False)
         self._seek(_sequence(memory), position)
-        memory.frozen = memory.snapshot()
+        memory.freeze(is_whole=is_whole)
 
     def _seek(self, memory: CudaSequence, position: int) -> None:
         states = memory.states

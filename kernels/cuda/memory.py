@@ -193,6 +193,8 @@ class CudaMemory:
     config: ModelConfig
     device: Device
 
+    steps_equal_chunks = False
+
     @property
     def max_together(self) -> int:
         return MAX_CHUNK

@@ -123,8 +123,15 @@ class SequenceMemory:
         rows = self.given.rows if self.given is not None else checkpoint.hidden[:0]
         return Snapshot(checkpoint, self.trunk.read(checkpoint.position), self.mtp.read(checkpoint.position), rows)
 
+    def freeze(self, *, is_whole: bool) -> None:
+        """A copy of everything for who saves it, or a checkpoint for others."""
+        if is_whole:
+            self.frozen = self.snapshot()
+        else:
+            self.keep()
+
     def keep(self) -> None:
-        """Takes a checkpoint where a prefill chunk has just ended; the oldest are dropped beyond `max_checkpoint_bytes`."""
+        """Takes a checkpoint where memory goes on from; the oldest are dropped beyond `max_checkpoint_bytes`."""
         self.checkpoints.append(self.checkpoint())
         while sum(each.num_bytes for each in self.checkpoints) > self.max_checkpoint_bytes:
             self.checkpoints.pop(0)
@@ -167,6 +174,12 @@ class MemoryMaker(Protocol):
         """Rows that chunks of a prompt may have that are computed at once; 0 where what is computed depends on each one's ends."""
         ...
 
+    @property
+    def steps_equal_chunks(self) -> bool:
+        """Whether a row has the same bits in a chunk of a prompt, wherever that ends, as in a verify: an answer is a beginning, then, that
+        other prompts may go on from."""
+        ...
+
     def arena(self, num_pages: int) -> Arena: ...
 
     def memory(self, arena: Arena, table: list[int], capacity: int, max_rows: int, store: StoreName) -> SequenceMemory: ...
@@ -188,6 +201,7 @@ class ModelMemory:
     """A real model's."""
 
     config: ModelConfig
+    steps_equal_chunks: bool = False
 
     @property
     def max_together(self) -> int:
@@ -222,7 +236,8 @@ class SequencePool:
 
     def _begin(self, num_pages: int) -> None:
         self._arena = self._make.arena(num_pages)
-        self.prefixes = PrefixIndex(self._arena, self._params.prefix_bytes, is_archived=self._params.is_archived)
+        is_by_chunks = not self._make.steps_equal_chunks
+        self.prefixes = PrefixIndex(self._arena, self._params.prefix_bytes, is_by_chunks=is_by_chunks, is_archived=self._params.is_archived)
 
     @cached_property
     def blank(self) -> Snapshot:
@@ -237,6 +252,10 @@ class SequencePool:
     @property
     def max_together(self) -> int:
         return self._make.max_together
+
+    @property
+    def steps_equal_chunks(self) -> bool:
+        return self._make.steps_equal_chunks
 
     @property
     def num_slots(self) -> int:

@@ -1,9 +1,10 @@
 """What prompts have in common is computed once: checkpoints of prefixes, found by what they hold.
 
-A checkpoint is the recurrent state, the convolution window and the pending hidden row where a prefill chunk ended, and
+A checkpoint is the recurrent state, the convolution window and the pending hidden row where a chunk or an answer ended, and
 the blocks that hold the keys and values before it. It is found by a chain of hashes over the tokens (and a salt, which
 keeps tenants apart), at the ends of chunks: where chunks end depends on the tokens before alone, so that going on from a
-checkpoint computes the very chunks that would have been computed without it. (A chain of hashes over pages finds what a
+checkpoint computes the very chunks that would have been computed without it. Where a row has the same bits however it was
+computed, it is found by the tokens alone, wherever it ends: an answer is the beginning of a conversation's next turn. (A chain of hashes over pages finds what a
 radix tree would, and forgets without touching its neighbours: vLLM's design document "Automatic Prefix Caching".)
 
 What is least valuable moves out first, the least recently used, of equals the shorter: a block from its page into host
@@ -14,7 +15,7 @@ memory is full; else it is forgotten. Whoever finds it brings it back.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,9 @@ import numpy as np
 from ...core.errors import InternalBug
 from ..backend import F32
 from .pages import PAGE, Arena, PageRows
+
+#: Of a key, that tell where it ends.
+POSITION_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,23 +109,29 @@ class PrefixStatistics:
     num_files: int
 
 
-def keys(tokens: Sequence[int], ends: Sequence[int], salt: str) -> Iterator[tuple[int, bytes]]:
-    """(position, key of the tokens before it and of where their chunks end) for each of `ends`, which ascend."""
+def keys(tokens: Sequence[int], ends: Sequence[int], salt: str, *, is_by_chunks: bool) -> Iterator[tuple[int, bytes]]:
+    """(position, key of the tokens before it, and if it `is_by_chunks`, of where their chunks end) for each of `ends`, which ascend. A key
+    begins with its position."""
     chain = hashlib.blake2b(hashlib.blake2b(salt.encode()).digest(), digest_size=32)  # a salt that spells tokens is no other's beginning
     start = 0
     for end in ends:
-        chain.update(np.array([end, *tokens[start:end]], "<i8").tobytes())
+        chain.update(np.array([end, *tokens[start:end]] if is_by_chunks else tokens[start:end], "<i8").tobytes())
         start = end
-        yield end, chain.digest()
+        yield end, end.to_bytes(POSITION_BYTES, "big") + chain.digest()
+
+
+def position_of(key: bytes) -> int:
+    return int.from_bytes(key[:POSITION_BYTES], "big")
 
 
 class PrefixIndex:
     """At most `max_bytes` of checkpoints and of blocks outside the arena. With `is_archived` it forgets nothing by itself: its owner puts
     what is `overdue` elsewhere, and forgets it then."""
 
-    def __init__(self, arena: Arena, max_bytes: int, *, is_archived: bool = False) -> None:
+    def __init__(self, arena: Arena, max_bytes: int, *, is_by_chunks: bool = True, is_archived: bool = False) -> None:
+        """`is_by_chunks`: what is computed of a prompt depends on where its chunks end."""
         self._arena, self._max_bytes = arena, max_bytes
-        self._is_archived = is_archived
+        self._is_by_chunks, self._is_archived = is_by_chunks, is_archived
         self._entries: dict[bytes, Entry] = {}
         self._by_page: dict[int, Block] = {}
         self._clock = self._num_bytes = 0
@@ -132,13 +142,17 @@ class PrefixIndex:
     def find(self, tokens: Sequence[int], ends: Sequence[int], salt: str) -> Entry | None:
         """The longest checkpoint of a prefix of `tokens`, all of them excepted: at least one row must be computed for logits."""
         found: Entry | None = None
-        for end, key in keys(tokens, ends, salt):
-            if end < len(tokens) and key in self._entries:
-                found = self._entries[key]
+        for _, key in self.keys(tokens, ends, salt, map(position_of, self._entries)):
+            found = self._entries.get(key, found)
         if found is not None:
             self._clock += 1
             found.last_used = self._clock
         return found
+
+    def keys(self, tokens: Sequence[int], ends: Sequence[int], salt: str, known: Iterable[int]) -> Iterator[tuple[int, bytes]]:
+        """Those that a prompt whose chunks end at `ends` may go on from, where `known` are the positions of all there are."""
+        where = ends if self._is_by_chunks or not ends else sorted(set(known))
+        return keys(tokens, [end for end in where if end < len(tokens)], salt, is_by_chunks=self._is_by_chunks)
 
     def count(self, found: Entry | None, num_tokens: int) -> None:
         """One request with so many prompt tokens was admitted, and went on from `found`."""
@@ -151,7 +165,7 @@ class PrefixIndex:
         """Takes in the checkpoints of a prompt whose chunks ended at `ends` that are not known yet, with the pages before them."""
         self._clock += 1
         by_position = {checkpoint.position: checkpoint for checkpoint in checkpoints}
-        for end, key in keys(tokens, ends, salt):
+        for end, key in keys(tokens, ends, salt, is_by_chunks=self._is_by_chunks):
             if key in self._entries:
                 self._entries[key].last_used = self._clock
             elif end in by_position:

@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import os
+import re
 import stat
 import tempfile
 import threading
@@ -35,7 +36,7 @@ from ...core.errors import InvalidRequest, ModelFileError, SavedSequenceError
 from ...core.vocabulary import Request, SamplingParams, check_salt, grammar_of
 from ..backend import F32
 from ..formats import safetensors
-from .prefix import Checkpoint, PrefixIndex, Snapshot
+from .prefix import Checkpoint, PrefixIndex, Snapshot, position_of
 
 logger = logging.getLogger("forerun")
 
@@ -46,6 +47,8 @@ MAX_HEADER_BYTES = 8_000_000
 #: Seconds after which what a dead process left half written beside a file is removed.
 LEFT_BEHIND_SECONDS = 3600.0
 ENDING = ".saving"
+#: A checkpoint's, of its key.
+NAME = re.compile(r"[0-9a-f]{72}\.safetensors")
 BLOCK_BYTES = 2**20
 
 
@@ -184,7 +187,7 @@ class PrefixFolder:
             for path in self._folder.iterdir():
                 with suppress(OSError):  # it goes just now, or points to nothing
                     status = path.stat()
-                    if path.name.endswith(".safetensors") and stat.S_ISREG(status.st_mode):
+                    if NAME.fullmatch(path.name) and stat.S_ISREG(status.st_mode):
                         found.append((status.st_mtime_ns, path.stem, status.st_size))
                     elif path.name.endswith(ENDING) and time.time() - status.st_mtime > LEFT_BEHIND_SECONDS:
                         path.unlink()
@@ -198,6 +201,11 @@ class PrefixFolder:
 
     def __len__(self) -> int:
         return len(self._sizes)
+
+    @property
+    def positions(self) -> set[int]:
+        """Of its checkpoints."""
+        return {position_of(bytes.fromhex(name)) for name in self._sizes}
 
     def size(self, key: bytes) -> int:
         return self._sizes[key.hex()]

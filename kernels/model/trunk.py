@@ -130,11 +130,12 @@ class TrunkBase(ABC):
         self._keep([rows], hidden)
         return self.logits(hidden[-1:]) if is_last else None
 
-    def freeze(self, memory: SequenceMemory, position: int) -> None:
-        """Copies all of a sequence as it is at `position`, where it goes on from then. PositionLost as in `verify`."""
+    def freeze(self, memory: SequenceMemory, position: int, *, is_whole: bool) -> None:
+        """Copies all of a sequence as it is at `position`, where it goes on from then, or takes a checkpoint there. PositionLost as in
+        `verify`."""
         memory.check(position, 0, is_chunk=False)
         memory.recurrent.seek(position, self.replay)
-        memory.frozen = memory.snapshot()
+        memory.freeze(is_whole=is_whole)
 
     def seconds(self, num_rows: int) -> float:
         """About how long so many rows take."""

@@ -154,11 +154,22 @@ def test_a_prefill_and_steps_have_the_same_bits(checkpoints: dict[str, Path], la
     backend = CpuBackend(2)
     weights = load_weights(FolderCheckpoint(checkpoints[layout]), load_config(checkpoints[layout]), backend)
     trunk, tokens = make_trunk(weights, backend), tuple(prompt(64))
-    chunk, steps = alone(make_memory(weights.config, backend), 90, 5), alone(make_memory(weights.config, backend), 90, 5)
+    chunk, steps, parts = (alone(make_memory(weights.config, backend), 90, 5) for _ in range(3))
+    assert make_memory(weights.config, backend).steps_equal_chunks
     logits = trunk.prefill(Rows(chunk, 0, tokens), is_last=True)
     rows = [trunk.verify([Rows(steps, i, tokens[i : i + 4])])[0] for i in range(0, 64, 4)]
     np.testing.assert_array_equal(logits, rows[-1][-1:])
     np.testing.assert_array_equal(chunk.hidden.read(0, 64), steps.hidden.read(0, 64))
+    trunk.prefill(Rows(parts, 0, tokens[:37]), is_last=False)
+    np.testing.assert_array_equal(trunk.prefill(Rows(parts, 37, tokens[37:]), is_last=True), logits)
+    arrays = list[dict[str, Any]]()
+    for memory in (chunk, steps, parts):
+        trunk.freeze(memory, 64, is_whole=True)
+        assert memory.frozen is not None
+        arrays.append(memory.frozen.arrays)
+    for name, array in arrays[0].items():
+        for other in arrays[1:]:
+            np.testing.assert_array_equal(other[name], array, name)
 
 
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "next"])

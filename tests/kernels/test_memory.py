@@ -240,7 +240,9 @@ def test_a_salt_that_spells_tokens_finds_nobodys_prefix() -> None:
     theirs = (*range(17), 64, *range(18, 80))
     salt = struct.pack("<18q", 19, *theirs[:17]).decode()
     mine = (theirs[18], 64, *theirs[19:64], 80, *theirs[64:])
-    assert not {key for _, key in keys(theirs, (19, 64, 80), "")} & {key for _, key in keys(mine, (64,), salt)}
+    for is_by_chunks in (True, False):
+        found = {key for _, key in keys(theirs, (19, 64, 80), "", is_by_chunks=is_by_chunks)}
+        assert not found & {key for _, key in keys(mine, (64,), salt, is_by_chunks=is_by_chunks)}
 
 
 def test_a_new_life_does_not_need_room_for_two() -> None:

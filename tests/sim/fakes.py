@@ -39,11 +39,11 @@ def step(state: int, token: int) -> int:
     return (state * 5_318_009 + token * 7_919 + 1) % MODULUS
 
 
-def chunk(state: int, tokens: Sequence[int]) -> list[int]:
-    """States after each token of a chunk, which differ from those of as many steps."""
+def chunk(state: int, tokens: Sequence[int], *, is_like_steps: bool) -> list[int]:
+    """States after each token of a chunk, which differ from those of as many steps unless it `is_like_steps`."""
     states: list[int] = []
     for token in tokens:
-        state = (state * 4_256_233 + token * 6_007 + 2) % MODULUS
+        state = step(state, token) if is_like_steps else (state * 4_256_233 + token * 6_007 + 2) % MODULUS
         states.append(state)
     return states
 
@@ -64,11 +64,11 @@ def key_of(state: int) -> int:
     return state % 997
 
 
-def reference(prompt: Sequence[int], max_tokens: int, sampling: SamplingParams) -> tuple[int, ...]:
+def reference(prompt: Sequence[int], max_tokens: int, sampling: SamplingParams, *, is_like_steps: bool = False) -> tuple[int, ...]:
     """The text of a request that is left alone."""
     state, start, total = 0, 0, 0
     for end in chunk_ends(tuple(prompt), frozenset({STOP})):
-        states = chunk(state, prompt[start:end])
+        states = chunk(state, prompt[start:end], is_like_steps=is_like_steps)
         total += sum(map(key_of, states))
         start, state = end, states[-1]
     out: list[int] = []
@@ -128,8 +128,8 @@ class FakeMemory(SequenceMemory):
 class FakeTarget:
     num_prepared = 0
 
-    def __init__(self, marker: Callable[[], Mark] | None = None) -> None:
-        self.marker = marker
+    def __init__(self, marker: Callable[[], Mark] | None = None, *, is_like_steps: bool = False) -> None:
+        self.marker, self._is_like_steps = marker, is_like_steps
 
     def verify(self, batch: Sequence[Rows]) -> tuple[F32, F32]:
         new: list[F32] = []
@@ -168,16 +168,16 @@ class FakeTarget:
     def prefill(self, rows: Rows, is_last: bool) -> F32 | None:
         memory = cast(FakeMemory, rows.memory)
         memory.check(rows.position, len(rows.tokens), is_chunk=True)
-        states = chunk(memory.seek(rows.position), rows.tokens)
+        states = chunk(memory.seek(rows.position), rows.tokens, is_like_steps=self._is_like_steps)
         hidden = memory.rows(rows.position, states)
         memory.first, memory.states = rows.position + len(rows.tokens), states[-1:]
         return logits_of(hidden[-1:]) if is_last else None
 
-    def freeze(self, memory: SequenceMemory, position: int) -> None:
+    def freeze(self, memory: SequenceMemory, position: int, *, is_whole: bool) -> None:
         fake = cast(FakeMemory, memory)
         fake.check(position, 0, is_chunk=False)
         fake.seek(position)
-        fake.frozen = fake.snapshot()
+        fake.freeze(is_whole=is_whole)
 
     def seconds(self, num_rows: int) -> float:
         return 0.001 * num_rows
@@ -252,8 +252,10 @@ class FakeVocabulary(Vocabulary):
         return bytes([ord("a") + token])
 
 
+@dataclass
 class FakeMaker:
-    max_together = 0
+    steps_equal_chunks: bool = False
+    max_together: int = 0
 
     def arena(self, num_pages: int) -> Arena:
         return Arena(num_pages, 1, 1, 1)
@@ -273,12 +275,13 @@ class FakeModel:
     has_mtp: bool = True
     fingerprint: str = "f" * 64
     marker: Callable[[], Mark] | None = None  # of a device that computes beside whoever began it
+    is_like_steps: bool = False
 
     def memory(self) -> FakeMaker:
-        return FakeMaker()
+        return FakeMaker(self.is_like_steps)
 
     def target(self) -> Any:
-        return FakeTarget(self.marker)
+        return FakeTarget(self.marker, is_like_steps=self.is_like_steps)
 
     def draft_head(self) -> Any:
         return FakeHead(self.marker)

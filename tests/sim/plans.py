@@ -11,7 +11,7 @@ from forerun.core.speculation import DRAFTERS, DrafterName, SpeculationParams
 from forerun.core.vocabulary import SamplingParams
 from forerun.kernels.model.memory import MemoryParams
 
-from tests.sim.fakes import NUM_TOKEN_IDS
+from tests.sim.fakes import NUM_TOKEN_IDS, reference
 
 
 @dataclass
@@ -45,6 +45,7 @@ class Plan:
     close_at: float
     is_cancelled: bool  # at close_at, from outside, and not closed
     latency: float  # seconds of a call to the device, on average
+    is_like_steps: bool  # what chunks compute, so that answers are beginnings of others' prompts
     is_elsewhere: bool  # the device goes on while whoever asked it does other things
     inline_seconds: float  # up to so many nothing waits for the device, and actors that have nothing to do are asked at once
     has_raising_observer: bool
@@ -60,14 +61,19 @@ def make_plan(rng: random.Random) -> Plan:
         for fault in ("cancel", "deadline", "crash", "device", "hang", "spoilt", "late", "drain", "close", "stall", "save")
     }
     requests: list[RequestPlan] = []
+    is_like_steps = rng.random() < 0.5
     is_long = rng.random() < 0.2
     for _ in range(rng.randint(2, 9)):
         length = rng.choice([1, 3, 20, 63, 64, 65, 130]) if not is_long else rng.randint(200, 900)
         unit = [rng.randrange(NUM_TOKEN_IDS) for _ in range(rng.choice([1, 5, length]))]
-        former = rng.choice(requests).prompt if requests and rng.random() < 0.5 else []
+        former: list[int] = []
+        if requests and rng.random() < 0.5:
+            other = rng.choice(requests)
+            answer = reference(other.prompt, other.max_tokens, other.sampling, is_like_steps=is_like_steps)
+            former = [*other.prompt, *(answer if rng.random() < 0.5 else ())]
         requests.append(
             RequestPlan(
-                prompt=(former[: rng.choice([20, 64, 130])] + unit * length)[: max(length, len(former))],
+                prompt=(former[: rng.choice([20, 64, 130, 2000])] + unit * length)[: max(length, len(former))],
                 is_text=rng.random() < 0.3,
                 max_tokens=rng.randint(1, 40),
                 sampling=SamplingParams(rng.choice([0.0, 0.0, 0.3]), seed=rng.randrange(1000)),
@@ -125,6 +131,7 @@ def make_plan(rng: random.Random) -> Plan:
         # With a slow device a storm of deaths never exceeds what a minute allows, nor does anything get done.
         latency=rng.choice([0.002, 0.002, 0.002, 1.0]) if storm is None else 0.002,
         has_raising_observer=rng.random() < 0.2,
+        is_like_steps=is_like_steps,
         inline_seconds=math.inf if (kind := rng.random()) < 0.3 else 0.008 if kind < 0.5 else -1.0,
         is_elsewhere=random.Random(rng.getstate()[1][0]).random() < 0.3,  # draws nothing: what else a seed decides stays
     )

@@ -184,7 +184,7 @@ class Simulation:
         assert engine is not None
         await anyio.sleep(plan.arrival)
         self.num_terminal[i] = 0
-        expected = reference(plan.prompt, plan.max_tokens, plan.sampling)
+        expected = reference(plan.prompt, plan.max_tokens, plan.sampling, is_like_steps=self.plan.is_like_steps)
         tokens: list[int] = []
         s = plan.sampling
         is_draining = engine._is_draining  # pyright: ignore[reportPrivateUsage]
@@ -298,7 +298,7 @@ class Simulation:
         if plan.has_raising_observer:
             trace.attach(raising)
         params = replace(plan.params, executor=self, instrument=self.instrument, trace=trace)
-        model = FakeModel(marker=self.mark if plan.is_elsewhere else None)
+        model = FakeModel(marker=self.mark if plan.is_elsewhere else None, is_like_steps=plan.is_like_steps)
         try:
             with anyio.fail_after(HANG_SECONDS):
                 with anyio.CancelScope() as scope:
