@@ -116,8 +116,8 @@ class SupervisionTree:
         keeps_prefixes = params.memory.prefix_bytes > 0
         keeps_answers = keeps_prefixes and pool.steps_equal_chunks
         self.surroundings = Surroundings(
-            memory.mailbox, target.mailbox, mailboxes, speculation, Experience(), params.overlap, keeps_prefixes, keeps_answers, pool.max_together,
-            Blame(lambda count: self.supervisor.forgive("target decoder", count)), trace,
+            memory.mailbox, target.mailbox, mailboxes, speculation, Experience(), params.overlap, keeps_prefixes, keeps_answers,
+            pool.max_together, Blame(lambda count: self.supervisor.forgive("target decoder", count)), trace,
         )  # fmt: skip
         limits = RESTARTS, PERIOD_SECONDS
         return [

@@ -57,12 +57,12 @@ async def test_a_chat_of_ten_turns_computes_each_message_once_with_either_store(
 async def test_an_answer_is_where_the_next_turn_goes_on_from(demo: forerun.Model, store: forerun.StoreName, spec_type: str) -> None:
     """On the C kernels a row has the same bits however it was computed: only what is new of a turn is."""
 
-    async def talk(prefix_bytes: int | None) -> tuple[list[tuple[int, ...]], list[int], list[int]]:
-        tokens, answers, num_known, num_cached = [7] * 90, list[tuple[int, ...]](), list[int](), list[int]()
+    async def talk(prefix_bytes: int | None) -> tuple[list[tuple[float, ...]], list[int], list[int]]:
+        tokens, answers, num_known, num_cached = [7] * 90, list[tuple[float, ...]](), list[int](), list[int]()
         async with forerun.open_engine(demo, spec_type=spec_type, recurrent_store=store, prefix_bytes=prefix_bytes) as engine:
             for turn in range(4):
-                how: forerun.Options = {"temperature": 0.8 * (turn % 2), "seed": turn, "num_logprobs": 1, "ignore_eos": True}
-                result = await engine.complete(tokens, max_tokens=50 + turn, **how)
+                heat = 0.8 * (turn % 2)
+                result = await engine.complete(tokens, max_tokens=50 + turn, temperature=heat, seed=turn, num_logprobs=1, ignore_eos=True)
                 num_known.append(len(tokens) + len(result.token_ids) - 1)
                 tokens = [*tokens, *result.token_ids, *range(20, 45 - turn)]
                 answers.append((*result.token_ids, *(each.logprob for each in result.logprobs or ())))

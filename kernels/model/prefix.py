@@ -4,8 +4,9 @@ A checkpoint is the recurrent state, the convolution window and the pending hidd
 the blocks that hold the keys and values before it. It is found by a chain of hashes over the tokens (and a salt, which
 keeps tenants apart), at the ends of chunks: where chunks end depends on the tokens before alone, so that going on from a
 checkpoint computes the very chunks that would have been computed without it. Where a row has the same bits however it was
-computed, it is found by the tokens alone, wherever it ends: an answer is the beginning of a conversation's next turn. (A chain of hashes over pages finds what a
-radix tree would, and forgets without touching its neighbours: vLLM's design document "Automatic Prefix Caching".)
+computed, it is found by the tokens alone, wherever it ends: an answer is the beginning of a conversation's next turn.
+(A chain of hashes over pages finds what a radix tree would, and forgets without touching its neighbours: vLLM's design
+document "Automatic Prefix Caching".)
 
 What is least valuable moves out first, the least recently used, of equals the shorter: a block from its page into host
 memory when pages are wanted, a checkpoint with all its blocks into the files of a folder, if there is one, when host
@@ -143,7 +144,8 @@ class PrefixIndex:
         """The longest checkpoint of a prefix of `tokens`, all of them excepted: at least one row must be computed for logits."""
         found: Entry | None = None
         for _, key in self.keys(tokens, ends, salt, map(position_of, self._entries)):
-            found = self._entries.get(key, found)
+            if key in self._entries:
+                found = self._entries[key]
         if found is not None:
             self._clock += 1
             found.last_used = self._clock

@@ -208,7 +208,7 @@ def test_any_held_position_can_be_gone_on_from(cuda: CudaBackend, checkpoints: d
         np.testing.assert_array_equal(logits[:right], np.array(plain)[at : at + right].reshape(logits[:right].shape))
         at += int(rng.integers(0, right + 1))
         if turn % 8 == 7:
-            trunk.freeze(memory, len(prefix) + at)
+            trunk.freeze(memory, len(prefix) + at, is_whole=True)
             frozen, memory = memory.frozen, begin()
             memory.restore_snapshot(frozen)
         if at > len(text) - max_rows:

@@ -141,7 +141,7 @@ def test_a_rollback_that_fails_half_way_says_so_ever_after(
     with monkeypatch.context() as patch:
         patch.setattr(run.trunk, "replay", fail)
         with pytest.raises(MemoryError):
-            run.trunk.freeze(run.memory, len(PROMPT) + 2)
+            run.trunk.freeze(run.memory, len(PROMPT) + 2, is_whole=True)
     with pytest.raises(PositionLost, match="failed half way"):
         run.verify(2, TEXT[2:6])
 
@@ -151,7 +151,7 @@ def test_a_checkpoint_goes_on_in_any_memory_used_or_not(weights: ModelWeights, b
     other.verify(0, WRONG[:7])
     run.verify(0, TEXT[:4])
     run.verify(2, TEXT[2:3])
-    run.trunk.freeze(run.memory, len(PROMPT) + 3)
+    run.trunk.freeze(run.memory, len(PROMPT) + 3, is_whole=True)
     assert run.memory.frozen is not None
     other.memory.restore_snapshot(run.memory.frozen)
     np.testing.assert_array_equal(other.verify(3, TEXT[3:8]), plain[3:8])

@@ -108,7 +108,7 @@ MUTANTS = [
     Mutant("prefixes", "answers are beginnings where steps are not what chunks are", "tests/sim/fakes.py",
            "        return FakeMaker(self.is_like_steps)\n", "        return FakeMaker(True)\n"),
     Mutant("prefixes", "a prefix is found by its length", "kernels/model/prefix.py",
-           "        yield end, end.to_bytes(POSITION_BYTES, \"big\") + chain.digest()\n", "        yield end, end.to_bytes(POSITION_BYTES, \"big\")\n"),
+           "(POSITION_BYTES, \"big\") + chain.digest()\n", "(POSITION_BYTES, \"big\")\n"),
     Mutant("prefixes", "all of a prompt is taken from memory", "kernels/model/prefix.py",
            "[end for end in where if end < len(tokens)]", "list(where)"),
     Mutant("drain", "the second who waits for the end is forgotten", "actors/engine.py",
