@@ -22,7 +22,7 @@ PLOTTED_LENGTHS = [1, 2, 3, 4, 6, 8]
 def add_parser(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser("bench", help="measure a model on this machine", allow_abbrev=False)
     flags.add_model(parser)
-    flags.option(parser, "-n", "--predict", type=int, default=128, help="tokens of a run (default: 128)")
+    flags.option(parser, "-n", "--n-predict", "--predict", dest="predict", type=int, default=128, help="tokens of a run (default: 128)")
     parser.add_argument("--prompt-tokens", type=int, default=512, help="tokens of the prompt that is timed (default: 512)")
     parser.add_argument("-p", "--prompt", default=TEXT, help="text that runs continue")
     parser.add_argument("--runs", type=int, default=5, help="runs of each kind, in turn (default: 5)")

@@ -16,7 +16,7 @@ from ..core.checks import json_of
 #: wrong or old flag -> what to use
 RENAMED = {
     "--draft": "--spec-draft-n-max", "--draft-n": "--spec-draft-n-max", "--draft-max": "--spec-draft-n-max",
-    "--temperature": "--temp", "--n-predict": "--predict", "--max-tokens": "--predict", "--lookup": "--spec-type ngram-simple",
+    "--max-tokens": "--predict", "--lookup": "--spec-type ngram-simple",
     "--repetition-penalty": "--repeat-penalty", "--spec-ngram-size-n": "--spec-ngram-simple-size-n",
 }  # fmt: skip
 BAR_WIDTH = 30
@@ -115,8 +115,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """How tokens are chosen, and when an answer ends."""
     most = f"{DEFAULT_MAX_TOKENS}, in chats {DEFAULT_CHAT_TOKENS}, or what there is room for"
-    option(parser, "-n", "--predict", type=int, help=f"most tokens to generate (default: {most})")
-    option(parser, "--temp", type=float, help="temperature; 0 is greedy (default: the model's, else 0)")
+    option(parser, "-n", "--n-predict", "--predict", dest="predict", type=int, help=f"most tokens to generate (default: {most})")
+    option(parser, "--temperature", "--temp", dest="temp", type=float, help="temperature; 0 is greedy (default: the model's, else 0)")
     option(parser, "--top-k", type=int, help="keep the k likeliest tokens; 0 keeps all")
     option(parser, "--top-p", type=float, help="keep the likeliest tokens up to this share")
     option(parser, "--min-p", type=float, help="drop tokens less likely than this times the likeliest")

@@ -232,6 +232,6 @@ def test_any_drafts_give_the_tokens_of_no_drafts() -> None:
 
 
 def test_the_readmes_diagram_is_the_table() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "core" / "README.md").read_text()
     (shown,) = re.findall(r"```mermaid\n(.*?)\n```", readme, re.DOTALL)
     assert shown == diagram(), "run: python -c 'from forerun.core.protocol import diagram; print(diagram())'"
