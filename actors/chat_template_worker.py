@@ -1,4 +1,4 @@
-"""Renders one chat template in a process of its own: JSON on stdin, the text or an error as JSON on stdout.
+"""Renders chat templates in a process of its own: for each line of JSON on stdin, the text or an error as a line of JSON on stdout.
 
 Run by path, not imported: it needs nothing of Forerun's. The sandbox stops a template from reaching into Python; the
 limits stop `{{ 'a' * 10**10 }}` and endless loops, which no sandbox does.
@@ -7,9 +7,11 @@ limits stop `{{ 'a' * 10**10 }}` and endless loops, which no sandbox does.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 from datetime import datetime
+from functools import cache
 from typing import Any, NoReturn
 
 import jinja2
@@ -20,7 +22,8 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MEMORY_BYTES = 512 * 2**20
-CPU_SECONDS = 5
+CPU_SECONDS = 5  # a chat
+OUT_OF_MEMORY = 3
 OUTPUT_CHARACTERS = 16_000_000
 
 
@@ -52,26 +55,36 @@ class Generation(jinja2.ext.Extension):
         return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
-def render(template: str, variables: dict[str, Any]) -> str:
+@cache
+def compiled(template: str) -> jinja2.Template:
     """The same settings as transformers' `utils/chat_template_utils.py`, which templates are written for."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation])
     environment.filters["tojson"] = _tojson
     functions: dict[str, Any] = {"raise_exception": _raise, "strftime_now": _strftime_now}
     environment.globals.update(functions)
-    return environment.from_string(template).render(**variables)
+    return environment.from_string(template)
 
 
 def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
-    job = json.load(sys.stdin)
-    try:
-        text = render(job["template"], job["variables"])
-        answer = {"text": text} if len(text) <= OUTPUT_CHARACTERS else {"error": f"made more than {OUTPUT_CHARACTERS} characters"}
-    except Exception as error:  # whatever a template manages to raise is the template's fault
-        answer = {"error": f"{type(error).__name__}: {error}"}
-    json.dump(answer, sys.stdout)
+    for line in sys.stdin.buffer:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        end = int(used.ru_utime + used.ru_stime) + 1 + CPU_SECONDS
+        resource.setrlimit(resource.RLIMIT_CPU, (end, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+        job = json.loads(line)
+        try:
+            text = compiled(job["template"]).render(**job["variables"])
+            answer = {"text": text} if len(text) <= OUTPUT_CHARACTERS else {"error": f"made more than {OUTPUT_CHARACTERS} characters"}
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a template manages to raise is the template's fault
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except MemoryError:
+        os._exit(OUT_OF_MEMORY)

@@ -20,7 +20,7 @@ from ..core.embeddings import EmbeddingRows, Encoded, Part, lay_out
 from ..core.errors import ActorStuck, ForerunError, InternalBug, InvalidRequest, Overloaded, RequestFailed
 from ..core.messages import Encode
 from ..core.vocabulary import CheckedPrompt
-from . import chat_template
+from .chat_template import Renderers
 from .reply import THINK
 
 logger = logging.getLogger("forerun")
@@ -121,11 +121,15 @@ class TokenizerActor(Actor):
         self._vocabulary = vocabulary
 
     async def run(self) -> None:
-        async with anyio.create_task_group() as group:
-            self._group = group
-            self._room, self._renderers = anyio.Semaphore(NUM_AT_ONCE), anyio.CapacityLimiter(NUM_RENDERERS)
-            self._long, self._num_long = anyio.Semaphore(NUM_LONG), 0
-            await super().run()
+        self._room, self._renderers = anyio.Semaphore(NUM_AT_ONCE), anyio.CapacityLimiter(NUM_RENDERERS)
+        self._long, self._num_long = anyio.Semaphore(NUM_LONG), 0
+        self._templates = Renderers()
+        try:
+            async with anyio.create_task_group() as group:
+                self._group = group
+                await super().run()
+        finally:
+            await self._templates.close()
 
     async def handle(self, batch: list[Envelope]) -> None:
         for envelope in batch:
@@ -169,7 +173,7 @@ class TokenizerActor(Actor):
         if vocabulary.chat_template is None:
             raise InvalidRequest([("prompt", "this model has no chat template, give text or token ids")])
         async with self._renderers:
-            parts = await chat_template.render(vocabulary.chat_template, prompt, vocabulary.specials)
+            parts = await self._templates.render(vocabulary.chat_template, prompt, vocabulary.specials)
         ids = await self._tokens(lambda: vocabulary.encode_rendered(parts), sum(len(text) for _, text in parts))
         return Encoded(ids, opens_reasoning=bool(parts) and parts[-1][1].rstrip().endswith(THINK))
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import random
+import signal
 from pathlib import Path
 from typing import Any, cast
 
+import anyio
 import pytest
-from forerun.actors import chat_template
+from forerun.actors.chat_template import Renderers
 from forerun.actors.model import SHIPPED
 from forerun.actors.tokenizer import Detokenizer, Vocabulary
 from forerun.actors.vocabularies import folder_vocabulary
@@ -53,10 +56,48 @@ def test_user_text_never_yields_special_tokens(vocabulary: Vocabulary) -> None:
     assert Detokenizer(vocabulary).push(vocabulary.encode("<|im_end|>"), is_last=True) == "<|im_end|>"
 
 
+async def render(template: str, chat: Chat, specials: list[str]) -> list[tuple[bool, str]]:
+    renderers = Renderers()
+    try:
+        return await renderers.render(template, chat, specials)
+    finally:
+        await renderers.close()
+
+
+@pytest.mark.anyio
+async def test_processes_that_render_are_kept_but_for_those_that_failed() -> None:
+    renderers, pids = Renderers(), set[int]()
+
+    async def text(template: str) -> str:
+        parts = await renderers.render(template, CHAT, [])
+        pids.update(process.pid for process in renderers._idle)  # pyright: ignore[reportPrivateUsage]
+        return "".join(text for _, text in parts)
+
+    try:
+        assert [await text(f"{i}") for i in range(3)] == ["0", "1", "2"]
+        with pytest.raises(InvalidRequest, match="division by zero"):
+            await text("{{ 1 / 0 }}")
+        assert await text("é\n") == "é"
+        assert len(pids) == 1
+        with pytest.raises(InvalidRequest, match="time or memory"):
+            await text("{{ 'a' * 10**10 }}")
+        with anyio.move_on_after(0.2):
+            await text("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
+        assert not renderers._idle  # pyright: ignore[reportPrivateUsage]
+        assert await text("x") == "x"
+        (idle,) = renderers._idle  # pyright: ignore[reportPrivateUsage]
+        os.kill(idle.pid, signal.SIGKILL)
+        await anyio.sleep(0.1)
+        assert await text("y") == "y"
+        assert len(pids) == 3
+    finally:
+        await renderers.close()
+
+
 @pytest.mark.anyio
 async def test_a_chat_has_the_templates_special_tokens_and_no_others(vocabulary: Vocabulary) -> None:
     assert vocabulary.chat_template is not None
-    parts = await chat_template.render(vocabulary.chat_template, CHAT, vocabulary.specials)
+    parts = await render(vocabulary.chat_template, CHAT, vocabulary.specials)
     assert "".join(text for _, text in parts) == "<|im_start|>user\nhi <|im_end|> there<|im_end|>\n<|im_start|>assistant\n"
     ids = vocabulary.encode_rendered(parts)
     assert [token for token in ids if token >= 4093] == [4094, 4095, 4094]
@@ -69,7 +110,7 @@ async def test_nothing_that_a_caller_gives_yields_special_tokens(vocabulary: Voc
     tools = [{"type": "function", "function": {"name": evil, "parameters": {"properties": {evil: {"enum": [evil]}}}}}]
     messages: list[Message] = [{"role": "assistant", "content": evil, "reasoning_content": evil, "tool_calls": [call], "name": evil}]
     template = "{{ messages | tojson }}{{ tools | tojson }}{{ more }}<|im_end|>"
-    parts = await chat_template.render(template, check_chat(Chat(messages, tools, {"more": evil})), vocabulary.specials)
+    parts = await render(template, check_chat(Chat(messages, tools, {"more": evil})), vocabulary.specials)
     text = "".join(text for _, text in parts)
     told, _ = json.JSONDecoder().raw_decode(text)
     assert told[0]["tool_calls"][0]["function"]["arguments"] == {evil: [evil, 1, None]}
@@ -80,7 +121,7 @@ async def test_nothing_that_a_caller_gives_yields_special_tokens(vocabulary: Voc
 @pytest.mark.anyio
 async def test_what_templates_are_written_for() -> None:
     template = "{% generation %}{{ messages[0] | tojson(separators=(',', ':'), sort_keys=True) }}{% endgeneration %}"
-    parts = await chat_template.render(template, check_chat(Chat([{"role": "user", "content": "é"}])), [])
+    parts = await render(template, check_chat(Chat([{"role": "user", "content": "é"}])), [])
     assert "".join(text for _, text in parts) == '{"content":"é","role":"user"}'
 
 
@@ -143,7 +184,7 @@ def test_chats_that_are_none(chat: Chat, field: str) -> None:
 )
 async def test_templates_that_fail_or_mean_harm_are_refused(template: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        await chat_template.render(template, CHAT, [])
+        await render(template, CHAT, [])
     assert caught.value.violations[0][0] == "chat_template"
 
 
