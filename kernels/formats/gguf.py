@@ -27,6 +27,7 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT, MAX_ALIGNMENT = 32, 65_536
 MAX_DIMENSIONS = 4
+MAX_PARTS = 1000
 MAX_NAME_BYTES = 65_535
 #: value type -> struct format; 8 is a string, 9 an array
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -95,9 +96,10 @@ class _Cursor:
 
 
 class GgufFile:
-    """One open file: `metadata` by key, `tensors` by name; `read` returns float32."""
+    """One open file, or the first part of one and all its others (`NAME-00001-of-00003.gguf`, gguf-split): `metadata` by key, `tensors`
+    by name; `read` returns float32."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, part: int = 0) -> None:
         self.path = path
         try:
             size = path.stat().st_size
@@ -136,6 +138,24 @@ class GgufFile:
             if tensor.end > num_bytes:
                 raise ModelFileError(f"{path}: tensor {name} is truncated: it ends at byte {tensor.end} of {num_bytes}")
             end, before = tensor.end, name
+        self._parts: dict[str, GgufFile] = {}  # that hold tensors, but for this one
+        number, count = self.metadata.get("split.no", 0), self.metadata.get("split.count", 1)
+        if type(number) is not int or type(count) is not int or number != part or not number < count <= MAX_PARTS:
+            raise ModelFileError(f"{path}: split.no: expected {part} of at most {MAX_PARTS} parts, got {number!r:.20} of {count!r:.20}")
+        for i in range(1, count if not part else 0):
+            self._add(GgufFile(path.with_name(f"{self._name_of_parts(count)}-{i + 1:05}-of-{count:05}.gguf"), i))
+
+    def _name_of_parts(self, count: int) -> str:
+        name = self.path.name.removesuffix(f"-00001-of-{count:05}.gguf")
+        if name == self.path.name:
+            raise ModelFileError(f"{self.path}: is the first of {count} parts, but its name does not end with -00001-of-{count:05}.gguf")
+        return name
+
+    def _add(self, part: GgufFile) -> None:
+        if twice := self.tensors.keys() & part.tensors.keys():
+            raise ModelFileError(f"{part.path}: tensor {min(twice)} is in another part too")
+        self.tensors |= part.tensors
+        self._parts |= dict.fromkeys(part.tensors, part)
 
     @staticmethod
     def _tensor(cursor: _Cursor, name: str, alignment: int) -> GgufTensor:
@@ -157,6 +177,8 @@ class GgufFile:
 
     def raw(self, name: str) -> U8:
         """A tensor's bytes, in the file."""
+        if name in self._parts:
+            return self._parts[name].raw(name)
         tensor = self.tensors[name]
         return self._raw[self._start + tensor.begin : self._start + tensor.end]
 

@@ -270,6 +270,37 @@ def test_positions_that_are_scaled_are_refused(checkpoints: dict[str, Path], tmp
         gguf_config(GgufFile(tmp_path / "yarn.gguf"))
 
 
+def test_a_file_in_parts(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    convert(checkpoints["dense"], tmp_path / "whole.gguf", "f32")
+    whole = GgufFile(tmp_path / "whole.gguf")
+    names = list(whole.tensors)
+
+    def put(part: int, count: int, file: str, of: list[str]) -> Path:
+        metadata = {"split.no": part, "split.count": count, "split.tensors.count": len(names)}
+        write(tmp_path / file, {**(whole.metadata if not part else {}), **metadata}, {n: ("F32", partial(whole.read, n)) for n in of})
+        return tmp_path / file
+
+    for i in range(3):
+        put(i, 3, f"m-{i + 1:05}-of-00003.gguf", names[i::3])
+    parts = GgufFile(tmp_path / "m-00001-of-00003.gguf")
+    assert parts.tensors.keys() == whole.tensors.keys()
+    for name in names:
+        np.testing.assert_array_equal(parts.read(name), whole.read(name))
+    one, other = (forerun.load_model(str(file.path), backend="cpu") for file in (parts, whole))
+    assert one.fingerprint == other.fingerprint
+    for path, problem in (
+        (tmp_path / "m-00002-of-00003.gguf", r"split\.no: expected 0"),
+        (put(0, 3, "n-00001-of-00002.gguf", names[::3]), "its name does not end with -00001-of-00003"),
+        (put(0, 2, "o-00001-of-00002.gguf", names), "o-00002-of-00002.gguf: cannot be read"),
+        (put(0, 10**6, "p-00001-of-1000000.gguf", names), r"split\.no"),
+    ):
+        with pytest.raises(ModelFileError, match=problem):
+            GgufFile(path)
+    put(1, 2, "o-00002-of-00002.gguf", names[:1])
+    with pytest.raises(ModelFileError, match="is in another part too"):
+        GgufFile(tmp_path / "o-00001-of-00002.gguf")
+
+
 def test_a_draft_head_in_a_file_of_its_own(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     convert(checkpoints["dense"], tmp_path / "whole.gguf", "f32")
     whole = GgufFile(tmp_path / "whole.gguf")

@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from forerun.actors.hub import _parts_of  # pyright: ignore[reportPrivateUsage]
 from forerun.tools.convert import convert
 
 from tests.checkpoints import make
@@ -91,9 +92,18 @@ def test_a_folder_or_a_quantised_file_by_name(hub: dict[str, str]) -> None:
         done = generate(name, hub)
         assert done.returncode == 0, done.stderr
         assert len(json.loads(done.stdout)["token_ids"]) == 8
-    again = generate("org/model-gguf:q8_0", {**hub, "HF_HUB_OFFLINE": "1"})
-    assert again.returncode != 0  # a listing cannot be had offline
-    assert generate("org/model", {**hub, "HF_HUB_OFFLINE": "1"}).returncode == 0
+    for name in ("org/model", "org/model-gguf:q8_0"):
+        assert generate(name, {**hub, "HF_HUB_OFFLINE": "1"}).returncode == 0
+
+
+def test_which_file_is_meant() -> None:
+    files = [
+        "BF16/m-00001-of-00002.gguf",
+        "BF16/m-00002-of-00002.gguf",
+        *(f"m-{kind}.gguf" for kind in ("Q4_K_M", "Q4_K_S", "UD-Q4_K_M", "IQ4_XS")),
+    ]
+    for quant, found in {"bf16": files[:2], "Q4_K_M": files[2:3], "UD-Q4_K_M": files[4:5], "Q4": [], "Q8_0": [], "IQ4": files[5:]}.items():
+        assert _parts_of(quant, files) == found, quant
 
 
 def test_what_is_not_there_is_said_in_one_line(hub: dict[str, str]) -> None:
