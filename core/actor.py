@@ -1,4 +1,4 @@
-"""An actor: one task, one mailbox, `handle` for what arrived. Its channel ends are constructor arguments; no globals."""
+"""An actor: one task, one mailbox, `handle` for what arrived. Its channel ends are constructor arguments."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ INLINE_SECONDS = 0.005
 #: millisecond late, and a thread that slept runs Python several times slower at first (measured in kernels/EXPERIMENTS.md).
 LOOK_SECONDS = 0.002
 
-#: What was left behind when an actor's life ended, and all the memory it has: a device that comes to itself may still write there.
+#: What was left behind when an actor's life ended, and all the memory it has, until it is done: a device that comes to itself may still
+#: write there, whatever has become of the engine.
 LEFT: list[Begun[Any]] = []
 
 #: More than the actors can use at a time, those included that a stuck device keeps.
@@ -197,6 +198,7 @@ class Actor(ABC):
             await self._guarded(lambda: self._watch(mark, kind), seconds)
         except (ActorStuck, anyio.get_cancelled_exc_class()):  # cancelled, if its life was ended
             if not mark.is_done():
+                LEFT[:] = [each for each in LEFT if each.mark is not None and not each.mark.is_done()]
                 LEFT.append(begun)
             raise
         return await self.compute(begun.finish, seconds) if begun.is_long else begun.finish()
