@@ -82,8 +82,8 @@ CHANGE = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to verify: a draft, and perhaps another drafter's that goes on where it ends. `rate` is in tokens per second, `expected` the
-    tokens it brings; all of it is right as often as `reach` says."""
+    """What to verify: a draft, perhaps continued by another drafter's. `rate`: tokens per second expected; `expected`: tokens expected;
+    `reach`: the probability that all of it is accepted."""
 
     parts: tuple[Draft, ...]
     rate: float
@@ -96,7 +96,7 @@ class Plan:
 
 
 class Asking(Enum):
-    """What the head is asked for in a round."""
+    """Why the head is asked in a round."""
 
     NOTHING = "nothing"
     SIGN = "one token, to see whether it has become worth it"
@@ -105,9 +105,11 @@ class Asking(Enum):
 
 
 class Chooser:
-    """For one sequence, whose tokens are drawn or the likeliest ones. The order of a round: nothing more if it `rests`; if it `goes_on`,
-    what that says, and `went_on`; else `best` of what was looked up if it `looks`, `head_limit`, `whole` or `best`, and `came`. What all of
-    them `took`."""
+    """Decides for one sequence, round by round, which drafters to ask, how much of whose draft to verify, and when not to draft.
+
+    Calls in a round: `rests()`: no drafter is asked, and the round ends with `took()`. `goes_on`: the head's draft is verified as in
+    the last round, then `went_on()`. Otherwise `looks()` and `best()` of the look-ups' drafts, `head_limit()`, `whole()` or `best()`, and
+    `came()`. Every round: `took()`."""
 
     def __init__(self, experience: Experience, has_look_ups: bool = True, has_head: bool = True, is_drawn: bool = False) -> None:
         self._experience, self._has_head, self._is_drawn = experience, has_head, is_drawn
@@ -148,7 +150,8 @@ class Chooser:
         return max(LAST_PAUSE, round(asking / (ASKING_SHARE * max(self.pace.resting, 1e-9))))
 
     def best(self, drafts: Sequence[Draft], num_head: int, room: int) -> Plan:
-        """The best beginning of the best draft, of `room` tokens at most, or none. The head has drafted `num_head` tokens already."""
+        """The draft and the length of it with the highest expected rate, at most `room` tokens; None if verifying none is better.
+        `num_head`: tokens the head has drafted already this round."""
         if not drafts and not num_head:
             return Plan((), self.pace.rate_at_rest)
         plan = Plan((), self.pace.rate(1.0, self.pace.seconds(0, num_head)))
@@ -158,7 +161,7 @@ class Chooser:
         return plan
 
     def whole(self, head: Draft) -> Plan | None:
-        """What `head_limit` has asked for, where nobody else has drafted, if it was not for a sign."""
+        """The head's draft as `head_limit` asked for it, if no look-up has one and it was not asked as a sign; saves weighing it again."""
         if self._asking not in (Asking.DRAFT, Asking.TRIAL):
             return None
         reach = math.prod(self._first_guess(i) for i in range(len(head.tokens)))
@@ -166,7 +169,7 @@ class Chooser:
         return Plan((head,), rate, reach=reach)
 
     def extended(self, plan: Plan, tails: Sequence[Draft], num_head: int, room: int) -> Plan:
-        """`plan`, or better, with one of the drafts that go on where it ends."""
+        """`plan`, or if that is better, with a look-up's draft that continues it."""
         start = self._trust.probabilities(plan.parts[0], room)
         for tail in tails:
             longer = self._cut((plan.parts[0], tail), start + self._trust.probabilities(tail, room - len(start), " tail"), num_head, room)
@@ -192,8 +195,8 @@ class Chooser:
         return Plan((first, rest) if rest is not None else (first,), best, most, whole)
 
     def rests(self, run: int | None = 0) -> bool:
-        """Whether there is nobody to ask this round; those who look up only if they may find something, after a run of so many repeated
-        tokens. `came` need not hear of it then."""
+        """Whether no drafter is asked this round. `run`: how long the newest tokens repeat an earlier place; look-ups are asked by what
+        they found after such runs. `came` need not be called for such a round."""
         self._run = run_class(run or 0)
         is_open = run is not None and (not self._num_left or self._run >= LONG_RUN)
         self._is_looking = is_open and self._round >= self._look_at[self._run]
@@ -213,23 +216,22 @@ class Chooser:
 
     @property
     def will_rest(self) -> bool:
-        """Whether the round after one of rest does, as far as is known."""
+        """Whether the round after a resting one is expected to rest too."""
         return self._round < min(self._wake_at, self._look_at[self._run])
 
     @property
     def goes_on(self) -> tuple[int, float] | None:
-        """What the head is asked for this round, as `head_limit` has said, if that is the same as in the last one, and its draft is
-        verified."""
+        """(tokens, floor) to ask the head for without weighing anything, while the decision of an earlier round holds (a stretch); else
+        None."""
         return self._stretch if self._num_left and not self._is_looking else None
 
     @property
     def will_go_on(self) -> tuple[int, float] | None:
-        """The same of the round after this one, as far as is known."""
+        """As `goes_on`, for the next round."""
         return self._stretch if self._num_left > 1 and self.goes_on is not None else None
 
     def went_on(self, head: Draft | None, tokens: tuple[int, ...], is_typical: bool) -> None:
-        """It did, and a round brought `tokens`. Not typical is what says nothing of what rounds take: a trial goes on, or it would measure
-        nothing."""
+        """A round of a stretch brought `tokens`. `is_typical` is false if its time says nothing; a trial is extended by such a round."""
         self._asked_at = self._round
         self._round += 1
         ends = head is None or not head.tokens or not (is_typical or self._asking is Asking.TRIAL)
@@ -241,7 +243,7 @@ class Chooser:
             self._lacking = self._needed
 
     def _learn(self) -> None:
-        """What has been seen in the stretch that is over."""
+        """Updates the statistics with the rounds of the stretch that has ended."""
         times, by_size = self.pace.times, defaultdict[int, list[float]](list)
         # In the first the head drafts for two rounds, in the last for none.
         for (head, _), seconds in [*zip(self._came, self._took, strict=False)][1:-1]:
@@ -255,7 +257,8 @@ class Chooser:
         self._took.clear()
 
     def took(self, seconds: float, work: float) -> None:
-        """The last round did, without what it waited for its reader; drafting and verifying were `work`, if it was one of questions."""
+        """The last round took so many seconds, waiting for the reader excluded; `work`: the part of it spent drafting and verifying, if
+        drafters were asked."""
         if self.num_rests or self._came:
             self._took.append(seconds)
             if self.num_rests and (self.num_rests == AFTER or len(self._took) == NUM_MEASURED):
@@ -266,7 +269,7 @@ class Chooser:
             self.pace.times.overhead.saw(1, min(seconds - work, verify) if verify else seconds - work)
 
     def _measure_rest(self) -> None:
-        """Rounds of rest are over: the first ones of a row, or some after them."""
+        """Records the mean time of the resting rounds that have just ended, apart for those right after a drafted round."""
         times, seconds = self.pace.times, usual(self._took)
         if self.num_rests <= AFTER:
             times.after.saw(1, seconds)
@@ -276,16 +279,16 @@ class Chooser:
         self._took.clear()
 
     def looks(self) -> bool:
-        """Whether to ask those who look up this round, as `rests` has found."""
+        """Whether look-ups are asked this round, as found by `rests`."""
         return self._is_looking
 
     def looked(self, seconds: float) -> None:
-        """They took so long to answer."""
+        """Look-ups took so many seconds to answer."""
         self._experience.looking.saw(1, seconds)
 
     def drafted(self, num_tokens: int, seconds: float | None) -> None:
-        """The head took so long for so many tokens; None where they came with a verdict. Only what it takes round after round says whether
-        to ask it so: after a rest it has much to catch up on, and what it computes with is not in the caches."""
+        """The head took `seconds` for `num_tokens`; None if its draft came with a verdict. Rounds after a rest are counted apart: the
+        head has rows to catch up on, and its weights have left the caches."""
         is_steady, self._asked_at = self._round == self._asked_at + 1, self._round
         if seconds is None:
             return
@@ -295,8 +298,8 @@ class Chooser:
             self.pace.drafting.saw(num_tokens, seconds)
 
     def head_limit(self, plan: Plan, limit: int) -> tuple[int, float]:
-        """How many tokens the head should be asked for, when without it `plan` is the best, and the likelihood below which another is not
-        worth it. One token, now and then, to see whether it has become worth it."""
+        """(tokens, floor) the head should draft, if `plan` is the best without it, and the joint probability below which a further token
+        does not pay. Now and then one token, to see whether the head has begun to pay (a sign)."""
         self._asking = Asking.NOTHING
         if self._round < self._silent_until:
             return 0, 0.0
@@ -327,7 +330,8 @@ class Chooser:
         return self._wanted
 
     def _is_rest_unsure(self, num_tokens: int) -> bool:
-        """Whether to measure some rounds of rest before the head drafts so many tokens: what it seems to gain may be an error of theirs."""
+        """Whether resting rounds should be measured again before the head drafts `limit` tokens: the gain may come from an error in their
+        time."""
         times = self.pace.times
         if times.num_unmeasured <= times.rest_age:
             return False
@@ -342,8 +346,8 @@ class Chooser:
         return not is_clear
 
     def _doubtful(self, wanted: int, limit: int) -> int:
-        """Another number of tokens that may be as good, and has not been measured for long, where it can be now; 0: none. What seems to be
-        worse by an accident would never be tried."""
+        """A number of tokens that may be as good as the best and has not been measured lately, 0 if there is none. Without it a number
+        that was once measured too slow would never be tried again."""
         times = self.pace.times
         if times.num_unmeasured >= REST_FRESH // 2:
             return 0
@@ -353,13 +357,13 @@ class Chooser:
         return max(others, key=lambda i: rates[i - 1], default=0)
 
     def _begin_trial(self, num_tokens: int) -> None:
-        """The more it will have lost, should its rounds take what they are held to take, the later is the next one."""
+        """Begins a trial of `num_tokens` tokens for some rounds; the more it is expected to cost, the later the next one."""
         *_, (rate, taken) = self._rates_of_head(num_tokens)
         lost = STRETCH * taken * max(0.0, 1 - rate / self.pace.rate_at_rest) + self.pace.aftermath
         self._trial_at = self._round + max(LAST_PAUSE, round(lost / (TRYING_SHARE * max(self.pace.resting, 1e-9))))
 
     def _best_limit(self, least: float, limit: int, is_hoping: bool = False) -> tuple[int, float]:
-        """The number of tokens that promises most, if more than `least` tokens per second, and how likely another must be."""
+        """(tokens, floor) with the highest expected rate of the head, if that exceeds `least` tokens per second."""
         best, wanted, more, before = least, 0, 0.0, 0.0
         for i, (rate, taken) in enumerate(self._rates_of_head(limit, is_hoping), 1):
             if rate > best:
@@ -368,7 +372,7 @@ class Chooser:
         return wanted, best * more / self.pace.num_sequences if wanted > 1 else 0.0
 
     def _rates_of_head(self, limit: int, is_hoping: bool = False) -> Iterator[tuple[float, float]]:
-        """Tokens per second with so many tokens of the head, and what those rounds take: as it is held to be likely, or as it may be."""
+        """By number of tokens drafted: expected tokens per second and seconds of a round; with `is_hoping`, by optimistic estimates."""
         expected, reach, num_sequences = 1.0, 1.0, self.pace.num_sequences
         for i in range(1, limit + 1):
             reach *= self._first_guess(i - 1, is_hoping)
@@ -377,7 +381,7 @@ class Chooser:
             yield num_sequences * expected / taken if taken > 0 else expected, taken
 
     def _first_guess(self, i: int, is_hoping: bool = False) -> float:
-        """How likely the head's token at a place in its draft is right, once those before it are."""
+        """The probability that the head's token at a place in its draft is right, if those before it are."""
         others, mine = self._of_head.first_guesses[i], self._first_guesses[i]
         share = mine.share(others.share(0.6), max(1.0, OTHERS_WORD * (1 - mine.num_trials / SHORT_MEMORY)))
         if is_hoping:
@@ -386,7 +390,7 @@ class Chooser:
         return min(1.0, share)
 
     def _guessed(self, i: int, is_right: float, number: int = 1) -> None:
-        """Whether it was, or that share of so many."""
+        """Counts `number` drafts in which the head's token at place `i` was right with the share `is_right`."""
         self._first_guesses[i].saw(is_right, SHORT_MEMORY, number)
         self._of_head.first_guesses[i].saw(is_right, 8 * MEMORY, number)
 
@@ -405,7 +409,7 @@ class Chooser:
         return ceiling > HEAD_MARGIN * (alone if self._has_changed else without)
 
     def _best_of_head(self, limit: int) -> float:
-        """Tokens per second, were all right that the head can draft."""
+        """Tokens per second if every token that the head can draft were accepted: an upper bound."""
         until, former, ceiling = self._ceiling
         if self._round >= until or limit != former:
             steady = [self.pace.steady(i + 1) for i in range(limit)]
@@ -418,8 +422,8 @@ class Chooser:
     def came(
         self, tokens: Sequence[int], drafts: Sequence[Draft], plan: Plan, num_rows: int, seconds: float, num_sequences: int = 1
     ) -> None:
-        """A round brought `tokens`; `drafts` had been made for it, and the best of them was verified in a batch of `num_rows` of so many
-        sequences, in `seconds`; 0, if what that took says nothing."""
+        """A round brought `tokens`. `drafts`: all that had been proposed; `plan`: what was verified, in a batch of `num_rows` rows of
+        `num_sequences` sequences, in `seconds` (0: its time says nothing)."""
         self._round += 1
         self._of_head.num_unasked += 1
         if num_rows:
@@ -444,12 +448,12 @@ class Chooser:
 
     @property
     def _next_question(self) -> float:
-        """The round of it, to the head. One that is due, but not while those who look up are asked, waits for a while."""
+        """The round in which the head is asked next; a question that is due waits while look-ups are being asked."""
         due = min(self._sign_at, self._trial_at) if self._is_hopeful else self._sign_at
         return max(due, self._round + FIRST_PAUSE)
 
     def _asked(self, of_head: list[Draft], plan: Plan, is_typical: bool) -> None:
-        """The head was, this round, and when it is again."""
+        """The head was asked this round: updates when it is asked again."""
         asking, of_all = self._asking, self._of_head
         if not of_head:
             self._first_guesses[0].saw(False, SHORT_MEMORY)
@@ -472,20 +476,21 @@ class Chooser:
 
     @property
     def _look_pause(self) -> int:
-        """Rounds until the next question, when those of late have not been worth what they took."""
+        """Rounds until look-ups are asked again, after questions that did not pay."""
         e, resting = self._experience, self.pace.resting
         cost = max(e.looking(1), e.verify(1) + self.pace.overhead(1) - resting) + self.pace.aftermath
         lost = cost - self._found[self._run].share(e.found[self._run].share(1.0)) * resting
         return round(min(LOOK_PAUSE, lost / (LOOKING_SHARE * resting))) if lost > 0 and resting else 0
 
     def wants_marks(self) -> bool:
-        """Whether to ask for them, this time that the head is told what stands: the more seldom the longer it was always wrong."""
+        """Whether the head, when told the newest tokens, should also say if it would have drafted them; the more seldom the longer it was
+        always wrong."""
         self._num_unmarked -= 1
         return self._num_unmarked < 0
 
     def marked(self, marks: Sequence[bool], limit: int) -> None:
-        """Whether the head, which drafts `limit` tokens at most, would have been right about tokens that it had not been asked for. If that
-        makes it worth asking, it is."""
+        """The head says of tokens it was not asked for whether it would have drafted each; `limit` is the most it drafts. It is asked if
+        that shows it pays."""
         if marks:
             self._mark_pause = 0 if any(marks) else min(2 * self._mark_pause + 1, LAST_MARK_PAUSE)
             self._num_unmarked = self._mark_pause
@@ -495,7 +500,7 @@ class Chooser:
             self._wake_at = self._round
 
     def ended(self) -> None:
-        """The sequence has, or lost its memory."""
+        """Hands what was learned to `Experience`; called when the sequence ends or loses its memory."""
         for found, before in zip(self._found, self._experience.found, strict=True):
             if found.num_trials:
                 before.saw(found.num_right / found.num_trials)
@@ -536,7 +541,7 @@ class Chooser:
             self._trust.compare(plan.parts[1], tokens[len(plan.parts[0].tokens) :], " tail")
 
     def _compare_stretch(self, came: list[tuple[Draft, tuple[int, ...]]]) -> None:
-        """The same of a stretch's rounds, all at once."""
+        """As `_compare`, for all rounds of a stretch at once."""
         if not came:
             return
         num_right = [max(0, min(len(tokens) - 1, len(head.tokens))) for head, tokens in came]
@@ -551,7 +556,7 @@ class Chooser:
 
 
 def _num_looked_up(plan: Plan, tokens: Sequence[int]) -> int:
-    """How many of the tokens that came had been looked up, and verified."""
+    """How many of the accepted tokens a look-up had proposed."""
     left, found = list(tokens), 0
     for part in plan.parts:
         right = num_alike(part.tokens, left)

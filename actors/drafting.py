@@ -30,10 +30,9 @@ TOLD_AFTER = CHUNK * 3 // 2
 
 @dataclass(slots=True)
 class _Drafter:
-    """A drafter as this sequence sees it: `life` is the one it has told of its lease, and of that its first `num_told` tokens (of some of
-    them the head has heard from the target decoder, which drafted after them); of those after it tells with the next question, for one
-    message costs less than one every round. None: it is not known what the drafter knows, for nobody waited for its answer, and it is told
-    no more."""
+    """A drafter as this sequence sees it. `life`: the life of the actor that was told of the lease. `num_told`: how many tokens it has
+    been told; the others go with the next question, since one message costs less than one a round. None: unknown, because an answer
+    was not waited for, and it is told no more."""
 
     mailbox: Mailbox
     life: int
@@ -42,7 +41,7 @@ class _Drafter:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What a draft is wanted for: it goes on after `last_token`, which stands at `position`, with `room` tokens at most."""
+    """What a draft is wanted for: it continues after `last_token` at `position`, with at most `room` tokens."""
 
     flow: Flow
     lease: int
@@ -56,7 +55,8 @@ NOTHING = Plan((), 0.0)
 
 
 class Drafting:
-    """`computed` says which tokens stand, from a position on; `overlap` lets drafters work side by side."""
+    """The drafters of one sequence. `computed`: callable that gives the committed tokens from a position on; `overlap`: whether drafters
+    work concurrently."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class Drafting:
     # A round
 
     async def hear_next(self) -> None:
-        """The draft that was to be made behind the last verify; before anything else of a round."""
+        """Receives the draft made behind the last verify. Called first in every round."""
         self._next = None
         if self._coming is not None:
             coming, self._coming = self._coming, None
@@ -116,7 +116,7 @@ class Drafting:
                 head.num_told -= self._untold
 
     def rests(self, position: int, last_token: int) -> bool:
-        """Whether nothing is to be drafted this round, which goes on from `last_token` at `position`, and nobody to be asked."""
+        """Whether no drafter is asked and nothing is drafted in the round that continues from `last_token` at `position`."""
         if self._is_first_best or not self._drafters:
             self._is_resting = not self._drafters
             return self._is_resting
@@ -133,7 +133,7 @@ class Drafting:
         return self._is_resting
 
     async def propose(self, question: Question) -> Plan:
-        """What to verify this round, if it does not rest."""
+        """Asks drafters and returns what to verify in a round that does not rest."""
         self._drafts, wanted = [], self._chooser.goes_on
         if self._is_first_best:
             self._plan = await self._first(question)
@@ -147,9 +147,9 @@ class Drafting:
         return self._plan
 
     def ahead(self, position: int, room: int) -> tuple[int, float, bool]:
-        """How many tokens, if any, the head is to draft as soon as it is known what this round at `position` brings, and Propose's floor:
-        where it has been asked, and is certain to be asked for the next. Then, whether the next round verifies these drafts, or none if the
-        limit is 0, as far as is known. `room` is what the next round has at least; below 0 there may be none."""
+        """(limit, floor, goes_on) for `Verify`: how many tokens the head drafts as soon as this round's outcome is known, and whether the
+        next round verifies exactly these drafts (none with a limit of 0). Only if the head is certain to be asked. `room`: draft
+        tokens the next round has at least; below 0 there may be no next round."""
         head = self._drafters.get(HEAD)
         if self._is_resting:
             return 0, 0.0, room >= 0 and (not self._drafters or self._chooser.will_rest)
@@ -162,7 +162,7 @@ class Drafting:
         return (limit, floor, limit > 0) if limit <= room else (0, 0.0, False)
 
     def _look_ups(self, is_repeated: bool) -> list[DrafterName]:
-        """Those who look up, and may find something that follows two tokens that have stood before or not, in order of asking."""
+        """The look-up drafters to be asked, in order; those that know this text only, only after two tokens that have occurred before."""
         return [name for name in self._drafters if name != HEAD] if is_repeated else self._looking
 
     async def _first(self, question: Question) -> Plan:
@@ -199,7 +199,7 @@ class Drafting:
         return plan
 
     async def _asked_head(self, question: Question, limit: int, floor: float) -> Draft | None:
-        """Its draft, of `limit` tokens at most, whatever it has answered."""
+        """The head's draft of at most `limit` tokens."""
         head = self._next
         if head is None:
             (head,) = await self._ask([HEAD], question, (question.last_token,), limit, floor) or (None,)
@@ -218,11 +218,11 @@ class Drafting:
         return plan
 
     async def _found(self, names: Sequence[DrafterName], question: Question, ahead: tuple[int, ...], room: int) -> list[Draft]:
-        """The drafts with anything in them."""
+        """The drafts that are not empty."""
         return [draft for draft in await self._ask(names, question, ahead, room, 0.0) if draft.tokens]
 
     async def _ask(self, names: Sequence[DrafterName], question: Question, ahead: tuple[int, ...], room: int, floor: float) -> list[Draft]:
-        """What they have answered, in order of asking."""
+        """Asks drafters for their drafts, and returns the answers in the order of asking."""
         self._tell_at = 0
         replies: list[tuple[Reply[Draft], _Drafter, int, int]] = []  # how much had been told before, and has been with the question
         drafts: list[Draft] = []
@@ -263,7 +263,7 @@ class Drafting:
         return drafts
 
     def settle(self, num_drafted: int, num_accepted: int, tokens: tuple[int, ...], verdict: Verdict) -> None:
-        """The round brought `tokens`; of `num_drafted` draft tokens that were verified, `num_accepted` were right."""
+        """The round committed `tokens`; of `num_drafted` verified draft tokens `num_accepted` were right."""
         self._coming = verdict.draft
         if self._coming is not None and (told := self._drafters[HEAD].num_told) is not None:
             self._untold = num_accepted + 1
@@ -293,7 +293,7 @@ class Drafting:
             self._seconds += verdict.seconds
 
     def waited(self, nanoseconds: int) -> None:
-        """This round did, for a reader: that is none of what it takes."""
+        """This round waited so many nanoseconds for the reader, which is not part of its cost."""
         if self._coming is not None:  # and is drafted meanwhile
             self._waited = nanoseconds
         elif self._began:
@@ -302,7 +302,8 @@ class Drafting:
     # What stands
 
     async def observe(self, message: Observe, is_last: bool) -> None:
-        """A chunk of the prompt stands. Returns while drafters still read it, unless it is the last; `hear` waits for them."""
+        """Tells drafters of a computed chunk of the prompt. Returns while they still read it, unless it is the last; `hear` waits for
+        them."""
         for drafter in self._drafters.values():
             drafter.num_told = message.position + len(message.tokens)
             reply = await self._inform(drafter, message, message.lease)
@@ -318,11 +319,11 @@ class Drafting:
         self._observed.clear()
 
     def owes(self, position: int) -> bool:
-        """Whether `stands` has anything to do."""
+        """Whether `stands` has something to tell."""
         return position >= self._tell_at or bool(self._told)
 
     async def stands(self, flow: Flow, lease: int, position: int) -> None:
-        """The tokens before `position` do."""
+        """Tells drafters that the tokens before `position` are committed."""
         if self._told:
             await self._hear_marks()
         told = list[int]()
@@ -337,7 +338,7 @@ class Drafting:
         self._tell_at = min(told, default=position) + self._told_after
 
     async def _hear_marks(self, is_late: bool = False) -> None:
-        """What has been said of the tokens that were told; with `is_late` waits for it, as where one thing is done at a time."""
+        """Receives which told tokens the head would have drafted; with `is_late` waits for it."""
         while self._told and (is_late or self._told[0].is_there):
             with suppress(ForerunError):
                 self._chooser.marked(await self._told.pop(0).wait(), self._params.draft_n_max)
@@ -352,7 +353,7 @@ class Drafting:
                 await self._hear_marks(is_late=not self._overlap)
 
     async def resume(self, flow: Flow, lease: int) -> None:
-        """The lease holds something already."""
+        """The lease holds a beginning already: drafters are told of it as a whole."""
         self._began = 0
         for drafter in self._drafters.values():
             with suppress(ForerunError):
@@ -373,7 +374,7 @@ class Drafting:
                 await drafter.mailbox.ask(Forget(flow, lease, is_over))
 
     async def _resume(self, drafter: _Drafter, flow: Flow, lease: int) -> bool:
-        """Tells a drafter that was restarted all it has to know. Whether that was needed."""
+        """Tells a restarted drafter everything it must know. Returns whether that was necessary."""
         if drafter.life == drafter.mailbox.life:
             return False
         await self._tell_all(drafter, flow, lease)
@@ -385,7 +386,7 @@ class Drafting:
         await drafter.mailbox.tell(Resume(flow, lease, tokens, self._salt))
 
     async def _inform(self, drafter: _Drafter, message: Mail[R], lease: int) -> Reply[R] | None:
-        """Nothing to wait for when the drafter is gone, or had to be told everything."""
+        """Tells a drafter the newest tokens. Returns what to wait for; None if it is gone or was told everything."""
         with suppress(ForerunError):
             if not drafter.mailbox.is_closed and not await self._resume(drafter, message.flow, lease):
                 return await drafter.mailbox.post(message)

@@ -19,13 +19,13 @@ FIRST_PAUSE = 4
 
 @dataclass(slots=True)
 class Belief:
-    """How often something was right, lately."""
+    """An exponentially fading acceptance rate."""
 
     num_right: float = 0.0
     num_trials: float = 0.0
 
     def saw(self, is_right: float, memory: float = MEMORY, number: int = 1) -> None:
-        """So many times in a row."""
+        """Counts `number` observations in a row, each right with the share `is_right`; older ones fade with a memory of `memory` trials."""
         fading = (1 - 1 / memory) ** number
         seen = (1 - fading) * memory
         self.num_right, self.num_trials = self.num_right * fading + is_right * seen, self.num_trials * fading + seen
@@ -39,20 +39,19 @@ UNTRIED = Belief()
 
 @dataclass(slots=True)
 class Surprise:
-    """How many tokens were right, and how many were expected to be: what a text is like shows here first, before each belief has been
-    put to the test."""
+    """Accepted tokens against expected ones, fading: a text that is harder than others shows here before the single rates have adapted."""
 
     num_right: float = 0.0
     num_expected: float = 0.0
 
     def saw(self, is_right: bool, expected: float, number: int) -> None:
-        """So many times in a row."""
+        """Counts `number` observations in a row, each of which had been expected to be right with probability `expected`."""
         fading = (1 - 1 / MEMORY) ** number
         seen = (1 - fading) * MEMORY
         self.num_right, self.num_expected = self.num_right * fading + is_right * seen, self.num_expected * fading + expected * seen
 
     def factor(self, before: float) -> float:
-        """By which to trust less than before."""
+        """The factor, at most 1, by which acceptance probabilities should be lowered; `before` is the value to begin with."""
         return min(1.0, (self.num_right + WORD * before) / (self.num_expected + WORD))
 
 
@@ -72,9 +71,10 @@ def beliefs_by_run() -> list[Belief]:
 
 
 class Times:
-    """What things take in seconds, by size: drafting so many tokens, round after round and after a rest, when it takes half as much again,
-    for nothing it needs is in the caches; all else in a round with questions; a whole round in which nobody is asked, soon after another
-    one and later. In such rounds, just before: a whole one in which the head drafts so many tokens, one of many."""
+    """Measured seconds, by size. `drafting` and `waking`: the head drafting n tokens in consecutive rounds, and after a rest (half as
+    long again: its weights have left the caches); `overhead`: the rest of a round with questions; `resting` and `after`: whole rounds
+    without questions, later and right after one with; `steady`: rounds in which the head drafts n tokens, as a multiple of a resting
+    round."""
 
     def __init__(self) -> None:
         self.drafting, self.waking = Costs(), Costs()
@@ -86,8 +86,8 @@ class Times:
 
 
 class OfHead:
-    """How often its guesses were right, by their place in a draft; rounds between two questions while it is not worth it, and rounds since
-    the last one."""
+    """Acceptance rates of the MTP head by place in its draft, the pause in rounds between two questions while it does not pay, and the
+    rounds since the last question."""
 
     def __init__(self) -> None:
         self.first_guesses = [Belief() for _ in range(64)]
@@ -95,9 +95,8 @@ class OfHead:
 
 
 class Experience:
-    """What all sequences of an engine have seen: what verifying and looking up take; `times` in company, where one waits for others, or
-    alone, and where each token is drawn or not; how often drafters were right, also the head where tokens are drawn or not, and what
-    looking up brought."""
+    """What all sequences of an engine have measured together: costs of verifying and of look-ups; `times` by (in a batch with others,
+    tokens are sampled); acceptance of each drafter; acceptance of the head by (tokens are sampled); what look-ups brought."""
 
     def __init__(self) -> None:
         self.verify, self.looking = Costs(), Costs()

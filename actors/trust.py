@@ -1,4 +1,5 @@
-"""How likely drafts are right, by how often drafters were where they were as sure as now: in this text, and before it in others."""
+"""Acceptance probabilities of draft tokens, estimated for one sequence: how often each drafter was right in this text, beginning from
+what other texts showed."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ Key = tuple[str, int, int]
 
 
 class Trust:
-    """Of one sequence."""
+    """The acceptance statistics of one sequence, by drafter, place in the draft and the drafter's own confidence."""
 
     def __init__(self, experience: Experience) -> None:
         self._experience = experience
@@ -23,7 +24,7 @@ class Trust:
         self._surprises: dict[str, Surprise] = {}  # of each drafter, of late
 
     def probabilities(self, draft: Draft, room: int, suffix: str = "") -> list[float]:
-        """How likely each token is right once those before it are."""
+        """For each of the first `room` draft tokens, the probability that it is accepted given that those before it were."""
         name, known = draft.drafter + suffix, dict[Key, float]()
         factor = self._surprises.get(name, UNSURPRISED).factor(self._experience.trust.get(name, UNTRIED).share(1.0))
         probabilities = list[float]()
@@ -38,7 +39,7 @@ class Trust:
         return self._beliefs.get(key, UNTRIED).share(before)
 
     def compare(self, draft: Draft, tokens: Sequence[int], suffix: str = "") -> int:
-        """Returns how many were right."""
+        """Compares a draft with the `tokens` the target chose, updates the statistics, and returns how many draft tokens were right."""
         name = draft.drafter + suffix
         mine, all_beliefs = self._beliefs, self._experience.beliefs
         if (surprise := self._surprises.get(name)) is None:
@@ -59,20 +60,20 @@ class Trust:
         return num_right
 
     def doubt(self, drafter: DrafterName, kept: float) -> None:
-        """So much of what was known of a drafter is true still."""
+        """Keeps only the share `kept` of the accepted counts of `drafter`: the text has changed."""
         for (name, _, _), belief in self._beliefs.items():
             if name == drafter:
                 belief.num_right *= kept
 
     def ended(self) -> None:
-        """The sequence has, or lost its memory."""
+        """Hands what this sequence learned to `Experience`; called when it ends or loses its memory."""
         for name, surprise in self._surprises.items():
             self._experience.trust.setdefault(name, Belief()).saw(surprise.factor(1.0))
         self._surprises = {}  # should it go on, in other memory, that is not counted twice
 
 
 def _keys(name: str, draft: Draft, number: int) -> list[tuple[Key, float]]:
-    """Under which it is known how often each of its first tokens was right, and how sure the drafter is."""
+    """(key under which acceptance is counted, the drafter's confidence) of the first `number` tokens of a draft."""
     number = min(number, len(draft.tokens))
     sure = draft.confidences[:number] + (0.5,) * (number - len(draft.confidences))  # of a draft that may be anything
     return [((name, i if i < 2 else 2, bisect_left(CLASSES, confidence)), confidence) for i, confidence in enumerate(sure)]
