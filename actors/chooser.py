@@ -330,8 +330,8 @@ class Chooser:
         return self._wanted
 
     def _is_rest_unsure(self, num_tokens: int) -> bool:
-        """Whether resting rounds should be measured again before the head drafts `num_tokens` tokens: the gain may come from an error in their
-        time."""
+        """Whether resting rounds should be measured again before the head drafts `num_tokens` tokens: the gain may come from an error in
+        their time."""
         times = self.pace.times
         if times.num_unmeasured <= times.rest_age:
             return False

@@ -56,7 +56,7 @@ NOTHING = Plan((), 0.0)
 
 class Drafting:
     """The drafters of one sequence. `computed`: callable that gives the committed tokens from a position on; `overlap`: whether drafters
-    work concurrently."""
+    work concurrently; `keeps_answers`: whether others go on from the answer, with the head's rows in it."""
 
     def __init__(
         self,
@@ -68,10 +68,12 @@ class Drafting:
         trace: Trace,
         overlap: bool,
         computed: Callable[[int], tuple[int, ...]],
+        *,
+        keeps_answers: bool = False,
     ) -> None:
         self._drafters: dict[DrafterName, _Drafter] = {name: _Drafter(mailbox, mailbox.life) for name, mailbox in mailboxes.items()}
         self._params, self._experience, self._salt, self._trace, self._overlap = params, experience, salt, trace, overlap
-        self._computed = computed
+        self._computed, self._keeps_answers = computed, keeps_answers
         # How tokens that the head catches up on were chosen; acceptance that is made up says nothing of the head.
         self._marked = None if params.synth_rates or params.choose == "first" else Choosing(sampling)
         self._is_first_best = params.choose == "first"
@@ -328,10 +330,11 @@ class Drafting:
             await self._hear_marks()
         told = list[int]()
         for name, drafter in self._drafters.items():
-            if name == HEAD and not self._is_resting:  # others draft: it would learn for nothing, and does what it can when it is asked
+            is_idle = name != HEAD or self._is_resting  # else others draft, and the head does what it can when it is asked
+            if not is_idle and not self._keeps_answers:
                 continue
             if drafter.num_told is not None and position - drafter.num_told >= self._told_after:
-                wants_marks = name == HEAD and self._chooser.wants_marks()
+                wants_marks = name == HEAD and self._is_resting and self._chooser.wants_marks()
                 await self._tell(drafter, flow, lease, self._marked if wants_marks else None)
             if drafter.num_told is not None:
                 told.append(drafter.num_told)
@@ -351,6 +354,13 @@ class Drafting:
             if reply is not None and (choosing is not None or not self._overlap):
                 self._told.append(reply)
                 await self._hear_marks(is_late=not self._overlap)
+
+    async def complete(self, flow: Flow, lease: int) -> None:
+        """Tells the head all that it has not been told, so that whoever goes on from here has its rows."""
+        head = self._drafters.get(HEAD)
+        if head is not None and (position := head.num_told) is not None and (tokens := self._computed(position)):
+            head.num_told = position + len(tokens)
+            await self._inform(head, Observe(flow, lease, position, tokens, self._salt), lease)
 
     async def resume(self, flow: Flow, lease: int) -> None:
         """The lease holds a beginning already: drafters are told of it as a whole."""

@@ -60,6 +60,9 @@ from .writer import Writer
 
 logger = logging.getLogger("forerun")
 
+#: Requests in a row that may fail of what nobody foresaw before the engine does.
+MAX_UNFORESEEN = 8
+
 #: Seconds a saved request's file may take to be read.
 FILE_SECONDS = 120.0
 #: About what a grammar takes to be made ready: too long for the event loop.
@@ -97,7 +100,7 @@ class Engine:
         self._reading, self._compiling = anyio.Semaphore(1), anyio.Semaphore(1)
         self._grammars = Grammars(model.vocabulary, model.num_token_ids, model.defaults.stop_ids)
         self._end: ForerunError | None = None
-        self._is_draining = False
+        self._is_draining, self._num_unforeseen = False, 0
         self._idle, self._ended = anyio.Event(), anyio.Event()
         self._group: TaskGroup | None = None
         self._supervision, self._unsupervised = anyio.CancelScope(), anyio.Event()
@@ -267,6 +270,7 @@ class Engine:
                 job.sequence = Sequence(request, self.tree.surroundings, writer, job.outbox, job.saves, origin, progress, job.start, limits)
                 await job.sequence.run()
                 is_delivered = True
+            self._num_unforeseen = 0
         except PositionLost as error:  # our fault, and of no use to the caller
             job.error = RequestFailed("the request's memory was lost")
             job.error.__cause__ = error
@@ -275,6 +279,9 @@ class Engine:
         except InternalBug as error:
             self._die(f"sequence of {job.request_id}", error)
         except Exception as error:
+            self._num_unforeseen += 1
+            if self._num_unforeseen > MAX_UNFORESEEN:
+                self._die(f"sequence of {job.request_id}", error)
             logger.exception("request %s failed", job.request_id)
             job.error = RequestFailed("something unexpected came up")
             job.error.__cause__ = error

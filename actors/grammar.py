@@ -8,7 +8,8 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from ..core.errors import InvalidRequest
+from ..core.channel import RETRY_AFTER_SECONDS
+from ..core.errors import InvalidRequest, Overloaded
 from ..core.speculation import num_alike
 from ..core.vocabulary import Grammar
 from .reply import END_THINK
@@ -37,22 +38,26 @@ class Grammars:
             import llguidance
         except ImportError:
             raise InvalidRequest([(grammar.kind, "needs llguidance, of the extra `grammar`")]) from None
-        with self._lock:
-            if self._tokenizer is None:
-                words = _Words(self._vocabulary, self._num_token_ids, self._stop_ids)
-                stops = sorted(self._stop_ids)
-                self._tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(words), eos_token=stops)
         try:
+            with self._lock:
+                if self._tokenizer is None:
+                    words = _Words(self._vocabulary, self._num_token_ids, self._stop_ids)
+                    stops = sorted(self._stop_ids)
+                    self._tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(words), eos_token=stops)
             if grammar.kind == "json_schema":
                 text = llguidance.LLMatcher.grammar_from_json_schema(grammar.text, overrides={"whitespace_pattern": BLANKS})
             else:
                 text = llguidance.grammar_from(grammar.kind, grammar.text)
             matcher = llguidance.LLMatcher(self._tokenizer, text, log_level=0)
+            problem = _first_line(matcher.get_error()) if matcher.is_error() else ""
+            limits = TokenLimits(matcher, self._vocabulary if opens_reasoning else None)
+        except MemoryError:
+            raise Overloaded("no memory for a grammar", RETRY_AFTER_SECONDS) from None
         except BaseException as error:
             raise InvalidRequest([(grammar.kind, _what_failed(error))]) from None
-        if matcher.is_error():
-            raise InvalidRequest([(grammar.kind, _first_line(matcher.get_error()))])
-        return TokenLimits(matcher, self._vocabulary if opens_reasoning else None)
+        if problem:
+            raise InvalidRequest([(grammar.kind, problem)])
+        return limits
 
 
 class TokenLimits:
@@ -60,7 +65,8 @@ class TokenLimits:
     draft and verify, which ask about different continuations of one text: the matcher goes back to where they part."""
 
     def __init__(self, matcher: Any, thinking: Vocabulary | None) -> None:
-        self._new, self._matcher = matcher, matcher.deep_copy()
+        self._new: Any = matcher
+        self._matcher: Any = matcher.deep_copy()
         self._thought = _Thought(thinking) if thinking is not None else None
         self._lock = threading.Lock()
         self._consumed: tuple[int, ...] = ()
@@ -73,6 +79,9 @@ class TokenLimits:
     def allowed(self, output: tuple[int, ...]) -> bytes | None:
         """As vocabulary.Limits has it."""
         with self._lock:
+            if self._matcher is None:
+                self._failures[output] = "it failed before"
+                return None
             answer = self._thought.after(output) if self._thought is not None else output
             try:
                 if answer is None or not self._go_to(answer):
@@ -83,7 +92,10 @@ class TokenLimits:
                 self._failures[output] = _first_line(self._matcher.get_error())
             except BaseException as error:
                 self._failures[output] = _what_failed(error)
-            self._matcher, self._consumed = self._new.deep_copy(), ()  # one that has failed answers nothing any more
+            try:
+                self._matcher, self._consumed = self._new.deep_copy(), ()  # one that has failed answers nothing any more
+            except BaseException as error:
+                self._matcher, self._failures[output] = None, _what_failed(error)
             return None
 
     def _go_to(self, output: tuple[int, ...]) -> bool:

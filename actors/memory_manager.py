@@ -158,6 +158,8 @@ class MemoryManager(Actor):
         try:
             found = self._pool.lease(message.flow.request, message.prompt, ends, message.num_tokens, message.max_rows, message.salt)
             if found is None:
+                if num_moving := self._pool.prefixes.num_moving:
+                    await self.compute(self._pool.prefixes.finish_moves, num_moving * self._pool.page_bytes / COPIED_PER_SECOND)
                 return False
             lease, filling = found
             if filling.num_bytes:

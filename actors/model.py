@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -11,6 +12,7 @@ import numpy as np
 from ..core.checks import check_ranges
 from ..core.errors import InvalidRequest, ModelFileError
 from ..kernels.backends import AnyBackend, make_backend, make_head, make_memory, make_trunk
+from ..kernels.cpu.matrices import CpuBackend
 from ..kernels.formats.gguf import GgufFile
 from ..kernels.model.config import load_config, read_json
 from ..kernels.model.gguf_names import GgufCheckpoint, find_sidecar, gguf_config
@@ -22,6 +24,8 @@ from .mtp_drafter import DraftHead
 from .target_decoder import Target
 from .tokenizer import Vocabulary
 from .vocabularies import folder_vocabulary, gguf_stop_ids, gguf_vocabulary
+
+logger = logging.getLogger("forerun")
 
 SHIPPED = {"demo": Path(__file__).parents[1] / "kernels" / "model" / "demo"}
 
@@ -54,10 +58,19 @@ class Defaults:
 
     @staticmethod
     def of_gguf(file: GgufFile) -> Defaults:
-        found = {name: file.metadata.get(f"general.sampling.{key}") for name, key in SAMPLING.items()}
-        # Floats of 32 bits, as the decimals they were.
-        given: dict[str, Any] = {k: float(str(np.float32(v))) if isinstance(v, float) else v for k, v in found.items() if v is not None}
-        return Defaults(gguf_stop_ids(file), _checked(file.path, {"temperature": 1.0} | given if given else {"temperature": 0.0}))
+        """Greedy where no temperature is said, and what is out of range is left out: it is a default, and no reason to refuse a model."""
+        sampling: dict[str, float] = {"temperature": 0.0}
+        for name, key in SAMPLING.items():
+            value = file.metadata.get(f"general.sampling.{key}")
+            if isinstance(value, float):  # of 32 bits, as the decimal that it was
+                value = int(value) if name == "top_k" and value.is_integer() else float(str(np.float32(value)))
+            if name in ("temperature", "top_k") and isinstance(value, int | float):
+                value = max(value, 0)  # llama.cpp's greedy, and its off
+            if value is not None and (not isinstance(value, int | float) or check_ranges({name: value})):
+                logger.warning("%s: general.sampling.%s is left out: %r", file.path, key, value)
+            elif value is not None:
+                sampling[name] = value
+        return Defaults(gguf_stop_ids(file), sampling)
 
     def gguf_metadata(self) -> dict[str, object]:
         """What `of_gguf` reads of sampling; nothing when greedy."""
@@ -94,6 +107,11 @@ class Model(Protocol):
         """What tells its saved sequences from those of other models: 64 hexadecimal digits."""
         ...
 
+    @property
+    def instructions(self) -> str:
+        """What else its bits may depend on: where they differ, what one has computed is nothing that another may go on from unasked."""
+        ...
+
     def memory(self) -> MemoryMaker: ...
 
     def target(self) -> Target: ...
@@ -114,6 +132,10 @@ class LoadedModel:
     @property
     def fingerprint(self) -> str:
         return self.weights.fingerprint
+
+    @property
+    def instructions(self) -> str:
+        return self.backend.library.instruction_set if isinstance(self.backend, CpuBackend) else ""
 
     @property
     def num_token_ids(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -101,7 +102,8 @@ async def open_engine(
     memory = MemoryParams(num_slots, num_pages, prefix_bytes, recurrent_store, is_archived=prefix_folder is not None)
     folder: PrefixFolder | None = None
     if prefix_folder is not None:
-        folder = await anyio.to_thread.run_sync(PrefixFolder, Path(prefix_folder), model.fingerprint, folder_bytes)
+        bits = hashlib.sha256(f"{model.fingerprint} {model.instructions}".encode()).hexdigest()
+        folder = await anyio.to_thread.run_sync(PrefixFolder, Path(prefix_folder), bits, folder_bytes)
     patience = math.inf if preempt_after_seconds is None else preempt_after_seconds
     every = EngineParams(replace(params, types=types), memory, queue_size, overlap, patience, queue_tokens, folder)
     async with run_engine(model, every) as engine:

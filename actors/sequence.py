@@ -15,9 +15,9 @@ from pathlib import Path
 import anyio
 from anyio.lowlevel import checkpoint
 
-from ..core.channel import Mailbox
+from ..core.channel import Mailbox, Reply
 from ..core.embeddings import Encoded
-from ..core.errors import ActorRestarted, ForerunError, LeaseLost, RequestFailed, SavedSequenceError, WorkFailed
+from ..core.errors import ActorRestarted, ForerunError, InternalBug, LeaseLost, RequestFailed, SavedSequenceError, WorkFailed
 from ..core.messages import Admit, Forget, Freeze, Observe, Prefill, Publish, Release, Save, Verify
 from ..core.outbox import Outbox
 from ..core.protocol import MIN_CHUNK, SequenceProtocol, State
@@ -52,18 +52,25 @@ PrefillProgress = Callable[[int, int], None]
 
 #: Times in a row that the target may die working on a request, without one new token in between, and it is tried once more.
 MAX_FRUITLESS_REPLAYS = 3
+#: Requests in a row that may be found to kill the target before it is held to be the target's own fault.
+MAX_CONVICTED = 8
 
 
 @dataclass(slots=True)
 class Blame:
-    """Deaths of the target that one request was found to have caused: they are forgiven as soon as a verify of another succeeds, so that no
-    two such requests end the engine; a target that verifies nothing for anybody still does."""
+    """Deaths of the target that requests were found to have caused: they are forgiven as soon as anything is computed for another, so that
+    such requests do not end the engine; a target that lets no request end well still does."""
 
     forgive: Callable[[int], None]
     num_deaths: int = 0
+    num_in_a_row: int = 0  # requests found so, since one ended well
+
+    def convict(self, num_deaths: int) -> None:
+        self.num_deaths += num_deaths
+        self.num_in_a_row += 1
 
     def settle(self) -> None:
-        if self.num_deaths:
+        if self.num_deaths and self.num_in_a_row <= MAX_CONVICTED:
             self.forgive(self.num_deaths)
             self.num_deaths = 0
 
@@ -156,6 +163,7 @@ class Sequence:
             self._trace,
             self._overlap,
             self.protocol.computed,
+            keeps_answers=surroundings.keeps_answers,
         )
         self._plain_choosing, self._limits = Choosing(request.sampling, None, request.num_logprobs), limits
         self._num_cached = 0
@@ -174,6 +182,7 @@ class Sequence:
         self._logprobs: list[TokenLogprob] = []
         self._num_rounds = 0
         self._num_tokens_at_death, self._num_deaths = -1, 0  # of the target, working on this
+        self._kept: Reply[None] | None = None  # of a checkpoint after the answer
 
     async def run(self) -> None:
         """From admission to the last delta. Cancelled or failed: the lease is given back before this returns."""
@@ -192,6 +201,7 @@ class Sequence:
                 except (ActorRestarted, LeaseLost) as error:
                     await self._lose_memory(error)
                 self._tell_stage(state)
+            self._to.blame.num_in_a_row = 0
             await self._keep_answer()
         except BaseException as error:
             if not protocol.is_over:
@@ -248,6 +258,7 @@ class Sequence:
         end = position + len(chunk)
         is_last, is_kept = end == len(prompt), end in protocol.kept_ends
         verdict = await self._to.target.ask(Prefill(self._flow, lease, position, chunk, self._choosing(len(prompt)), is_last, is_kept))
+        self._to.blame.settle()
         await self._drafting.hear()
         self._verdict = verdict
         protocol.chunk_computed(verdict)
@@ -350,11 +361,19 @@ class Sequence:
 
     async def _keep_answer(self) -> None:
         """What is computed of a conversation is where its next turn goes on from."""
-        tokens, salt = self.protocol.computed(), self._request.cache_salt
-        if self._to.keeps_answers and self._lease is not None and len(self.protocol.output) >= MIN_CHUNK:
-            with suppress(ForerunError):  # the answer is there, whatever becomes of its memory
-                await self._to.target.ask(Freeze(self._flow, self._held, len(tokens), is_whole=False))
-                await self._to.memory.tell(Publish(self._flow, self._held, tokens, (len(tokens),), salt))
+        # What a file holds may have been computed with other instructions.
+        if not self._to.keeps_answers or self._lease is None or self._origin is not None or len(self.protocol.output) < MIN_CHUNK:
+            return
+        with anyio.CancelScope(shield=True), suppress(ForerunError):  # the answer is there, whatever becomes of its memory
+            self._kept = await self._to.target.post(Freeze(self._flow, self._held, self.protocol.position, is_whole=False))
+            await self._drafting.complete(self._flow, self._held)
+
+    async def _publish_answer(self) -> None:
+        if self._kept is not None:  # asked for together with Forget: the target is waited for once
+            tokens = self.protocol.computed()
+            with suppress(ForerunError):
+                await self._kept.wait()
+                await self._to.memory.tell(Publish(self._flow, self._held, tokens, (len(tokens),), self._request.cache_salt))
 
     @property
     def _is_suspect(self) -> bool:
@@ -380,7 +399,7 @@ class Sequence:
             self._num_deaths = self._num_deaths + 1 if self._is_suspect else 1
             self._num_tokens_at_death = len(self.protocol.output)
             if self._num_deaths > MAX_FRUITLESS_REPLAYS:
-                self._to.blame.num_deaths += self._num_deaths
+                self._to.blame.convict(self._num_deaths)
                 raise RequestFailed("the target failed each time it worked on this request") from error
         self._was_preempted |= isinstance(error, LeaseLost) and self._memory_life == self._to.memory.life
         await self._give_back(is_over=False)
@@ -395,10 +414,17 @@ class Sequence:
     async def _give_back(self, is_over: bool) -> None:
         if self._lease is not None:
             with anyio.CancelScope(shield=True):
-                await self._forget(is_over)
-                with suppress(ForerunError):  # memory that has stopped lends nothing; of a former life's leases it wants to know nothing
-                    await self._to.memory.ask(Release(self._flow, self._held))
-            self._lease = None
+                try:
+                    await self._forget(is_over)
+                except Exception as error:
+                    raise InternalBug(f"the lease of {self._request.request_id} cannot be given back") from error
+                finally:
+                    await self._publish_answer()
+                    with suppress(
+                        ForerunError
+                    ):  # memory that has stopped lends nothing; of a former life's leases it wants to know nothing
+                        await self._to.memory.ask(Release(self._flow, self._held))
+                    self._lease = None
 
     # The reader
 

@@ -141,19 +141,21 @@ class TargetDecoder(Actor):
                 verifies.append((envelope, message, rows))
         if verifies:
             await self._verify_all(verifies)
+        for envelope, message in freezes:
+            if not envelope.is_abandoned:
+                await self._freeze(envelope, message)
+        for envelope, message in forgets:  # what was asked before has been computed, or nobody waits for it and it is passed over
+            self._drop(message.lease)
+            envelope.answer(None)
         is_one_done = False
         while self._prefills and not is_one_done:
             envelope, message = self._prefills.popleft()
             if (rows := self._rows(envelope, message)) is not None:
                 await self._prefill(envelope, message, rows)
                 is_one_done = True
+            elif envelope.is_abandoned:
+                envelope.finish("abandoned")
         self.is_behind = bool(self._prefills)
-        for envelope, message in freezes:
-            if not envelope.is_abandoned:
-                await self._freeze(envelope, message)
-        for envelope, message in forgets:  # what was asked before has been computed or passed over
-            self._drop(message.lease)
-            envelope.answer(None)
 
     def _rows(self, envelope: Envelope, message: Verify | Prefill) -> Rows | None:
         """What to compute, or None when the sender has gone away or its memory cannot go there."""
@@ -335,12 +337,18 @@ class TargetDecoder(Actor):
         envelope.answer(await self._do(prefill, seconds, kind, [envelope]))
 
     async def _freeze(self, envelope: Envelope, message: Freeze) -> None:
+        def freeze() -> None:
+            try:
+                self._target.freeze(memory, message.position, is_whole=message.is_whole)
+            except MemoryError:
+                if message.is_whole:
+                    raise
+
         try:
             memory = self._pool[message.lease]
             memory.check(message.position, 0, is_chunk=False)
             self._drop(message.lease)  # memory goes back to the position, without rows after it
-            freeze: Begun[None] = Begun(None, lambda: self._target.freeze(memory, message.position, is_whole=message.is_whole))
-            await self._do(lambda: freeze, max(self._target.seconds(message.position), FREEZE_SECONDS), "freeze", [envelope])
+            await self._do(lambda: Begun(None, freeze), max(self._target.seconds(message.position), FREEZE_SECONDS), "freeze", [envelope])
         except (LeaseLost, PositionLost) as error:
             envelope.fail(error)
         else:

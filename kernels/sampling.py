@@ -32,7 +32,7 @@ def _draw() -> Callable[[F32, Sequence[SamplingParams], Sequence[int]], list[int
     """The token of each row of logits [R, V] at its position, with noise and filters."""
     try:
         return library().draw
-    except OSError:
+    except (OSError, ImportError):
         return draw
 
 

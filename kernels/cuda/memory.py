@@ -160,7 +160,7 @@ class CudaSequence(SequenceMemory):
         self.rows = CudaHidden(config.hidden, 2 * MAX_CHUNK + max_rows + 1, device)
         self.recurrent, self.hidden = cast("Any", self.states), cast("Any", self.rows)
         self.trunk, self.mtp = (cast("Any", CudaKeyValues(arena, table, is_mtp)) for is_mtp in (False, True))
-        self.max_checkpoint_bytes, self.checkpoints, self.frozen = 0, [], None
+        self.max_checkpoint_bytes, self.checkpoint_share, self.checkpoints, self.frozen = 0, 0, [], None
         self._device = device
         self._table: Array = device.to_device(np.array(table, np.int32))
         s, address = self.states, device.address

@@ -95,7 +95,7 @@ class SequenceMemory:
         self.recurrent = STORES[store](config, max_rows)
         # A drafter reads a chunk's rows while the next is computed, and needs the row before its first.
         self.hidden = HiddenRows(config.hidden, 2 * self.max_chunk + max_rows + 1)
-        self.max_checkpoint_bytes = 0
+        self.max_checkpoint_bytes = self.checkpoint_share = 0
         self.checkpoints: list[Checkpoint] = []  # taken while the prompt was computed
         self.frozen: Snapshot | None = None  # all of it, on its way to a file
 
@@ -131,10 +131,14 @@ class SequenceMemory:
             self.keep()
 
     def keep(self) -> None:
-        """Takes a checkpoint where memory goes on from; the oldest are dropped beyond `max_checkpoint_bytes`."""
-        self.checkpoints.append(self.checkpoint())
-        while sum(each.num_bytes for each in self.checkpoints) > self.max_checkpoint_bytes:
-            self.checkpoints.pop(0)
+        """Takes a checkpoint where memory goes on from, if there is memory for it. Beyond `max_checkpoint_bytes`, and more than CHECKPOINTS
+        beyond `checkpoint_share`, the oldest are dropped, but the first last: it is where most others begin."""
+        with suppress(MemoryError):
+            self.checkpoints.append(self.checkpoint())
+        while (num_bytes := sum(each.num_bytes for each in self.checkpoints)) > self.max_checkpoint_bytes or (
+            len(self.checkpoints) > CHECKPOINTS and num_bytes > self.checkpoint_share
+        ):
+            self.checkpoints.pop(min(1, len(self.checkpoints) - 1))
 
     def restore_snapshot(self, snapshot: Snapshot) -> None:
         """Goes on from where `snapshot` was taken; its shapes must fit."""
@@ -146,6 +150,10 @@ class SequenceMemory:
         """Goes on from a checkpoint whose keys and values are in the pages already."""
         self.recurrent.restore(checkpoint.position, checkpoint.state, checkpoint.columns)
         self.hidden.write(checkpoint.position - 1, checkpoint.hidden)
+
+
+#: That a sequence may keep until it hands them on, whatever its share of memory for them.
+CHECKPOINTS = 4
 
 
 def num_pages(capacity: int, max_rows: int) -> int:
@@ -270,6 +278,10 @@ class SequencePool:
         return self._params.num_pages
 
     @property
+    def page_bytes(self) -> int:
+        return self._arena.page_bytes
+
+    @property
     def num_pages_free(self) -> int:
         return self._arena.num_free
 
@@ -300,9 +312,8 @@ class SequencePool:
         while num_pages(capacity, max_rows) - len(shared) > self._arena.num_free:
             if num_pages(capacity, 1) < num_pages(capacity, max_rows):
                 max_rows = num_pages(capacity, 1) * PAGE - capacity
-            elif not self.prefixes.give_way(num_pages(capacity, max_rows) - len(shared) - self._arena.num_free, but=found):
+            elif not self._give_way(num_pages(capacity, max_rows) - len(shared) - self._arena.num_free, found):
                 if found is None or self.prefixes.is_short:
-                    self.prefixes.finish_moves()
                     return None
                 found, shared = None, {}  # what it would save is in the way
         self._arena.share(list(shared.values()))
@@ -313,32 +324,38 @@ class SequencePool:
             memory = self._make.memory(self._arena, table, capacity, max_rows, self._params.store)
         except MemoryError:
             self._arena.give_back(table)
-            self.prefixes.finish_moves()
             raise
         if prompt.embeddings:
             memory.give(GivenRows(prompt.embeddings))
         memory.max_checkpoint_bytes = self._params.prefix_bytes
+        memory.checkpoint_share = self._params.prefix_bytes // self.num_slots
         position = found.checkpoint.position if found is not None else 0
         if ends:
             self.prefixes.count(found, len(tokens))
         number, self._next = self._next, self._next + 1
         self._leases[number] = (owner, memory)
 
+        arena, prefixes = self._arena, self.prefixes  # of this life: what outlives it fills nobody else's pages
+
         def fill() -> None:
-            self.prefixes.finish_moves()
-            self._arena.clear(used)
+            prefixes.finish_moves()
+            arena.clear(used)
             if found is None:
                 return
             for i, block in enumerate(found.blocks):
                 if i not in shared:
-                    self._arena.write(table[i], self._arena.read(block.place) if isinstance(block.place, int) else block.place)
+                    arena.write(table[i], arena.read(block.place) if isinstance(block.place, int) else block.place)
                     if i < position // PAGE:
-                        self.prefixes.put_back(block, table[i])
+                        prefixes.put_back(block, table[i])
             memory.restore(found.checkpoint)
 
         num_copied = self.prefixes.num_moving + len(used) + (len(found.blocks) - len(shared) if found is not None else 0)
         of_states = found.checkpoint.num_bytes if found is not None else 0
         return Lease(number, max_rows, position), Filling(fill, num_copied * self._arena.page_bytes + of_states)
+
+    def _give_way(self, num_wanted: int, but: Entry | None) -> bool:
+        """Whether checkpoints have left at least one page; none does where all that could are too few, unless some of them go to files."""
+        return self.prefixes.num_movable(but) >= num_wanted and self.prefixes.give_way(num_wanted, but)
 
     @staticmethod
     def _shared_pages(found: Entry | None) -> dict[int, int]:

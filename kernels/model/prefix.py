@@ -16,6 +16,7 @@ memory is full; else it is forgotten. Whoever finds it brings it back.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -136,7 +137,7 @@ class PrefixIndex:
         self._entries: dict[bytes, Entry] = {}
         self._by_page: dict[int, Block] = {}
         self._clock = self._num_bytes = 0
-        self._moving = list[tuple[Block, int]]()
+        self._moving, self._lock = list[tuple[Block, int]](), threading.Lock()
         self._num_hits = self._num_misses = self._num_cached_tokens = self._num_prompt_tokens = self._num_loaded = 0
         self.is_short = False  # of room for what pages are wanted from
 
@@ -254,9 +255,16 @@ class PrefixIndex:
 
     def finish_moves(self) -> None:
         """Copies what is to be moved out of pages, before anybody writes into them: `give_way` only counts."""
-        for block, page in self._moving:
-            block.place = self._arena.read(page)
-        self._moving.clear()
+        with self._lock:  # what an ended life left behind may still be at it
+            while self._moving:
+                block, page = self._moving[0]
+                block.place = self._arena.read(page)
+                del self._moving[0]
+
+    def num_movable(self, but: Entry | None) -> int:
+        """Pages that `give_way` could free at most."""
+        kept = set[Block](but.blocks if but is not None else ())
+        return sum(self._arena.is_alone(page) and block not in kept for page, block in self._by_page.items())
 
     @staticmethod
     def _value(entry: Entry) -> tuple[int, int]:
@@ -286,6 +294,7 @@ class PrefixIndex:
 
     def snapshot(self, entry: Entry) -> Snapshot:
         """A copy of a checkpoint and all before it."""
+        self.finish_moves()
         rows = [self._arena.read(block.place) if isinstance(block.place, int) else block.place for block in entry.blocks]
         position = entry.checkpoint.position
         trunk, mtp = (np.concatenate(parts, axis=3)[:, :, :, :position] for parts in zip(*rows, strict=True))

@@ -49,6 +49,8 @@ LEFT_BEHIND_SECONDS = 3600.0
 ENDING = ".saving"
 #: A checkpoint's, of its key.
 NAME = re.compile(r"[0-9a-f]{72}\.safetensors")
+#: Of keys that did not tell their position: nobody asks for those.
+FORMER_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 BLOCK_BYTES = 2**20
 
 
@@ -189,7 +191,9 @@ class PrefixFolder:
                     status = path.stat()
                     if NAME.fullmatch(path.name) and stat.S_ISREG(status.st_mode):
                         found.append((status.st_mtime_ns, path.stem, status.st_size))
-                    elif path.name.endswith(ENDING) and time.time() - status.st_mtime > LEFT_BEHIND_SECONDS:
+                    elif FORMER_NAME.fullmatch(path.name) or (
+                        path.name.endswith(ENDING) and time.time() - status.st_mtime > LEFT_BEHIND_SECONDS
+                    ):
                         path.unlink()
         except (OSError, ValueError) as error:
             raise SavedSequenceError(f"{folder}: cannot be used: {error}") from error
@@ -250,7 +254,7 @@ class PrefixFolder:
                 try:
                     if entry.key not in self and prefixes.num_bytes(entry) + 4096 < self._max_bytes - sum(self._sizes.values()):
                         self._store(entry.key, prefixes.snapshot(entry))
-                except SavedSequenceError as error:
+                except (SavedSequenceError, MemoryError) as error:
                     logger.warning("checkpoints are forgotten: %s", error)
                     return
 

@@ -241,7 +241,7 @@ def test_the_converted_demo_model_says_the_same(tmp_path: Path) -> None:
     assert "5.3 million parameters, 71 BF16, 52 F32" in info(tmp_path / "m.gguf")
 
 
-def test_what_a_file_says_of_sampling_and_of_tokens_that_are_none(tmp_path: Path) -> None:
+def test_what_a_file_says_of_sampling_and_of_tokens_that_are_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "folder"
     shutil.copytree(SHIPPED["demo"], folder)
     sampling = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.05}
@@ -251,12 +251,16 @@ def test_what_a_file_says_of_sampling_and_of_tokens_that_are_none(tmp_path: Path
     assert Defaults.of_gguf(GgufFile(tmp_path / "m.gguf")) == Defaults.load(folder)
     assert Defaults.load(folder).sampling == sampling
     metadata = gguf_metadata(folder, 5000)  # there are more embeddings than tokens
-    write(tmp_path / "n.gguf", {**metadata, "general.sampling.temp": 0.5, "general.sampling.top_p": 7.0}, {})
+    write(
+        tmp_path / "n.gguf", {**metadata, "general.sampling.temp": 0.5, "general.sampling.top_p": 7.0, "general.sampling.top_k": 20.0}, {}
+    )
     padded, names = gguf_vocabulary(GgufFile(tmp_path / "n.gguf")), cast("list[str]", metadata["tokenizer.ggml.tokens"])
     assert padded is not None
     assert (len(names), names[-1], padded.size) == (5000, "[PAD4999]", folder_vocabulary(folder).size)
-    with pytest.raises(ModelFileError, match="top_p"):
-        Defaults.of_gguf(GgufFile(tmp_path / "n.gguf"))
+    assert Defaults.of_gguf(GgufFile(tmp_path / "n.gguf")).sampling == {"temperature": 0.5, "top_k": 20}
+    assert "top_p is left out: 7.0" in caplog.text
+    write(tmp_path / "o.gguf", {"general.sampling.temp": -1.0, "general.sampling.top_k": -1.0, "general.sampling.min_p": "x"}, {})
+    assert Defaults.of_gguf(GgufFile(tmp_path / "o.gguf")).sampling == {"temperature": 0, "top_k": 0}
 
 
 def test_positions_that_are_scaled_are_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from forerun.core.embeddings import Encoded
 from forerun.core.errors import InternalBug, LeaseLost, PositionLost
 from forerun.core.protocol import chunk_ends
 from forerun.core.vocabulary import Lease
-from forerun.kernels.model.memory import HiddenRows, MemoryParams, ModelMemory, SequencePool, alone
+from forerun.kernels.model.memory import Filling, HiddenRows, MemoryParams, ModelMemory, SequencePool, alone
 from forerun.kernels.model.pages import PAGE, Arena, KeyValues
 from forerun.kernels.model.prefix import Snapshot, keys
 from forerun.kernels.model.recurrent import STORES, StoreName
@@ -243,6 +243,50 @@ def test_a_salt_that_spells_tokens_finds_nobodys_prefix() -> None:
     for is_by_chunks in (True, False):
         found = {key for _, key in keys(theirs, (19, 64, 80), "", is_by_chunks=is_by_chunks)}
         assert not found & {key for _, key in keys(mine, (64,), salt, is_by_chunks=is_by_chunks)}
+
+
+def test_what_an_ended_life_left_behind_fills_nobody_elses_pages() -> None:
+    pool = SequencePool(FakeMaker(), MemoryParams(2, 4, 10_000, "log"))
+    tokens = (1,) * 100
+
+    def lease() -> tuple[Lease, Filling]:
+        found = pool.lease("x", Encoded(tokens), (64, 100), 120, 1)
+        assert found is not None
+        return found
+
+    first, filling = lease()
+    filling.do()
+    FakeTarget().prefill(Rows(pool[first.number], 0, tokens[:64]), False)
+    pool[first.number].keep()
+    pool.publish(first.number, tokens, (64, 100))
+    pool.release(first.number)
+    second, left = lease()
+    assert second.num_cached == 64
+    assert left.num_bytes > 0
+    pool.reset()
+    third, filling = lease()
+    filling.do()
+    before = pool[third.number].trunk.arrays.copy()
+    left.do()
+    assert (pool[third.number].trunk.arrays == before).all()
+    pool.check_integrity()
+
+
+def test_what_is_still_to_be_moved_out_is_read_from_its_page() -> None:
+    pool = SequencePool(FakeMaker(), MemoryParams(2, 3, 10_000, "log"))
+    tokens = (1,) * 100
+    found = pool.lease("x", Encoded(tokens), (64, 100), 120, 1)
+    assert found is not None
+    FakeTarget().prefill(Rows(pool[found[0].number], 0, tokens[:64]), False)
+    pool[found[0].number].keep()
+    pool.publish(found[0].number, tokens, (64, 100))
+    pool.release(found[0].number)
+    (entry,) = pool.prefixes.entries
+    wanted = pool.prefixes.snapshot(entry)
+    assert pool.lease("y", Encoded((2,) * 150), (64, 128, 150), 180, 1) is not None  # all three pages
+    assert pool.prefixes.num_moving == 1
+    np.testing.assert_array_equal(pool.prefixes.snapshot(entry).trunk, wanted.trunk)
+    assert pool.lease("z", Encoded((3,) * 10), (10,), 20, 1) is None  # and nothing is moved for nothing
 
 
 def test_a_new_life_does_not_need_room_for_two() -> None:

@@ -92,7 +92,7 @@ class FakeMemory(SequenceMemory):
         self.first, self.states = 0, [0]
         self.begun: tuple[int, list[int]] | None = None  # both, of a verify that nobody has heard of yet
         self.hidden = HiddenRows(2, 2 * CHUNK + max_rows + 1)
-        self.max_checkpoint_bytes = 0
+        self.max_checkpoint_bytes = self.checkpoint_share = 0
         self.checkpoints = []
         self.frozen = None
 
@@ -274,6 +274,7 @@ class FakeModel:
     hidden: int = 2
     has_mtp: bool = True
     fingerprint: str = "f" * 64
+    instructions: str = ""
     marker: Callable[[], Mark] | None = None  # of a device that computes beside whoever began it
     is_like_steps: bool = False
 

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from anyio.lowlevel import checkpoint
 from forerun.actors.drafting import Drafting
+from forerun.actors.sequence import MAX_CONVICTED
 from forerun.core.actor import Threads
 from forerun.core.begun import Begun
 from forerun.core.errors import InternalBug
 from forerun.core.outbox import CAPACITY, MERGED_TOKENS
+from forerun.kernels.model.memory import SequenceMemory
 from forerun.kernels.model.mtp import HeadBase
 from forerun.kernels.model.trunk import TrunkBase
 
@@ -371,14 +373,55 @@ async def test_what_nobody_foresaw_fails_its_request_alone(model: str, monkeypat
         assert len(stream.result.token_ids) == 900
 
 
+async def test_a_bug_in_giving_back_is_no_requests_matter(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(forerun.EngineDead):
+        async with forerun.open_engine(model) as engine:
+            monkeypatch.setattr("forerun.actors.drafting.Drafting.forget", fail)
+            with pytest.raises(forerun.EngineDead):
+                await engine.complete(prompt(10), max_tokens=20)
+            assert engine.tree.pool.num_used == 0  # it was given back all the same
+
+
+async def test_an_answer_that_is_whole_stays_so_whatever_keeping_it_takes(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    freeze, checkpoint = TrunkBase.freeze, SequenceMemory.checkpoint
+
+    def slow(*args: Any, **how: Any) -> None:
+        time.sleep(0.4)
+        freeze(*args, **how)
+
+    def a_second(*_: object) -> float:
+        return 1.0
+
+    def full(memory: SequenceMemory) -> Any:
+        raise MemoryError
+
+    async with forerun.open_engine(model) as engine:
+        wanted = await engine.complete(prompt(10), max_tokens=30, ignore_eos=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(TrunkBase, "freeze", slow)
+            patch.setattr(TrunkBase, "seconds", a_second)  # in a thread
+            found = await engine.complete(prompt(10), max_tokens=30, ignore_eos=True, timeout_seconds=0.35)
+        assert (found.token_ids, found.finish_reason) == (wanted.token_ids, wanted.finish_reason)
+        monkeypatch.setattr(SequenceMemory, "checkpoint", full)
+        assert (await engine.complete(prompt(10), max_tokens=30, ignore_eos=True)).token_ids == wanted.token_ids
+        assert engine.statistics().actors["target decoder"].num_restarts == 0
+        monkeypatch.setattr(SequenceMemory, "checkpoint", checkpoint)
+
+
 async def test_too_many_deaths_end_the_engine(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     Poison(monkeypatch)
     with pytest.raises(forerun.EngineDead) as caught:
         async with forerun.open_engine(model, spec_type="none") as engine:
-            with pytest.raises(forerun.RequestFailed):
-                await engine.complete([98, 1, 2], max_tokens=5)
-            with anyio.fail_after(10), pytest.raises(forerun.EngineDead):
-                await engine.complete([98, 1, 2], max_tokens=5)
+            num_failed = 0
+            with anyio.fail_after(20), pytest.raises(forerun.EngineDead):
+                while True:
+                    with pytest.raises(forerun.RequestFailed):
+                        await engine.complete([98, 1, 2], max_tokens=5)
+                    num_failed += 1
+            assert num_failed >= MAX_CONVICTED
             assert engine.statistics().num_slots_used == 0
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 

@@ -105,7 +105,7 @@ async def test_every_message_of_a_request_has_a_span_and_its_rounds_tie_them_tog
         by_message.setdefault(span.message, []).append(span)
     num_rounds = result.speculation.num_rounds
     assert {name: len(found) for name, found in by_message.items() if name not in ("Propose", "Commit", "Delta")} == {
-        "Encode": 1, "Admit": 1, "Prefill": 2, "Observe": 4, "Verify": num_rounds, "Forget": 3, "Release": 1, "Publish": 2, "Freeze": 1,
+        "Encode": 1, "Admit": 1, "Prefill": 2, "Observe": 5, "Verify": num_rounds, "Forget": 3, "Release": 1, "Publish": 2, "Freeze": 1,
     }  # fmt: skip
     # A drafter hears with a question what stands since the last one; who learns for others hears the rest at the end.
     for drafter in ("ngram-suffix drafter", "MTP drafter"):
