@@ -182,7 +182,7 @@ class MtpDrafter(Actor):
             raise InternalBug(f"tokens at {position}, but {end} are known")
         behind += tokens[end - position :]
         # A round's few tokens wait for the next draft, to share its pass; a chunk's hidden rows do not last.
-        if (is_chunk or len(behind) >= CHUNK) and (rows := self._catch_up(lease, position + len(tokens), ())) is not None:
+        if behind and (is_chunk or len(behind) >= CHUNK) and (rows := self._catch_up(lease, position + len(tokens), ())) is not None:
             num_marked = min(NUM_MARKED, len(rows.tokens) - 1) if choosing is not None else 0
             how = self._drafts.how(choosing) if choosing is not None else GREEDY
             return await self.compute(lambda: self._drafts.head.mark(rows, num_marked, how), self._drafts.head.seconds(len(rows.tokens)))
