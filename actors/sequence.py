@@ -420,9 +420,8 @@ class Sequence:
                     raise InternalBug(f"the lease of {self._request.request_id} cannot be given back") from error
                 finally:
                     await self._publish_answer()
-                    with suppress(
-                        ForerunError
-                    ):  # memory that has stopped lends nothing; of a former life's leases it wants to know nothing
+                    # Memory that has stopped lends nothing; of a former life's leases it wants to know nothing.
+                    with suppress(ForerunError):
                         await self._to.memory.ask(Release(self._flow, self._held))
                     self._lease = None
 

@@ -55,7 +55,7 @@ def test_command_lines(line: str) -> None:
 
 def test_the_example_in_another_language(tmp_path: Path) -> None:
     (code,) = (code for language, code in BLOCKS if language == "js")
-    packages = re.search(r"`(npm install [^`]*)`", README.read_text())
+    packages = re.search(r"`(npm\s+install\s[^`]*)`", README.read_text())
     assert packages is not None
     impatient = ("--fetch-retries=0", "--fetch-timeout=20000")
     try:

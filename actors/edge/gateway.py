@@ -8,6 +8,7 @@ import logging
 import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import aclosing, contextmanager
+from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -34,6 +35,8 @@ from .words import Words
 logger = logging.getLogger("forerun")
 
 T = TypeVar("T")
+#: of which answer to a call, and a piece of it
+Piece = tuple[int, Started | Delta | Result]
 
 #: gRPC status name -> HTTP status, and OpenAI's type of error
 HTTP = {
@@ -231,22 +234,27 @@ class Gateway:
             raise InvalidRequest([("body", "must be JSON")]) from None
         wanted = asked(body, is_chat)
         engine, request_id = self._served.begin(), self._served.new_id()
-        wanted.options["request_id"] = request.state.request_id = request_id
-        words = Words(wanted, request_id, self._served.model_name, engine.model.vocabulary)
-        reader = HttpReader(self._served, request.headers, self._params.stall_seconds)
+        request.state.request_id = request_id
+        num_choices = len(wanted.prompts) * wanted.number
+        words = [Words(wanted, request_id, i, self._served.model_name, engine.model.vocabulary) for i in range(num_choices)]
+        readers = [HttpReader(self._served, request.headers, self._params.stall_seconds) for _ in words]
 
-        async def work() -> None:
+        async def work(i: int) -> None:
+            options = wanted.options.copy()
+            options["request_id"] = f"{request_id}-{i}" if i else request_id
+            if isinstance(seed := options.get("seed"), int):  # anything else is refused as it is
+                options["seed"] = seed + i % wanted.number
             try:
-                prompt = self._served.told(wanted.prompt)
+                prompt = self._served.told(wanted.prompts[i // wanted.number])
                 if wanted.must_call is not None and isinstance(prompt, Chat):
                     prompt = check_chat(prompt)
                     tools = [tool for tool in prompt.tools if wanted.must_call in ("", tool["function"]["name"])]
-                    wanted.options["grammar"] = call_grammar(tools, engine.model.vocabulary)
-                await self._served.relay(engine.generate(prompt, **wanted.options), reader)
+                    options["grammar"] = call_grammar(tools, engine.model.vocabulary)
+                await self._served.relay(engine.generate(prompt, **options), readers[i])
             except InvalidRequest as error:
                 raise with_names(error, wanted) from None
 
-        pieces = self._pieces(reader, work)
+        pieces = _together([self._pieces(reader, partial(work, i)) for i, reader in enumerate(readers)])
         gone = asyncio.create_task(_disconnected(request))
         try:
             # Errors of the request are its status, while that can still be said.
@@ -255,8 +263,8 @@ class Gateway:
                 events = _events(words, wanted, first, pieces)
                 return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
             async with aclosing(pieces):
-                result = await _unless(gone, _last(words, first, pieces)) if first is not None else None
-                return JSONResponse(words.whole(result)) if result is not None else _gone()
+                whole = await _unless(gone, _whole(words, first, pieces)) if first is not None else None
+                return JSONResponse(whole) if whole is not None else _gone()
         finally:
             gone.cancel()
             await ended(gone)
@@ -275,15 +283,53 @@ class Gateway:
             reader.pieces.close()
 
 
-async def _last(words: Words, first: Started | Delta | Result, pieces: AsyncGenerator[Started | Delta | Result]) -> Result:
-    if isinstance(first, Result):
-        return first
-    if isinstance(first, Started):
-        words.started(first)
-    async for piece in pieces:
-        if isinstance(piece, Result):
-            return piece
-    raise AssertionError("an answer ends with its result")
+async def _together(several: list[AsyncGenerator[Started | Delta | Result]]) -> AsyncGenerator[Piece]:
+    """The pieces of several answers as they come, with the numbers of theirs, until all have ended or one has failed."""
+    if len(several) == 1:
+        async with aclosing(several[0]) as pieces:
+            async for piece in pieces:
+                yield 0, piece
+        return
+    queue = asyncio.Queue[tuple[int, Started | Delta | Result | Exception | None]](1)
+
+    async def hear(i: int, pieces: AsyncGenerator[Started | Delta | Result]) -> None:
+        try:
+            async with aclosing(pieces):
+                async for piece in pieces:
+                    await queue.put((i, piece))
+            await queue.put((i, None))
+        except Exception as error:
+            await queue.put((i, error))
+
+    hearing, num_left = [asyncio.create_task(hear(i, pieces)) for i, pieces in enumerate(several)], len(several)
+    try:
+        while num_left:
+            i, piece = await queue.get()
+            if isinstance(piece, Exception):
+                raise piece
+            if piece is None:
+                num_left -= 1
+            else:
+                yield i, piece
+    finally:
+        for task in hearing:
+            task.cancel()
+        for task in hearing:
+            await ended(task)
+
+
+async def _whole(words: list[Words], first: Piece, pieces: AsyncGenerator[Piece]) -> dict[str, Any]:
+    results: dict[int, Result] = {}
+    piece: Piece | None = first
+    while piece is not None:
+        i, told = piece
+        if isinstance(told, Started):
+            words[i].started(told)
+        elif isinstance(told, Result):
+            results[i] = told
+        piece = await anext(pieces, None)
+    several = [results[i] for i in range(len(words))]
+    return words[0].whole([each.choice(result) for each, result in zip(words, several, strict=True)], several)
 
 
 async def _unless(gone: asyncio.Task[None], work: Awaitable[T]) -> T | None:
@@ -310,28 +356,29 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _events(
-    words: Words, wanted: Asked, first: Started | Delta | Result, pieces: AsyncGenerator[Started | Delta | Result]
-) -> AsyncGenerator[str]:
+async def _events(words: list[Words], wanted: Asked, first: Piece, pieces: AsyncGenerator[Piece]) -> AsyncGenerator[str]:
     """Server-sent events."""
     async with aclosing(pieces):
-        for each in words.first():
+        for each in [each for one in words for each in one.first()]:
             yield _event(each)
+        results: dict[int, Result] = {}
         try:
-            piece: Started | Delta | Result | None = first
+            piece: Piece | None = first
             while piece is not None:
-                if isinstance(piece, Started):
-                    words.started(piece)
-                elif isinstance(piece, Delta):
-                    for each in words.delta(piece):
+                i, told = piece
+                if isinstance(told, Started):
+                    words[i].started(told)
+                elif isinstance(told, Delta):
+                    for each in words[i].delta(told):
                         yield _event(each)
                 else:
-                    for each in words.last(piece):
+                    results[i] = told
+                    for each in words[i].last(told):
                         yield _event(each)
-                    if wanted.wants_usage:
-                        yield _event(words.usage(piece))
-                    yield "data: [DONE]\n\n"
                 piece = await anext(pieces, None)
+            if wanted.wants_usage:
+                yield _event(words[0].usage([results[i] for i in range(len(words))]))
+            yield "data: [DONE]\n\n"
         except ForerunError as error:
             yield _event(_error_body(*_said(status_of(error), error)))
         except Exception:

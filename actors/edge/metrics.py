@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 from ...core.vocabulary import Delta, Result, Started
 from .served import Served
 from .statuses import Starting
+from .words import REASONS
 
 PREFIX = "forerun:"
 #: Upper bounds in seconds.
@@ -74,7 +75,7 @@ class Metrics(Collector):
     def finished(self, result: Result, seconds: float) -> None:
         model = self._served.model_name
         self._request.observe(seconds)
-        self._ended.labels(model, result.finish_reason.value).inc()
+        self._ended.labels(model, REASONS[result.finish_reason]).inc()
         for name, each in result.speculation.drafters.items():
             self._drafts.labels(model, name).inc(each.num_drafts)
             self._draft_tokens.labels(model, name).inc(each.num_draft_tokens)

@@ -19,7 +19,7 @@ SAME = ("temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "f
 IGNORED = ("model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "stream", "stream_options")
 #: fields that are refused unless they have one of these values, since another would not be heeded
 ONLY: dict[str, tuple[Any, ...]] = {
-    "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "functions": ([],),
+    "best_of": (1,), "echo": (False,), "suffix": ("",), "functions": ([],),
     "function_call": ("none", "auto"), "skip_special_tokens": (True,),
     "cache_prompt": (True,), "min_tokens": (0,), "modalities": (["text"],),
 }  # fmt: skip
@@ -39,13 +39,16 @@ CHAT = (
 MESSAGE = ("reasoning_content", "tool_calls", "tool_call_id", "name")
 #: fields that may be -1, for what is so unless it is said
 UNLIMITED = ("max_tokens", "max_completion_tokens", "top_k", "seed")
+#: answers that one call may have: as many as its prompts, `n` times
+MAX_CHOICES = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request as it was understood. `wants_usage`: a stream ends with what it took."""
+    """A request as it was understood: `number` answers to each of `prompts`. `wants_usage`: a stream ends with what it took."""
 
-    prompt: Prompt
+    prompts: tuple[Prompt, ...]
+    number: int
     options: Options
     is_chat: bool
     is_streamed: bool
@@ -64,7 +67,7 @@ def asked(body: object, is_chat: bool) -> Asked:
     }
     options: dict[str, Any] = {name: fields[name] for name in SAME if name in fields}
     own = CHAT if is_chat else ("prompt",)
-    known = {*SAME, *IGNORED, *own, "max_tokens", "logprobs", "logit_bias", "stop_token_ids"}
+    known = {*SAME, *IGNORED, *own, "n", "max_tokens", "logprobs", "logit_bias", "stop_token_ids"}
     violations = [
         (name[:100], "is not supported" + (" with this value" if name in ONLY else ""))
         for name in fields.keys() - known
@@ -87,10 +90,14 @@ def asked(body: object, is_chat: bool) -> Asked:
         violations.append(("stop", "must be a text, or a list of texts"))
     must_call: str | None = None
     if is_chat:
-        prompt, must_call = _chat(fields, options, names, violations)
+        chat, must_call = _chat(fields, options, names, violations)
+        prompts: tuple[Prompt, ...] = (chat,)
     else:
         options["num_logprobs"] = fields.get("logprobs")
-        prompt = _prompt(fields.get("prompt"), violations)
+        prompts = _prompts(fields.get("prompt"), violations)
+    number = fields.get("n", 1)
+    if type(number) is not int or not 1 <= number * len(prompts) <= MAX_CHOICES:
+        violations.append(("n", f"must be a whole number from 1 on, and with so many prompts at most {MAX_CHOICES} answers"))
     streaming = fields.get("stream_options", {})
     if not isinstance(streaming, dict):
         violations.append(("stream_options", "must be an object"))
@@ -99,7 +106,7 @@ def asked(body: object, is_chat: bool) -> Asked:
         raise InvalidRequest(sorted(violations))
     most_calls = 1 if fields.get("parallel_tool_calls") is False else None
     wants_usage = cast("dict[str, Any]", streaming).get("include_usage") is True
-    return Asked(prompt, cast(Options, options), is_chat, bool(fields.get("stream")), wants_usage, most_calls, must_call, names)
+    return Asked(prompts, number, cast(Options, options), is_chat, bool(fields.get("stream")), wants_usage, most_calls, must_call, names)
 
 
 def _chat(
@@ -202,16 +209,14 @@ def _text_part(part: Any) -> str | None:
     return text if fields.get("type") == "text" and isinstance(text, str) else None
 
 
-def _prompt(given: object, violations: list[tuple[str, str]]) -> Prompt:
+def _prompts(given: object, violations: list[tuple[str, str]]) -> tuple[Prompt, ...]:
+    if isinstance(given, str):
+        return (given,)
     if isinstance(given, list):
         several = cast("list[Any]", given)
         if not any(isinstance(each, str | list) for each in several):
-            return several
-        if len(several) == 1:
-            return cast(Prompt, several[0])
-        violations.append(("prompt", "must be one; ask for several in calls of their own"))
-        return []
-    if not isinstance(given, str):
-        violations.append(("prompt", "must be one text, or one list of token ids"))
-        return []
-    return given
+            return (several,)
+        if all(isinstance(each, str | list) for each in several):
+            return tuple(several)
+    violations.append(("prompt", "must be a text, a list of token ids, or a list of such"))
+    return ([],)

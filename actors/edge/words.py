@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -17,10 +18,10 @@ REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReaso
 
 
 class Words:
-    """Makes the answers to one request."""
+    """Makes what is said of one of the answers to a call, the `index`-th."""
 
-    def __init__(self, asked: Asked, request_id: str, model_name: str, vocabulary: Vocabulary | None) -> None:
-        self._asked, self._request_id, self._vocabulary = asked, request_id, vocabulary
+    def __init__(self, asked: Asked, request_id: str, index: int, model_name: str, vocabulary: Vocabulary | None) -> None:
+        self._asked, self._request_id, self._index, self._vocabulary = asked, request_id, index, vocabulary
         kind = "chat.completion" if asked.is_chat else "text_completion"
         self._head = {"id": ("chatcmpl-" if asked.is_chat else "cmpl-") + request_id, "created": int(time.time()), "model": model_name}
         self._whole, self._chunk = {**self._head, "object": kind}, {**self._head, "object": kind + (".chunk" if asked.is_chat else "")}
@@ -30,8 +31,8 @@ class Words:
 
     def started(self, started: Started) -> None:
         """It has memory. Comes first, if at all."""
-        if isinstance(self._asked.prompt, Chat):
-            self._reply = ReplyParser(self._asked.prompt.tools, started.opens_reasoning, self._asked.most_calls)
+        if isinstance(chat := self._asked.prompts[0], Chat):
+            self._reply = ReplyParser(chat.tools, started.opens_reasoning, self._asked.most_calls)
 
     def first(self) -> list[dict[str, Any]]:
         """What a stream begins with."""
@@ -49,12 +50,17 @@ class Words:
             told.append(self._piece({}, None, self._taken()))
         return [*told, self._piece({}, "", None, self._reason(result))]
 
-    def usage(self, result: Result) -> dict[str, Any]:
-        """What a stream ends with if that was wanted."""
-        return {**self._chunk, "choices": [], "usage": self._usage(result)}
+    def usage(self, results: Sequence[Result]) -> dict[str, Any]:
+        """What a stream of all `results` ends with if that was wanted."""
+        return {**self._chunk, "choices": [], "usage": self._usage(results)}
 
-    def whole(self, result: Result) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": 0, "logprobs": self._logprobs(result.token_ids, result.logprobs)}
+    def whole(self, choices: Sequence[dict[str, Any]], results: Sequence[Result]) -> dict[str, Any]:
+        """The answer to a call, of all its choices."""
+        return {**self._whole, "choices": choices, "usage": self._usage(results)}
+
+    def choice(self, result: Result) -> dict[str, Any]:
+        """Of an answer that was not told in pieces."""
+        choice: dict[str, Any] = {"index": self._index, "logprobs": self._logprobs(result.token_ids, result.logprobs)}
         if self._asked.is_chat:
             self._reply.push(result.text)
             self._reply.end()
@@ -63,7 +69,7 @@ class Words:
             choice["message"] = {**message, "refusal": None} | ({"content": None} if is_silent else {})
         else:
             choice["text"] = result.text
-        return {**self._whole, "choices": [choice | {"finish_reason": self._reason(result)}], "usage": self._usage(result)}
+        return choice | {"finish_reason": self._reason(result)}
 
     def _reason(self, result: Result) -> str:
         reason = REASONS[result.finish_reason]
@@ -85,7 +91,7 @@ class Words:
                 return {"tool_calls": [{"index": piece.index, "function": {"arguments": piece.text}}]}
 
     def _call_id(self, index: int) -> str:
-        return f"call_{self._request_id}_{index}"
+        return f"call_{self._request_id}_{f'{self._index}_' if self._index else ''}{index}"
 
     def _taken(self) -> dict[str, Any] | None:
         """The log probabilities that have not been told."""
@@ -93,19 +99,21 @@ class Words:
         return self._logprobs(tuple(token for token, _ in untold), tuple(each for _, each in untold))
 
     def _piece(self, delta: dict[str, Any], text: str | None, logprobs: Any, reason: str | None = None) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": 0, "finish_reason": reason, "logprobs": logprobs}
+        choice: dict[str, Any] = {"index": self._index, "finish_reason": reason, "logprobs": logprobs}
         choice |= {"delta": delta} if self._asked.is_chat else {"text": text}
         return {**self._chunk, "choices": [choice]} | ({"usage": None} if self._asked.wants_usage else {})
 
-    @staticmethod
-    def _usage(result: Result) -> dict[str, Any]:
-        usage, drafters = result.usage, result.speculation.drafters.values()
+    def _usage(self, results: Sequence[Result]) -> dict[str, Any]:
+        """Of all answers to a call; each prompt counts once."""
+        drafters = [each for result in results for each in result.speculation.drafters.values()]
         accepted, drafted = sum(each.num_accepted_tokens for each in drafters), sum(each.num_draft_tokens for each in drafters)
+        num_prompt = sum(result.usage.num_prompt_tokens for result in results[:: self._asked.number])
+        num_completion = sum(result.usage.num_completion_tokens for result in results)
         return {
-            "prompt_tokens": usage.num_prompt_tokens,
-            "completion_tokens": usage.num_completion_tokens,
-            "total_tokens": usage.num_prompt_tokens + usage.num_completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": usage.num_cached_tokens},
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_completion,
+            "total_tokens": num_prompt + num_completion,
+            "prompt_tokens_details": {"cached_tokens": sum(result.usage.num_cached_tokens for result in results[:: self._asked.number])},
             "completion_tokens_details": {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": drafted - accepted},
         }
 

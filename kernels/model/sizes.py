@@ -65,7 +65,7 @@ PUBLISHED = {
 
 def table() -> str:
     """MiB of one sequence, as a Markdown table."""
-    lines = ["| model | rows | one state | log, besides | snapshots, besides | a page |", "|---|---|---|---|---|---|"]
+    lines = ["| model | rows | one state | rollback log | snapshots | a page |", "|---|---|---|---|---|---|"]
     for name, config in PUBLISHED.items():
         for rows in (3, 64):
             log, snapshots = (memory_sizes(config, rows, store) for store in ("log", "snapshots"))

@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import aclosing
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import forerun
@@ -92,7 +92,8 @@ async def test_completions(server: Server) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
-        ({"n": 2}, "n"),
+        ({"n": 129}, "n"),
+        ({"n": 1.5}, "n"),
         ({"tools": [{"type": "function"}]}, "tools[0]"),
         ({"tools": "all"}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
@@ -125,11 +126,46 @@ def test_what_cannot_be_is_said_in_openais_words(server: Server, fields: dict[st
     assert (answer["error"]["type"], answer["error"]["param"]) == ("invalid_request_error", param)
 
 
-@pytest.mark.parametrize("prompts", [["a", "b"], [[1, 2], [3, 4]]])
-def test_one_prompt_a_call(server: Server, prompts: Any) -> None:
-    body = json.dumps({"model": "demo", "prompt": prompts}).encode()
-    status, _, answer = post(f"{server.http}/v1/completions", body, content_type="application/json")
-    assert (status, answer["error"]["param"]) == (400, "prompt")
+NO_PROMPTS: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": ["a", 1]}, "prompt"), ({"prompt": None}, "prompt"), ({"prompt": ["a", []]}, "prompt"), ({"prompt": "a", "n": 0}, "n"),
+    ({"prompt": ["a"] * 65, "n": 2}, "n"), ({"prompt": ["a", "b"], "seed": "x"}, "seed"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "param"), NO_PROMPTS)
+def test_prompts_that_are_none(server: Server, fields: Any, param: str) -> None:
+    status, _, answer = post(f"{server.http}/v1/completions", json.dumps(fields).encode(), content_type="application/json")
+    assert (status, answer["error"]["param"]) == (400, param)
+
+
+async def test_several_answers_to_several_prompts(server: Server) -> None:
+    how: Any = {"model": "demo", "max_tokens": 30, "temperature": 0.9, "seed": 3, "extra_body": {"ignore_eos": True}}
+    prompts, seeds = ["def walk(", "import "], (3, 4, 5)
+    async with forerun.open_engine("demo") as engine:
+        expected = [
+            (await engine.complete(prompt, max_tokens=30, temperature=0.9, seed=seed, ignore_eos=True)).text
+            for prompt in prompts
+            for seed in seeds
+        ]
+        num_prompt = [len(await engine.tokenize(prompt)) for prompt in prompts]
+        chats = [(await engine.complete(PLAIN, max_tokens=30, temperature=0.9, seed=seed, ignore_eos=True)).text for seed in seeds]
+    async with client_of(server, "x") as client:
+        whole = await client.completions.create(prompt=prompts, n=3, **how)
+        assert [choice.text for choice in whole.choices] == expected
+        assert [choice.index for choice in whole.choices] == [*range(6)]
+        assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (sum(num_prompt), 180)
+        texts, usage = dict.fromkeys(range(6), ""), cast("Any", None)
+        stream = await client.completions.create(prompt=prompts, n=3, stream=True, stream_options={"include_usage": True}, **how)
+        async with stream, aclosing(aiter(stream)) as chunks:
+            async for chunk in chunks:
+                for choice in chunk.choices:
+                    texts[choice.index] += choice.text
+                usage = chunk.usage
+        assert [*texts.values()] == expected
+        assert usage.completion_tokens == 180
+        chat = await client.chat.completions.create(messages=PLAIN, n=3, **how)
+        assert [choice.message.content for choice in chat.choices] == chats
+        assert len({choice.index for choice in chat.choices}) == 3
 
 
 def test_every_violation_is_told(server: Server) -> None:
