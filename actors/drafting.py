@@ -56,7 +56,7 @@ NOTHING = Plan((), 0.0)
 
 class Drafting:
     """The drafters of one sequence. `computed`: callable that gives the committed tokens from a position on; `overlap`: whether drafters
-    work concurrently; `keeps_answers`: whether others go on from the answer, with the head's rows in it."""
+    work concurrently."""
 
     def __init__(
         self,
@@ -68,12 +68,10 @@ class Drafting:
         trace: Trace,
         overlap: bool,
         computed: Callable[[int], tuple[int, ...]],
-        *,
-        keeps_answers: bool = False,
     ) -> None:
         self._drafters: dict[DrafterName, _Drafter] = {name: _Drafter(mailbox, mailbox.life) for name, mailbox in mailboxes.items()}
         self._params, self._experience, self._salt, self._trace, self._overlap = params, experience, salt, trace, overlap
-        self._computed, self._keeps_answers = computed, keeps_answers
+        self._computed = computed
         # How tokens that the head catches up on were chosen; acceptance that is made up says nothing of the head.
         self._marked = None if params.synth_rates or params.choose == "first" else Choosing(sampling)
         self._is_first_best = params.choose == "first"
@@ -330,11 +328,10 @@ class Drafting:
             await self._hear_marks()
         told = list[int]()
         for name, drafter in self._drafters.items():
-            is_idle = name != HEAD or self._is_resting  # else others draft, and the head does what it can when it is asked
-            if not is_idle and not self._keeps_answers:
+            if name == HEAD and not self._is_resting:  # others draft: it would learn for nothing, and does what it can when it is asked
                 continue
             if drafter.num_told is not None and position - drafter.num_told >= self._told_after:
-                wants_marks = name == HEAD and self._is_resting and self._chooser.wants_marks()
+                wants_marks = name == HEAD and self._chooser.wants_marks()
                 await self._tell(drafter, flow, lease, self._marked if wants_marks else None)
             if drafter.num_told is not None:
                 told.append(drafter.num_told)
@@ -356,7 +353,8 @@ class Drafting:
                 await self._hear_marks(is_late=not self._overlap)
 
     async def complete(self, flow: Flow, lease: int) -> None:
-        """Tells the head all that it has not been told, so that whoever goes on from here has its rows."""
+        """Tells the head all that it has not been told, so that whoever goes on from here has its newest rows. Where others drafted for
+        long, hidden rows are gone, and some of its rows with them: somewhat worse drafts."""
         head = self._drafters.get(HEAD)
         if head is not None and (position := head.num_told) is not None and (tokens := self._computed(position)):
             head.num_told = position + len(tokens)

@@ -163,7 +163,6 @@ class Sequence:
             self._trace,
             self._overlap,
             self.protocol.computed,
-            keeps_answers=surroundings.keeps_answers,
         )
         self._plain_choosing, self._limits = Choosing(request.sampling, None, request.num_logprobs), limits
         self._num_cached = 0
