@@ -92,7 +92,11 @@ def _metadata(folder: Path, c: ModelConfig, has_mtp: bool, file_type: int) -> di
             "expert_shared_feed_forward_length": c.moe.shared_intermediate,
         }  # fmt: skip
     defaults = Defaults.load(folder)
-    stops = zip(("eos", "eot", "eom"), sorted(defaults.stop_ids), strict=False)
+    stops = dict(zip(("eos", "eot", "eom"), sorted(defaults.stop_ids), strict=False))
+    if len(stops) < len(defaults.stop_ids):
+        raise ModelFileError(
+            f"{folder}: {len(defaults.stop_ids)} tokens end a text, GGUF has room for {len(stops)}: eos_token_id in its JSON files"
+        )
     return {
         "general.architecture": architecture,
         "general.name": folder.name,
@@ -101,7 +105,7 @@ def _metadata(folder: Path, c: ModelConfig, has_mtp: bool, file_type: int) -> di
         **{f"{architecture}.{key}": value for key, value in sizes.items()},
         **gguf_metadata(folder, c.vocabulary),
         **defaults.gguf_metadata(),
-        **{f"tokenizer.ggml.{name}_token_id": token for name, token in stops},
+        **{f"tokenizer.ggml.{name}_token_id": token for name, token in stops.items()},
         "tokenizer.ggml.add_bos_token": False,
     }
 

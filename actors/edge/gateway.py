@@ -9,7 +9,7 @@ import ssl
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import aclosing, contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 import anyio
@@ -100,6 +100,8 @@ class Gateway:
             routes=[
                 Route("/v1/chat/completions", self._guarded(lambda request: self._complete(request, is_chat=True)), methods=["POST"]),
                 Route("/v1/completions", self._guarded(lambda request: self._complete(request, is_chat=False)), methods=["POST"]),
+                Route("/tokenize", self._guarded(self._tokenize), methods=["POST"]),
+                Route("/detokenize", self._guarded(self._detokenize), methods=["POST"]),
                 Route("/v1/models", self._guarded(self._models)),
                 Route("/v1/models/{name:path}", self._guarded(self._model)),
                 Route("/metrics", self._guarded(self._show_metrics)),
@@ -216,22 +218,59 @@ class Gateway:
             return _error(404, "invalid_request_error", "needs prometheus-client, of the extra `metrics`", "not_found")
         return Response(self._metrics(), media_type="text/plain; version=0.0.4")
 
-    async def _complete(self, request: Request, is_chat: bool) -> Response:
+    async def _body(self, request: Request) -> tuple[Any, Response | None]:
+        """The JSON of a request, or why it is refused. InvalidRequest when it is none."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            return _error(415, "invalid_request_error", "the Content-Type must be application/json", "unsupported_media_type")
+            return None, _error(415, "invalid_request_error", "the Content-Type must be application/json", "unsupported_media_type")
         raw = bytearray()
         try:
             async with asyncio.timeout(self._params.stall_seconds):
                 async for part in request.stream():
                     raw += part
                     if len(raw) > self._params.message_bytes:
-                        return _error(413, "invalid_request_error", f"more than {self._params.message_bytes} bytes", "too_large")
+                        return None, _error(413, "invalid_request_error", f"more than {self._params.message_bytes} bytes", "too_large")
         except TimeoutError:
-            return _error(408, "invalid_request_error", "the body did not come", "timeout")
+            return None, _error(408, "invalid_request_error", "the body did not come", "timeout")
         try:
-            body = json.loads(raw)
+            return json.loads(raw), None
         except (ValueError, RecursionError):
             raise InvalidRequest([("body", "must be JSON")]) from None
+
+    # As vLLM's and llama-server's, which have it under the same names, but for the text's.
+
+    async def _tokenize(self, request: Request) -> Response:
+        body, refusal = await self._body(request)
+        if refusal is not None:
+            return refusal
+        fields: dict[str, Any] = cast("dict[str, Any]", body) if isinstance(body, dict) else {}
+        if is_chat := "messages" in fields:
+            given = {name: fields[name] for name in ("messages", "tools", "chat_template_kwargs") if name in fields}
+        else:
+            given = {"prompt": fields.get("prompt", fields.get("content"))}
+        engine, wanted = self._served.begin(), asked(given, is_chat)
+        try:
+            tokens = await self._served.home.enter(partial(engine.tokenize, self._served.told(wanted.prompts[0])))
+        except InvalidRequest as error:
+            raise with_names(error, wanted) from None
+        return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": engine.model.context})
+
+    async def _detokenize(self, request: Request) -> Response:
+        body, refusal = await self._body(request)
+        if refusal is not None:
+            return refusal
+        tokens: Any = cast("dict[str, Any]", body).get("tokens") if isinstance(body, dict) else None
+        if not isinstance(tokens, list) or not all(type(token) is int for token in cast("list[Any]", tokens)):
+            raise InvalidRequest([("tokens", "must be a list of token ids")])
+        try:
+            text = await self._served.home.enter(partial(self._served.begin().detokenize, cast("list[int]", tokens)))
+        except InvalidRequest as error:
+            raise InvalidRequest([("tokens", why) for _, why in error.violations]) from None
+        return JSONResponse({"prompt": text, "content": text})
+
+    async def _complete(self, request: Request, is_chat: bool) -> Response:
+        body, refusal = await self._body(request)
+        if refusal is not None:
+            return refusal
         wanted = asked(body, is_chat)
         engine, request_id = self._served.begin(), self._served.new_id()
         request.state.request_id = request_id

@@ -138,6 +138,26 @@ def test_prompts_that_are_none(server: Server, fields: Any, param: str) -> None:
     assert (status, answer["error"]["param"]) == (400, param)
 
 
+async def test_tokens_of_texts_and_texts_of_tokens(server: Server) -> None:
+    def ask(path: str, **fields: Any) -> tuple[int, Any]:
+        status, _, answer = post(f"{server.http}{path}", json.dumps(fields).encode(), content_type="application/json")
+        return status, answer
+
+    async with forerun.open_engine("demo") as engine:
+        text, chat = list(await engine.tokenize("import os")), list(await engine.tokenize(PLAIN))
+        assert ask("/tokenize", prompt="import os") == (200, {"tokens": text, "count": len(text), "max_model_len": engine.model.context})
+    assert ask("/tokenize", content="import os")[1]["tokens"] == text
+    assert ask("/tokenize", messages=PLAIN)[1]["tokens"] == chat
+    assert ask("/detokenize", tokens=text)[1] == {"prompt": "import os", "content": "import os"}
+    for path, fields, param in (
+        ("/tokenize", {}, "prompt"), ("/tokenize", {"messages": "x"}, "messages"), ("/detokenize", {"tokens": "x"}, "tokens"),
+        ("/detokenize", {"tokens": [10**9]}, "tokens"),
+    ):  # fmt: skip
+        status, answer = ask(path, **fields)
+        assert (status, answer["error"]["param"]) == (400, param), answer
+    assert post(f"{server.http}/tokenize", b"{}", content_type="text/plain")[0] == 415
+
+
 async def test_several_answers_to_several_prompts(server: Server) -> None:
     how: Any = {"model": "demo", "max_tokens": 30, "temperature": 0.9, "seed": 3, "extra_body": {"ignore_eos": True}}
     prompts, seeds = ["def walk(", "import "], (3, 4, 5)

@@ -250,6 +250,9 @@ def test_what_a_file_says_of_sampling_and_of_tokens_that_are_none(tmp_path: Path
     convert(folder, tmp_path / "m.gguf", "bf16")
     assert Defaults.of_gguf(GgufFile(tmp_path / "m.gguf")) == Defaults.load(folder)
     assert Defaults.load(folder).sampling == sampling
+    (folder / "generation_config.json").write_text(json.dumps({**generation, "eos_token_id": [9, 5, 7, 3]}))
+    with pytest.raises(ModelFileError, match="4 tokens end a text, GGUF has room for 3"):
+        convert(folder, tmp_path / "l.gguf", "bf16")
     metadata = gguf_metadata(folder, 5000)  # there are more embeddings than tokens
     write(
         tmp_path / "n.gguf", {**metadata, "general.sampling.temp": 0.5, "general.sampling.top_p": 7.0, "general.sampling.top_k": 20.0}, {}
