@@ -281,7 +281,7 @@ class Gateway:
         async def work(i: int) -> None:
             options = wanted.options.copy()
             options["request_id"] = f"{request_id}-{i}" if i else request_id
-            if isinstance(seed := options.get("seed"), int):  # anything else is refused as it is
+            if type(seed := options.get("seed")) is int:  # anything else is refused as it is
                 options["seed"] = seed + i % wanted.number
             try:
                 prompt = self._served.told(wanted.prompts[i // wanted.number])

@@ -128,7 +128,7 @@ def test_what_cannot_be_is_said_in_openais_words(server: Server, fields: dict[st
 
 NO_PROMPTS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": ["a", 1]}, "prompt"), ({"prompt": None}, "prompt"), ({"prompt": ["a", []]}, "prompt"), ({"prompt": "a", "n": 0}, "n"),
-    ({"prompt": ["a"] * 65, "n": 2}, "n"), ({"prompt": ["a", "b"], "seed": "x"}, "seed"),
+    ({"prompt": ["a"] * 65, "n": 2}, "n"), ({"prompt": ["a", "b"], "seed": "x"}, "seed"), ({"prompt": "a", "seed": True}, "seed"),
 ]  # fmt: skip
 
 
