@@ -41,7 +41,9 @@ def fetch(name: str) -> Path:
         if not parts:
             there = ", ".join(files) or "no GGUF file at all"
             raise ModelFileError(f"{name}: expected one GGUF file with {quant or DEFAULT_QUANT!r} in its name, found {there}")
-        return [Path(hub.hf_hub_download(repository, file, **how)) for file in (*heads, *parts)][len(heads)]
+        for file in (*heads, *parts[1:]):
+            hub.hf_hub_download(repository, file, **how)
+        return Path(hub.hf_hub_download(repository, parts[0], **how))
     except ModelFileError:
         raise
     except Exception as error:  # what its HTTP library raises, which was one and became another
@@ -53,13 +55,11 @@ def _listed(repository: str, how: dict[str, Any]) -> list[str]:
     hub: Any = huggingface_hub
     try:
         files: list[str] = hub.list_repo_files(repository, **how)
-    except Exception:
+    except Exception as error:  # see fetch
         try:
             folder = Path(hub.snapshot_download(repository, local_files_only=True, **how))
-        except Exception:
-            folder = None
-        if folder is None:
-            raise
+        except Exception:  # nothing is there: the first says why
+            raise error from None
         files = [path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf")]
     return sorted(file for file in files if file.endswith(".gguf") and not file.rpartition("/")[2].startswith("mmproj"))
 

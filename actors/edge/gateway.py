@@ -98,10 +98,10 @@ class Gateway:
         self._checks_host = is_local(host) and not params.tokens
         app = Starlette(
             routes=[
-                Route("/v1/chat/completions", self._guarded(lambda request: self._complete(request, is_chat=True)), methods=["POST"]),
-                Route("/v1/completions", self._guarded(lambda request: self._complete(request, is_chat=False)), methods=["POST"]),
-                Route("/tokenize", self._guarded(self._tokenize), methods=["POST"]),
-                Route("/detokenize", self._guarded(self._detokenize), methods=["POST"]),
+                Route("/v1/chat/completions", self._guarded(self._with_body(partial(self._complete, is_chat=True))), methods=["POST"]),
+                Route("/v1/completions", self._guarded(self._with_body(partial(self._complete, is_chat=False))), methods=["POST"]),
+                Route("/tokenize", self._guarded(self._with_body(self._tokenize)), methods=["POST"]),
+                Route("/detokenize", self._guarded(self._with_body(self._detokenize)), methods=["POST"]),
                 Route("/v1/models", self._guarded(self._models)),
                 Route("/v1/models/{name:path}", self._guarded(self._model)),
                 Route("/metrics", self._guarded(self._show_metrics)),
@@ -218,30 +218,32 @@ class Gateway:
             return _error(404, "invalid_request_error", "needs prometheus-client, of the extra `metrics`", "not_found")
         return Response(self._metrics(), media_type="text/plain; version=0.0.4")
 
-    async def _body(self, request: Request) -> tuple[Any, Response | None]:
-        """The JSON of a request, or why it is refused. InvalidRequest when it is none."""
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            return None, _error(415, "invalid_request_error", "the Content-Type must be application/json", "unsupported_media_type")
-        raw = bytearray()
-        try:
-            async with asyncio.timeout(self._params.stall_seconds):
-                async for part in request.stream():
-                    raw += part
-                    if len(raw) > self._params.message_bytes:
-                        return None, _error(413, "invalid_request_error", f"more than {self._params.message_bytes} bytes", "too_large")
-        except TimeoutError:
-            return None, _error(408, "invalid_request_error", "the body did not come", "timeout")
-        try:
-            return json.loads(raw), None
-        except (ValueError, RecursionError):
-            raise InvalidRequest([("body", "must be JSON")]) from None
+    def _with_body(self, answer: Callable[[Request, Any], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        """`answer` is told the JSON of a request as well."""
+
+        async def answered(request: Request) -> Response:
+            if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+                return _error(415, "invalid_request_error", "the Content-Type must be application/json", "unsupported_media_type")
+            raw = bytearray()
+            try:
+                async with asyncio.timeout(self._params.stall_seconds):
+                    async for part in request.stream():
+                        raw += part
+                        if len(raw) > self._params.message_bytes:
+                            return _error(413, "invalid_request_error", f"more than {self._params.message_bytes} bytes", "too_large")
+            except TimeoutError:
+                return _error(408, "invalid_request_error", "the body did not come", "timeout")
+            try:
+                body = json.loads(raw)
+            except (ValueError, RecursionError):
+                raise InvalidRequest([("body", "must be JSON")]) from None
+            return await answer(request, body)
+
+        return answered
 
     # As vLLM's and llama-server's, which have it under the same names, but for the text's.
 
-    async def _tokenize(self, request: Request) -> Response:
-        body, refusal = await self._body(request)
-        if refusal is not None:
-            return refusal
+    async def _tokenize(self, _: Request, body: Any) -> Response:
         fields: dict[str, Any] = cast("dict[str, Any]", body) if isinstance(body, dict) else {}
         if is_chat := "messages" in fields:
             given = {name: fields[name] for name in ("messages", "tools", "chat_template_kwargs") if name in fields}
@@ -254,10 +256,7 @@ class Gateway:
             raise with_names(error, wanted) from None
         return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": engine.model.context})
 
-    async def _detokenize(self, request: Request) -> Response:
-        body, refusal = await self._body(request)
-        if refusal is not None:
-            return refusal
+    async def _detokenize(self, _: Request, body: Any) -> Response:
         tokens: Any = cast("dict[str, Any]", body).get("tokens") if isinstance(body, dict) else None
         if not isinstance(tokens, list) or not all(type(token) is int for token in cast("list[Any]", tokens)):
             raise InvalidRequest([("tokens", "must be a list of token ids")])
@@ -267,10 +266,7 @@ class Gateway:
             raise InvalidRequest([("tokens", why) for _, why in error.violations]) from None
         return JSONResponse({"prompt": text, "content": text})
 
-    async def _complete(self, request: Request, is_chat: bool) -> Response:
-        body, refusal = await self._body(request)
-        if refusal is not None:
-            return refusal
+    async def _complete(self, request: Request, body: Any, is_chat: bool) -> Response:
         wanted = asked(body, is_chat)
         engine, request_id = self._served.begin(), self._served.new_id()
         request.state.request_id = request_id
@@ -357,16 +353,19 @@ async def _together(several: list[AsyncGenerator[Started | Delta | Result]]) -> 
             await ended(task)
 
 
+async def _from(first: Piece, pieces: AsyncGenerator[Piece]) -> AsyncGenerator[Piece]:
+    yield first
+    async for piece in pieces:
+        yield piece
+
+
 async def _whole(words: list[Words], first: Piece, pieces: AsyncGenerator[Piece]) -> dict[str, Any]:
     results: dict[int, Result] = {}
-    piece: Piece | None = first
-    while piece is not None:
-        i, told = piece
+    async for i, told in _from(first, pieces):
         if isinstance(told, Started):
             words[i].started(told)
         elif isinstance(told, Result):
             results[i] = told
-        piece = await anext(pieces, None)
     several = [results[i] for i in range(len(words))]
     return words[0].whole([each.choice(result) for each, result in zip(words, several, strict=True)], several)
 
@@ -402,19 +401,14 @@ async def _events(words: list[Words], wanted: Asked, first: Piece, pieces: Async
             yield _event(each)
         results: dict[int, Result] = {}
         try:
-            piece: Piece | None = first
-            while piece is not None:
-                i, told = piece
+            async for i, told in _from(first, pieces):
                 if isinstance(told, Started):
                     words[i].started(told)
-                elif isinstance(told, Delta):
-                    for each in words[i].delta(told):
-                        yield _event(each)
-                else:
+                    continue
+                if isinstance(told, Result):
                     results[i] = told
-                    for each in words[i].last(told):
-                        yield _event(each)
-                piece = await anext(pieces, None)
+                for each in words[i].delta(told) if isinstance(told, Delta) else words[i].last(told):
+                    yield _event(each)
             if wanted.wants_usage:
                 yield _event(words[0].usage([results[i] for i in range(len(words))]))
             yield "data: [DONE]\n\n"
