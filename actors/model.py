@@ -12,7 +12,6 @@ import numpy as np
 from ..core.checks import check_ranges
 from ..core.errors import InvalidRequest, ModelFileError
 from ..kernels.backends import AnyBackend, make_backend, make_head, make_memory, make_trunk
-from ..kernels.cpu.matrices import CpuBackend
 from ..kernels.formats.gguf import GgufFile
 from ..kernels.model.config import load_config, read_json
 from ..kernels.model.gguf_names import GgufCheckpoint, find_sidecar, gguf_config
@@ -109,7 +108,7 @@ class Model(Protocol):
 
     @property
     def instructions(self) -> str:
-        """What else its bits may depend on: where they differ, what one has computed is nothing that another may go on from unasked."""
+        """What else its bits depend on: see MatrixMaker."""
         ...
 
     def memory(self) -> MemoryMaker: ...
@@ -135,7 +134,7 @@ class LoadedModel:
 
     @property
     def instructions(self) -> str:
-        return self.backend.library.instruction_set if isinstance(self.backend, CpuBackend) else ""
+        return self.backend.instructions
 
     @property
     def num_token_ids(self) -> int:

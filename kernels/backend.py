@@ -58,12 +58,21 @@ class Experts:
     num_used: int
 
 
+#: Raised whenever kernels give other bits than before.
+ARITHMETIC = 2
+
+
 class MatrixMaker(Protocol):
     """The part of a backend that weights are loaded for."""
 
     name: str
     #: rough multiply-adds a second, for telling long work from short
     operations_per_second: float
+
+    @property
+    def instructions(self) -> str:
+        """What bits depend on besides weights and tokens. Where it differs, nobody goes on from what another has computed."""
+        ...
 
     def matrix(self, weight: Stored) -> Matrix:
         """Takes in a weight [outputs, inputs]."""

@@ -29,6 +29,7 @@ class ReferenceBackend:
 
     name = "reference"
     operations_per_second = 5e9
+    instructions = "reference"
 
     def matrix(self, weight: Stored) -> F32:
         return np.ascontiguousarray(weight.values().T)

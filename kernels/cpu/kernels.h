@@ -457,12 +457,15 @@ ALWAYS int values_of(const float *scores, int64_t stride, int queries, int vecto
     return at;
 }
 
-/* All query heads of one key-value head, one row: q [group, D] scaled, out [group, D]; scores holds `seen` floats, rounded up to 8, for each of them. */
-static void attend(const float *q, int group, const Span *s, const float *keys, const float *values, int64_t page_size, int seen, int dim,
-                   float *scores, float *out) {
+/* All query heads of one key-value head, one row, over positions [first, last), of which the first begins a page: q [group, D] scaled; scores holds
+ * as many floats, rounded up to 8, for each of them. */
+static void attend(const float *q, int group, const Span *s, const float *keys, const float *values, int64_t page_size, int first, int last, int dim,
+                   float *scores, Attended *out) {
+    int seen = last - first;
     int64_t stride = (seen + 7) / 8 * 8;
+    const int32_t *table = s->table + first / PAGE;
     for (int p = 0; p < seen; p += 8) { /* keys after the last one seen are in the same page, and their scores are not used */
-        const float *key = keys + s->table[p / PAGE] * page_size + (int64_t)(p % PAGE) * dim;
+        const float *key = keys + table[p / PAGE] * page_size + (int64_t)(p % PAGE) * dim;
         for (int g = 0; g < group; g++) scores_of(q + g * dim, key, dim, scores + g * stride + p);
     }
     for (int g = 0; g < group; g++) {
@@ -473,16 +476,16 @@ static void attend(const float *q, int group, const Span *s, const float *keys, 
             for (int i = 0; i < 16; i++) lanes[i] += row[p + i];
         for (; p < seen; p++) lanes[p % 16] += row[p];
         for (int i = 0; i < 16; i++) total += lanes[i];
-        for (p = 0; p < seen; p++) row[p] /= total;
+        out->most[g] = most, out->total[g] = total;
     }
-    memset(out, 0, sizeof(float) * (size_t)group * dim);
-    for (int first = 0; first < seen; first += PAGE) {
-        const float *page = values + s->table[first / PAGE] * page_size;
-        int here = seen - first < PAGE ? seen - first : PAGE;
+    memset(out->sums, 0, sizeof(float) * (size_t)group * dim);
+    for (int begin = 0; begin < seen; begin += PAGE) {
+        const float *page = values + table[begin / PAGE] * page_size;
+        int here = seen - begin < PAGE ? seen - begin : PAGE;
         for (int g = 0; g < group; g += 4) {
             int count = group - g < 4 ? group - g : 4, at = 0;
-            const float *from = scores + g * stride + first;
-            float *to = out + g * dim;
+            const float *from = scores + g * stride + begin;
+            float *to = out->sums + g * dim;
 #define VALUES(Q, V) at = values_of(from, stride, Q, V, page, here, dim, at, to)
             switch (count) {
             case 1: VALUES(1, SUMS < 8 ? SUMS : 8), VALUES(1, 1); break;
@@ -495,6 +498,16 @@ static void attend(const float *q, int group, const Span *s, const float *keys, 
                 for (int i = 0; i < count; i++)
                     for (int p = 0; p < here; p++) to[i * dim + at] += page[(int64_t)p * dim + at] * from[i * stride + p];
         }
+    }
+}
+
+/* What later positions say is added to what those before them do. */
+static void join(Attended *one, const Attended *other, int group, int dim) {
+    for (int g = 0; g < group; g++) {
+        float most = one->most[g] > other->most[g] ? one->most[g] : other->most[g];
+        float by = exponential(one->most[g] - most), its = exponential(other->most[g] - most);
+        for (int i = g * dim; i < (g + 1) * dim; i++) one->sums[i] = one->sums[i] * by + other->sums[i] * its;
+        one->most[g] = most, one->total[g] = one->total[g] * by + other->total[g] * its;
     }
 }
 
@@ -554,7 +567,7 @@ static float share(const float *logits, int64_t n, int64_t of) {
 }
 
 const Kernels SUFFIX = {
-    .product = product, .quantise = quantise, .norm = norm, .swiglu = swiglu, .gate = gate, .rotate = rotate, .attend = attend,
+    .product = product, .quantise = quantise, .norm = norm, .swiglu = swiglu, .gate = gate, .rotate = rotate, .attend = attend, .join = join,
     .convolve = convolve, .normalise = normalise, .delta_read = delta_read, .delta_row = delta_row,
     .share = share,
 };

@@ -13,6 +13,11 @@ typedef struct {
     int64_t v_stride;
 } DeltaRows;
 
+/* What some positions say to the query heads of a key-value head: sums of values by exp(score - most), [group, D], and of those, [group]. */
+typedef struct {
+    float *sums, *most, *total;
+} Attended;
+
 typedef struct {
     void (*product)(const Matrix *m, int first, int last, const Activations *a, int rows, float *out, int64_t stride, int adds);
     void (*quantise)(const float *x, int n, int block, int8_t *quants, float *scales, int16_t *sums, int16_t *sums_32);
@@ -20,8 +25,9 @@ typedef struct {
     void (*swiglu)(float *gate, const float *up, int n);
     void (*gate)(const float *x, const float *by, float *out, int n);
     void (*rotate)(float *x, const float *cos, const float *sin, int half_dim);
-    void (*attend)(const float *q, int group, const Span *s, const float *keys, const float *values, int64_t page_size, int seen, int dim,
-                   float *scores, float *out);
+    void (*attend)(const float *q, int group, const Span *s, const float *keys, const float *values, int64_t page_size, int first, int last, int dim,
+                   float *scores, Attended *out);
+    void (*join)(Attended *one, const Attended *other, int group, int dim);
     void (*convolve)(const float *const *columns, const float *weight, int width, int channels, int first, int n, float *out);
     void (*normalise)(float *x, int n, float scale);
     void (*delta_read)(const float *panel, const float *k, int dk, float *read);

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..backend import ARITHMETIC
 from ..formats.grids import GRIDS
 from ..formats.stored import U8, Stored
 from .library import FORMATS, address, library, physical_cores
@@ -36,6 +37,10 @@ class CpuBackend:
         self.num_threads = num_threads or physical_cores()
         self.library = library()
         self._room: U8 = np.zeros(0, np.uint8)
+
+    @property
+    def instructions(self) -> str:
+        return f"{self.library.instruction_set} {ARITHMETIC}"
 
     def matrix(self, weight: Stored) -> CpuMatrix:
         (outputs, inputs), number = weight.shape, FORMATS[weight.type]

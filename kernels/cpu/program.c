@@ -71,6 +71,9 @@ typedef struct {
     Routed routed;
     int *forms; /* that the products of each op ask for */
     Activations quants_32, quants_256; /* of the rows of one LINEAR */
+    int parts;        /* of a row's attention that may be computed beside each other */
+    float *attended;  /* [rows, kv heads, parts], each Attended; of which `arrived` are there */
+    int *arrived;     /* [rows, kv heads] */
     float *scratch; /* one part a thread */
     int64_t scratch_size;
     int *span_of, *first_row; /* of a row; of a span */
@@ -81,16 +84,24 @@ static size_t arena_size;
 
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
+/* Positions of a part of an attention: each is summed up alone, and then they are joined in their order, whoever has computed them. */
+#define PART 512
+
+static int64_t size_of_attended(const Sizes *s) { return s->heads / s->kv_heads * (int64_t)(s->head_dim + 2); }
+
+static int64_t most_seen(const Call *call) {
+    int64_t seen = 0;
+    for (int i = 0; i < call->num_spans; i++) seen = most(seen, call->spans[i].position + call->spans[i].num_rows);
+    return seen;
+}
+
 static int64_t scratch_floats(const Call *call) {
     const Sizes *s = call->sizes;
-    int64_t rows = 0, seen = 0, group = s->heads / s->kv_heads;
-    for (int i = 0; i < call->num_spans; i++) {
-        rows = most(rows, call->spans[i].num_rows + call->spans[i].num_kept);
-        seen = most(seen, call->spans[i].position + call->spans[i].num_rows);
-    }
+    int64_t rows = 0, seen = most_seen(call), group = s->heads / s->kv_heads;
+    for (int i = 0; i < call->num_spans; i++) rows = most(rows, call->spans[i].num_rows + call->spans[i].num_kept);
     int64_t values = (s->value_dim + PANEL - 1) / PANEL * PANEL;
     int64_t delta = rows * (2 * s->key_dim + values + 2) + PANEL * (int64_t)(s->key_dim + 2) + s->value_dim;
-    return most(delta, group * (seen + 8 + 2 * s->head_dim)) + 64;
+    return most(delta, group * ((seen < PART ? seen : PART) + 8 + s->head_dim) + 2 * size_of_attended(s)) + 64;
 }
 
 /* Lays out everything a call needs, at `base` or, to learn how much that is, at NULL. Returns its bytes. */
@@ -124,6 +135,10 @@ static size_t lay_out(Run *run, char *base, int num_threads) {
     }
     run->scratch_size = scratch_floats(call);
     TAKE(run->scratch, run->scratch_size * num_threads);
+    int64_t pairs = rows * call->sizes->kv_heads; /* many of them are work enough for all threads */
+    run->parts = pairs < 4 * num_threads ? (int)most((most_seen(call) + PART - 1) / PART, 1) : 1;
+    TAKE(run->attended, run->parts > 1 ? pairs * run->parts * size_of_attended(call->sizes) : 0);
+    TAKE(run->arrived, pairs);
     TAKE(run->span_of, rows);
     TAKE(run->first_row, call->num_spans + 1);
     TAKE(run->forms, call->num_ops);
@@ -398,24 +413,51 @@ static void keys(Run *run, const Op *op, int row) {
     }
 }
 
-static void attend(Run *run, const Op *op, int row, int kv, float *scratch) {
+static Attended attended_at(const Sizes *z, float *at) {
+    int group = z->heads / z->kv_heads;
+    return (Attended){at, at + group * z->head_dim, at + group * (z->head_dim + 1)};
+}
+
+/* One part of a row's attention, after which whoever comes last joins all of them; or all parts, one after another. */
+static void attend(Run *run, const Op *op, int row, int kv, int part, float *scratch) {
     const Sizes *z = run->call->sizes;
     int span = op->is_last ? row : run->span_of[row];
     const Span *s = run->call->spans + span;
     int dim = z->head_dim, group = z->heads / z->kv_heads, rotary = z->rotary_dim / 2;
     int last = op->is_last ? s->num_rows - 1 : row - run->first_row[span], seen = (int)s->position + last + 1; /* keys */
+    int parts = (seen + PART - 1) / PART, is_split = run->parts > 1;
+    if (part >= parts) return;
     int64_t angle = (run->call->by_position ? s->position + last : run->first_row[span] + last) * rotary;
     const float *queries = run->buffers[op->in[0]] + ((int64_t)row * z->heads + kv * group) * 2 * dim;
-    float *q = scratch, *o = q + group * dim, *scores = o + group * dim, scale = 1.0f / sqrtf((float)dim);
+    float *q = scratch, *own = q + group * dim, *scores = own + 2 * size_of_attended(z), scale = 1.0f / sqrtf((float)dim);
+    if (is_split) own = run->attended + ((int64_t)row * z->kv_heads + kv) * run->parts * size_of_attended(z);
+    Attended all = attended_at(z, own);
     for (int g = 0; g < group; g++) {
         kernels->norm(queries + g * 2 * dim, op->weights[0], q + g * dim, dim, z->eps);
         kernels->rotate(q + g * dim, run->call->cos + angle, run->call->sin + angle, rotary);
         for (int i = 0; i < dim; i++) q[g * dim + i] *= scale;
     }
     int64_t at = op->layer * s->layer_stride + (int64_t)kv * PAGE * dim;
-    kernels->attend(q, group, s, s->keys + at, s->values + at, (int64_t)z->kv_heads * PAGE * dim, seen, dim, scores, o);
+    for (int p = part; p < (is_split ? part + 1 : parts); p++) {
+        Attended here = attended_at(z, own + (is_split ? p : p > 0) * size_of_attended(z));
+        int end = (p + 1) * PART < seen ? (p + 1) * PART : seen;
+        kernels->attend(q, group, s, s->keys + at, s->values + at, (int64_t)z->kv_heads * PAGE * dim, p * PART, end, dim, scores, &here);
+        if (!is_split && p > 0) kernels->join(&all, &here, group, dim);
+    }
+    if (is_split) {
+        int *arrived = run->arrived + (int64_t)row * z->kv_heads + kv;
+        if (__atomic_add_fetch(arrived, 1, __ATOMIC_ACQ_REL) < parts) return;
+        *arrived = 0; /* for the next layer */
+        for (int p = 1; p < parts; p++) {
+            Attended other = attended_at(z, own + p * size_of_attended(z));
+            kernels->join(&all, &other, group, dim);
+        }
+    }
     float *out = run->buffers[op->out[0]] + ((int64_t)row * z->heads + kv * group) * dim;
-    for (int g = 0; g < group; g++) kernels->gate(o + g * dim, queries + g * 2 * dim + dim, out + g * dim, dim);
+    for (int g = 0; g < group; g++) {
+        for (int i = 0; i < dim; i++) all.sums[g * dim + i] /= all.total[g];
+        kernels->gate(all.sums + g * dim, queries + g * 2 * dim + dim, out + g * dim, dim);
+    }
 }
 
 /* ---- steps ---- */
@@ -446,7 +488,7 @@ static int count(const void *what, int step) {
     case DELTA: return call->num_spans * call->sizes->value_heads;
     case COLUMNS:
     case LAST: return call->num_spans;
-    case ATTEND: return rows * call->sizes->kv_heads;
+    case ATTEND: return rows * call->sizes->kv_heads * run->parts;
     default: return rows;
     }
 }
@@ -486,7 +528,7 @@ static void do_unit(void *what, int step, int unit, int thread) {
     case DELTA: delta(run, op, unit / z->value_heads, unit % z->value_heads, scratch); break;
     case COLUMNS: keep_columns(run, op, unit); break;
     case KEYS: keys(run, op, unit); break;
-    case ATTEND: attend(run, op, unit / z->kv_heads, unit % z->kv_heads, scratch); break;
+    case ATTEND: attend(run, op, unit / run->parts / z->kv_heads, unit / run->parts % z->kv_heads, unit % run->parts, scratch); break;
     case ROUTE: route(run, op); break;
     case EXPERTS_UP:
     case EXPERTS_DOWN: expert(run, op, unit); break;
@@ -518,6 +560,7 @@ int forerun_run(const Call *call, int num_threads) {
             for (int i = 0; i < call->spans[span].num_rows; i++) run.span_of[row++] = span;
         }
         for (int i = 0; i < call->num_ops; i++) run.forms[i] = forms_of(call->ops + i);
+        memset(run.arrived, 0, sizeof *run.arrived * (size_t)most(call->num_rows, 1) * (size_t)call->sizes->kv_heads);
         Work work = {&run, 2 * call->num_ops, 1, count, do_unit};
         status = pool_run(num_threads, &work);
     }

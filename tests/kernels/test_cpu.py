@@ -27,6 +27,7 @@ from forerun.kernels.model.drafts import MtpRows, Wanted, draft_by_guesses
 from forerun.kernels.model.memory import alone
 from forerun.kernels.model.trunk import Rows
 from forerun.kernels.model.weights import FolderCheckpoint, load_weights
+from forerun.kernels.reference import ReferenceBackend
 
 from tests.checkpoints import LAYOUTS, prompt
 from tests.kernels.blocks import random_weights
@@ -147,6 +148,29 @@ def test_a_model_has_the_same_bits_with_any_number_of_threads(checkpoints: dict[
         results.append(np.concatenate([first, trunk.verify([Rows(memory, 64, (1, 2, 3, 4, 5))])[0]]))
     for other in results[1:]:
         np.testing.assert_array_equal(other, results[0])
+
+
+@pytest.mark.parametrize("layout", ["dense", "moe"])
+def test_parts_of_an_attention_are_the_same_whoever_computes_them(checkpoints: dict[str, Path], layout: str) -> None:
+    """A row that sees 1,030 positions is three parts: one after another in a chunk, beside each other where there are threads to spare."""
+    results, tokens = list[Any](), tuple(prompt(1035))
+    for num_threads in (1, 3, 9):
+        backend = CpuBackend(num_threads)
+        weights = load_weights(FolderCheckpoint(checkpoints[layout]), load_config(checkpoints[layout]), backend)
+        trunk, memory = make_trunk(weights, backend), alone(make_memory(weights.config, backend), 1040, 5)
+        found = list[Any]([trunk.prefill(Rows(memory, at, tokens[at : at + 64]), is_last=True) for at in range(0, 1024, 64)][-1:])
+        found += [trunk.verify([Rows(memory, 1024, tokens[1024:1029])])[0]]
+        found += [trunk.verify([Rows(memory, 1029 + i, tokens[1029 + i : 1030 + i])])[0] for i in range(5)]
+        results.append(np.concatenate(found))
+    for other in results[1:]:
+        np.testing.assert_array_equal(other, results[0])
+    slow = ReferenceBackend()
+    weights = load_weights(FolderCheckpoint(checkpoints[layout]), load_config(checkpoints[layout]), slow)
+    trunk, memory = make_trunk(weights, slow), alone(make_memory(weights.config, slow), 1040, 5)
+    for at in range(0, 1024, 64):
+        trunk.prefill(Rows(memory, at, tokens[at : at + 64]), is_last=False)
+    wanted: Any = trunk.verify([Rows(memory, 1024, tokens[1024:1029])])[0]
+    np.testing.assert_allclose(results[0][1:6], wanted, rtol=1e-3, atol=1e-3 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
