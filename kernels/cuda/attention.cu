@@ -4,9 +4,8 @@
  * kernel after this one where each part is a block, or by the block itself, with the same operations. So a row's bits depend on its
  * position alone. (Online softmax: Milakov & Gimelshein 2018, arXiv:1805.02867.)
  * Sizes: HEADS, KV_HEADS, HEAD_DIM, ROTARY_DIM. */
-#include "forerun.cuh"
+#include "pages.cuh"
 
-#define GROUP (HEADS / KV_HEADS)
 #define PAIRS 16 /* of a row and a head, the rows of a matrix instruction */
 #define SCORE_STRIDE (PART + 4)
 #define SHARE_STRIDE (PART + 8)
@@ -14,11 +13,6 @@
 #define TILES ((HEAD_DIM / 8 + WARPS - 1) / WARPS) /* of 8 dimensions, that a warp has of the output */
 #define OWN (PART / WARPS)                         /* positions that a warp scores */
 #define EIGHTS (OWN / 8)
-
-/* Where the page of a position begins, of one head: of its keys [PAGE, HEAD_DIM], and of its values [HEAD_DIM, PAGE]. */
-__device__ __forceinline__ i64 page_at(const Span &s, int layer, i64 position, int kv) {
-    return (((i64)layer * s.num_pages + s.table[position / PAGE]) * KV_HEADS + kv) * PAGE * HEAD_DIM;
-}
 
 /* What frequency i turns by (M-RoPE): h where i % 3 == 1 and i < 3 MROPE_H, w where i % 3 == 2 and i < 3 MROPE_W, else t. */
 __device__ __forceinline__ i64 coordinate(const Span &s, i64 position, int i) {
@@ -212,7 +206,6 @@ extern "C" __global__ void __launch_bounds__(WARPS *WARP, 1)
 }
 EXPORT(attend)
 
-#define CHUNK_PAIRS 64
 #define UNITS (HEAD_DIM / 32)
 #define KEY_PLANE (PAGE * 64 + 64)       /* bytes of 32 dimensions of a page's keys; planes begin at other banks */
 #define VALUE_PLANE (HEAD_DIM * 64 + 64) /* of 32 positions of its values */

@@ -2,7 +2,8 @@
  * chunks in two.
  * (Yang et al. 2024, arXiv:2412.06464; formulas of Hugging Face's modeling_qwen3_5.py.)
  *
- * A block has COLUMNS columns of one head's state, four threads for each: columns know nothing of each other, so that a head can be many blocks.
+ * A block has COLUMNS columns of one head's state, four threads for each, or eight: columns know nothing of each other, so that a head can be many
+ * blocks.
  * Rows of the log that were accepted come first, with the same operations in the same order as when they were verified; the state they lead
  * to is the new base, and is written then. Sizes: KEY_DIM, VALUE_DIM, KEY_HEADS, VALUE_HEADS, IS_TILED, CONV_WIDTH, NUM_DELTA,
  * COLUMNS. */
@@ -12,13 +13,11 @@
 #define KEYS (KEY_HEADS * KEY_DIM)
 #define CHANNELS (2 * KEYS + VALUE_HEADS * VALUE_DIM)
 #define WINDOW (CONV_WIDTH - 1)
-/* A thread has EACH columns, and of each VECTORS times 4 keys; LANES threads have the rest of them. */
-#define LANES (KEY_DIM % 32 ? 4 : 8)
-#define EACH (LANES / 4)
-#define VECTORS (KEY_DIM / LANES / 4)
-#define APART (COLUMNS / EACH) /* columns between those of a thread */
+/* A thread has EACH columns, APART from each other, and of each every LANES-th four keys. */
+#define EACH (KEY_DIM % 32 ? 1 : 2)
 
-struct State {
+template <int LANES, int APART> struct State {
+    static const int VECTORS = KEY_DIM / LANES / 4;
     float4 keys[EACH][VECTORS];
     __device__ __forceinline__ void load(const float *from) {
 #pragma unroll
@@ -47,7 +46,8 @@ __device__ __forceinline__ float decay_of(float log_decay, float rate) {
 }
 
 /* What a thread reads of one row. */
-struct Row {
+template <int LANES, int APART> struct Row {
+    static const int VECTORS = KEY_DIM / LANES / 4;
     float4 key[VECTORS], query[VECTORS];
     float values[EACH], decay, beta;
     __device__ __forceinline__ void load(const float *k, const float *q, const float *v, float its_decay, float its_beta) {
@@ -65,24 +65,26 @@ __device__ __forceinline__ void add_product(float4 &sum, const float4 &a, const 
 __device__ __forceinline__ float all_four(const float4 &v) { return (v.x + v.y) + (v.z + v.w); }
 
 /* What the state says to a row's key, each thread its part. */
-__device__ __forceinline__ void recall(const State &state, const Row &row, float (&found)[EACH]) {
+template <int LANES, int APART>
+__device__ __forceinline__ void recall(const State<LANES, APART> &state, const Row<LANES, APART> &row, float (&found)[EACH]) {
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll
-        for (int j = 0; j < VECTORS; j++) add_product(sum, row.key[j], state.keys[i][j]);
+        for (int j = 0; j < State<LANES, APART>::VECTORS; j++) add_product(sum, row.key[j], state.keys[i][j]);
         found[i] = all_four(sum);
     }
 }
 
 /* The state after a row whose recall is known in full, and what it then says to the query, each thread its part. */
-__device__ __forceinline__ void advance(State &state, const Row &row, const float (&recalled)[EACH], float (&read)[EACH]) {
+template <int LANES, int APART>
+__device__ __forceinline__ void advance(State<LANES, APART> &state, const Row<LANES, APART> &row, const float (&recalled)[EACH], float (&read)[EACH]) {
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         float write = row.beta * fmaf(-row.decay, recalled[i], row.values[i]);
         float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll
-        for (int j = 0; j < VECTORS; j++) {
+        for (int j = 0; j < State<LANES, APART>::VECTORS; j++) {
             const float4 &by = row.key[j];
             float4 &s = state.keys[i][j];
             s.x = fmaf(by.x, write, s.x * row.decay), s.y = fmaf(by.y, write, s.y * row.decay);
@@ -94,7 +96,7 @@ __device__ __forceinline__ void advance(State &state, const Row &row, const floa
 }
 
 /* Sums over the threads of a column. */
-__device__ __forceinline__ void gather(float (&parts)[EACH]) {
+template <int LANES> __device__ __forceinline__ void gather(float (&parts)[EACH]) {
 #pragma unroll
     for (int i = 0; i < EACH; i++) parts[i] = warp_sum(parts[i], LANES);
 }
@@ -109,7 +111,8 @@ extern "C" __global__ void __launch_bounds__(4 * COLUMNS, 6)
     __shared__ float *sources[WINDOW + ROWS_AT_ONCE], *kept[ROWS_AT_ONCE]; /* of columns, from the window on; where new ones go */
     const Span &s = spans[blockIdx.y];
     const int splits = VALUE_DIM / COLUMNS, head = blockIdx.x / splits, first_column = blockIdx.x % splits * COLUMNS;
-    const int column = threadIdx.x / LANES, part = threadIdx.x % LANES, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const int LANES = 4 * EACH, APART = COLUMNS / EACH, column = threadIdx.x / LANES, part = threadIdx.x % LANES;
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const int key_head = IS_TILED ? head % KEY_HEADS : head / (VALUE_HEADS / KEY_HEADS);
     const bool has_key_head = first_column == 0 && (IS_TILED ? head < KEY_HEADS : head % (VALUE_HEADS / KEY_HEADS) == 0);
     const i64 start = s.store == LOG ? s.base : s.position, layer_size = (i64)VALUE_HEADS * VALUE_DIM * KEY_DIM;
@@ -117,7 +120,7 @@ extern "C" __global__ void __launch_bounds__(4 * COLUMNS, 6)
     const i64 own = (i64)layer * layer_size + ((i64)head * VALUE_DIM + first_column + column) * KEY_DIM + part * 4, slot = NUM_DELTA * layer_size;
     float *base = s.states + own + start % s.state_slots * slot; /* a log has one slot */
     if (rows == 0) return;
-    State state;
+    State<LANES, APART> state;
     state.load(base);
     auto channel_of = [&](int which) { /* of the queries, keys and values that this block reads */
         return which < KEY_DIM       ? key_head * KEY_DIM + which
@@ -186,14 +189,14 @@ extern "C" __global__ void __launch_bounds__(4 * COLUMNS, 6)
         __syncthreads();
         for (int t = 0; t < count; t++) {
             if (block + t == replayed && replayed > 0) state.store(base);
-            Row row;
+            Row<LANES, APART> row;
             float recalled[EACH], read[EACH];
             row.load(k[t] + part * 4, q[t] + part * 4, v[t] + column, decays[t], betas[t]);
             recall(state, row, recalled);
-            gather(recalled);
+            gather<LANES>(recalled);
             advance(state, row, recalled, read);
             if (block + t < replayed) continue;
-            gather(read);
+            gather<LANES>(read);
             i64 to = s.first_row + block + t - replayed;
             if (part == 0)
                 for (int i = 0; i < EACH; i++) out[to * VALUE_HEADS * VALUE_DIM + head * VALUE_DIM + first_column + column + i * APART] = read[i];
@@ -259,24 +262,28 @@ extern "C" __global__ void __launch_bounds__(128)
 EXPORT(convolve)
 
 #define STAGED_ROWS 16
+/* With few heads, blocks of half as many columns, and twice as many threads for each of them. */
+#define IS_SMALL (VALUE_HEADS * VALUE_DIM < 100 * COLUMNS && COLUMNS > 8 && KEY_DIM % 64 == 0)
+#define CHUNK_COLUMNS (IS_SMALL ? COLUMNS / 2 : COLUMNS)
+#define CHUNK_LANES (IS_SMALL ? 8 * EACH : 4 * EACH)
 
-/* The recurrence over what `convolve` made. Grid: Hv * VALUE_DIM / COLUMNS; 4 COLUMNS threads. */
-extern "C" __global__ void __launch_bounds__(4 * COLUMNS)
+/* The recurrence over what `convolve` made. Grid: Hv * VALUE_DIM / CHUNK_COLUMNS; CHUNK_COLUMNS / EACH * CHUNK_LANES threads. */
+extern "C" __global__ void __launch_bounds__(CHUNK_COLUMNS / EACH * CHUNK_LANES)
     recur(const Span *spans, int layer, const float *x, const float *gates, float *out) {
-    __shared__ __align__(16) float q[2][STAGED_ROWS][KEY_DIM], k[2][STAGED_ROWS][KEY_DIM], v[2][STAGED_ROWS][COLUMNS];
+    __shared__ __align__(16) float q[2][STAGED_ROWS][KEY_DIM], k[2][STAGED_ROWS][KEY_DIM], v[2][STAGED_ROWS][CHUNK_COLUMNS];
     __shared__ float decays[2][STAGED_ROWS], betas[2][STAGED_ROWS];
     const Span &s = spans[0];
-    const int splits = VALUE_DIM / COLUMNS, head = blockIdx.x / splits, first_column = blockIdx.x % splits * COLUMNS;
-    const int column = threadIdx.x / LANES, part = threadIdx.x % LANES;
+    const int splits = VALUE_DIM / CHUNK_COLUMNS, head = blockIdx.x / splits, first_column = blockIdx.x % splits * CHUNK_COLUMNS;
+    const int LANES = CHUNK_LANES, APART = CHUNK_COLUMNS / EACH, column = threadIdx.x / LANES, part = threadIdx.x % LANES;
     const int key_head = IS_TILED ? head % KEY_HEADS : head / (VALUE_HEADS / KEY_HEADS), rows = s.num_rows;
     const i64 layer_size = (i64)VALUE_HEADS * VALUE_DIM * KEY_DIM, slot = NUM_DELTA * layer_size;
     float *own = s.states + (i64)layer * layer_size + ((i64)head * VALUE_DIM + first_column + column) * KEY_DIM + part * 4;
-    State state;
+    State<LANES, APART> state;
     state.load(own + s.position % s.state_slots * slot);
     wait_for_previous();
     let_next_begin();
     auto fetch = [&](int start) {
-        const int which = start / STAGED_ROWS % 2, vectors = (2 * KEY_DIM + COLUMNS) / 4;
+        const int which = start / STAGED_ROWS % 2, vectors = (2 * KEY_DIM + CHUNK_COLUMNS) / 4;
         for (int i = threadIdx.x; i < STAGED_ROWS * vectors; i += blockDim.x) {
             int t = i / vectors, at = i % vectors * 4;
             bool is_there = start + t < rows;
@@ -298,24 +305,24 @@ extern "C" __global__ void __launch_bounds__(4 * COLUMNS)
         __syncthreads();
         const int which = first / STAGED_ROWS % 2, count = min(STAGED_ROWS, rows - first);
         float *to = out + ((i64)(s.first_row + first) * VALUE_HEADS + head) * VALUE_DIM + first_column + column;
-        Row row;
+        Row<LANES, APART> row;
         float read[EACH] = {};
         row.load(k[which][0] + part * 4, q[which][0] + part * 4, v[which][0] + column, decays[which][0], betas[which][0]);
 #pragma unroll 2
         for (int t = 0; t < count; t++) { /* what one row read is gathered with what the next one recalls: none waits for the other */
             float recalled[EACH];
             recall(state, row, recalled);
-            Row next;
+            Row<LANES, APART> next;
             const int after = min(t + 1, count - 1);
             next.load(k[which][after] + part * 4, q[which][after] + part * 4, v[which][after] + column, decays[which][after], betas[which][after]);
-            gather(recalled);
-            gather(read);
+            gather<LANES>(recalled);
+            gather<LANES>(read);
             if (part == 0 && t > 0)
                 for (int i = 0; i < EACH; i++) to[(t - 1) * VALUE_HEADS * VALUE_DIM + i * APART] = read[i];
             advance(state, row, recalled, read);
             row = next;
         }
-        gather(read);
+        gather<LANES>(read);
         if (part == 0)
             for (int i = 0; i < EACH; i++) to[(count - 1) * VALUE_HEADS * VALUE_DIM + i * APART] = read[i];
         __syncthreads();

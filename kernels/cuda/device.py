@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import importlib
+import os
 import re
 import threading
 from collections.abc import Callable, Generator, Sequence
@@ -24,6 +26,8 @@ from ..model.config import ModelConfig
 Array = Any
 FOLDER = Path(__file__).parent
 SOURCES = ("products", "batch", "wide", "rows", "delta", "attention", "sampling", "rounds")
+#: What devices of one compute capability have besides, and what it is compiled for: instructions that no later device has.
+OF_HOPPER, HOPPER_CAPABILITY, HOPPER_ARCHITECTURE = ("hopper_products", "hopper_attention"), 90, "sm_90a"
 #: Without contraction of a * b + c, an expression has the same bits in every kernel it stands in; fused ones are written so.
 OPTIONS = ("--std=c++17", "--fmad=false")
 
@@ -86,6 +90,8 @@ class Step:
 class Device(Protocol):
     #: bytes of shared memory that a block may have
     max_shared: int
+    #: ten times its compute capability
+    capability: int
 
     def zeros(self, shape: Sequence[int], dtype: Any) -> Array: ...
 
@@ -194,7 +200,7 @@ class CudaDevice:
             self.stream, self.copies = (self.cupy.cuda.Stream(non_blocking=True) for _ in range(2))
         except Exception as error:  # CuPy has an error of its own for each way in which there is no device
             raise OSError(f"no CUDA device: {error}") from error
-        self._can_overlap = int(self._device.compute_capability) >= OVERLAP_CAPABILITY
+        self.capability = int(self._device.compute_capability)
         self._in_flight = list[tuple[Any, ...]]()  # copies to the host, and what they read and write
         self.max_shared = int(self.cupy.cuda.runtime.getDeviceProperties(number)["sharedMemPerBlockOptin"])
         self._driver = ctypes.CDLL("libcuda.so.1")
@@ -317,7 +323,7 @@ class CudaDevice:
     def launch(self, function: int, step: Step, *, is_early: bool) -> None:
         attribute = _Attribute(id=PROGRAMMATIC, value=1)
         launch = _Launch((c_uint * 3)(*step.grid), (c_uint * 3)(step.threads, 1, 1), step.shared, self.stream.ptr)
-        if is_early and self._can_overlap:
+        if is_early and self.capability >= OVERLAP_CAPABILITY:
             launch.attributes, launch.num_attributes = ctypes.pointer(attribute), 1
         arguments = (c_void_p * len(step.arguments))(*(ctypes.addressof(each) for each in step.arguments))
         code = self._driver.cuLaunchKernelEx(ctypes.byref(launch), c_void_p(function), arguments, None)
@@ -332,6 +338,10 @@ class CudaKernels:
         self._device = device
         self._texts = [text_of(f"{name}.cu") for name in SOURCES]
         self._modules = [device.cupy.RawModule(code=text, options=(*OPTIONS, *definitions(text, sizes))) for text in self._texts]
+        if device.capability == HOPPER_CAPABILITY:
+            for text in (text_of(f"{name}.cu") for name in OF_HOPPER):
+                self._texts.append(text)
+                self._modules.append(_module_of_hopper(device.cupy, text, definitions(text, sizes)))
         self._functions: dict[str, Any] = {}
         self.num_recorded = 0
 
@@ -378,6 +388,27 @@ class CudaKernels:
         return launch
 
 
+def _module_of_hopper(cupy: Any, text: str, definitions: Sequence[str]) -> Any:
+    """Compiled for what CuPy does not compile for, and kept where it keeps its own."""
+    nvrtc = importlib.import_module("cupy_backends.cuda.libs.nvrtc")
+    options = (f"-arch={HOPPER_ARCHITECTURE}", *OPTIONS, *definitions)
+    key = hashlib.blake2b("\n".join([repr(nvrtc.getVersion()), *options, text]).encode(), digest_size=16).hexdigest()
+    folder = Path(os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache")).expanduser()
+    path = folder / f"forerun-{key}.cubin"
+    if not path.exists():
+        program = nvrtc.createProgram(text, "hopper.cu", (), ())
+        try:
+            nvrtc.compileProgram(program, options)
+            compiled = nvrtc.getCUBIN(program)
+        finally:
+            nvrtc.destroyProgram(program)
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        unfinished.write_bytes(compiled)
+        unfinished.replace(path)
+    return cupy.RawModule(path=str(path))
+
+
 class SpanStruct(ctypes.Structure):
     """Span of forerun.cuh."""
 
@@ -411,7 +442,7 @@ class RowsStruct(ctypes.Structure):
 
     _fields_ = (
         ("halves", c_void_p), ("quants", c_void_p), ("scales", c_void_p), ("sums", c_void_p), ("floats", c_void_p),
-        ("halves_stride", c_int), ("quants_stride", c_int),
+        ("halves_stride", c_int), ("quants_stride", c_int), ("halves_rows", c_int), ("reserved", c_int),
     )  # fmt: skip
 
 

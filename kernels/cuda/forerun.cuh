@@ -55,12 +55,13 @@ struct Draw {
 
 /* Rows for the next product, in the forms that the matrices want: any pointer may be null. */
 struct Rows {
-    u16 *halves;    /* bfloat16 [rows, halves_stride] */
+    u16 *halves;    /* bfloat16 [rows, halves_stride]; or, with halves_rows, as place_of_half says */
     u8 *quants;     /* int8 [rows, quants_stride], within 128 inputs as a warp loads them: see quant_place */
     float *scales;  /* [rows, quants_stride / 32] */
     float *sums;    /* of the quants times the scale, likewise */
     float *floats;  /* [rows, n] */
     int halves_stride, quants_stride;
+    int halves_rows, reserved; /* that there is room for; 0: they lie one after another */
 };
 
 /* Weights as products.cu describes them. */
@@ -163,14 +164,11 @@ __device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, 
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-/* c = a [16, 32] times b [32, 8], of int8. The sums begin at the bits of 1.5 * 2^23 as a float, to which one bit is 1: so they are floats, but
- * for that, and need no conversion. */
-__device__ __forceinline__ void multiply_bytes(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    u32 sums[4];
+/* c = a [16, 32] times b [32, 8], of int8. */
+__device__ __forceinline__ void multiply_bytes(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
-                 : "=r"(sums[0]), "=r"(sums[1]), "=r"(sums[2]), "=r"(sums[3])
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(0x4b400000));
-    for (int i = 0; i < 4; i++) c[i] = __uint_as_float(sums[i]) - 12582912.0f;
+                 : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(0));
 }
 #endif
 
@@ -218,6 +216,15 @@ __device__ __forceinline__ void expect(const void *from, int bytes) {
  * side, as the 32 bytes it loads. */
 __device__ __forceinline__ int quant_place(int i) { return i / 128 * 128 + i / 8 % 4 * 32 + i / 32 % 4 * 8 + i % 8; }
 
+/* Where a value of a row stands. With halves_rows, [inputs / 64, halves_rows, 64]: of 64 inputs, each 32 are in the order in which four lanes
+ * have them in two matrix instructions (a lane's 8 in four pieces of 16 bytes), and a row's pieces are exchanged by its number, so that the
+ * same piece of 8 rows lies in different banks of shared memory. */
+__device__ __forceinline__ u16 *place_of_half(const Rows &x, i64 row, int input) {
+    if (!x.halves_rows) return x.halves + row * x.halves_stride + input;
+    const int piece = (input % 64 / 32 * 4 + input / 2 % 4) ^ (int)(row % 8);
+    return x.halves + (input / 64 * (i64)x.halves_rows + row) * 64 + piece * 8 + input % 32 / 8 * 2 + input % 2;
+}
+
 /* Writes n values from shared memory, times `factor`, as a row for the next product; by a whole block of whole warps. n is a multiple of 4;
  * a thread reads fours of them that are its number and multiples of blockDim.x apart. */
 __device__ __forceinline__ void emit(const float *values, int n, const Rows &to, i64 row, int first = 0, float factor = 1.0f) {
@@ -228,8 +235,8 @@ __device__ __forceinline__ void emit(const float *values, int n, const Rows &to,
         v.x *= factor, v.y *= factor, v.z *= factor, v.w *= factor;
         if (to.floats && is_there) *(float4 *)(to.floats + row * n + at) = v;
         if (to.halves && is_there) {
-            uint2 both = make_uint2(to_halves(v.x, v.y), to_halves(v.z, v.w));
-            *(uint2 *)(to.halves + row * to.halves_stride + first + at) = both;
+            *(u32 *)place_of_half(to, row, first + at) = to_halves(v.x, v.y);
+            *(u32 *)place_of_half(to, row, first + at + 2) = to_halves(v.z, v.w);
         }
         if (to.quants) { /* 8 lanes hold the 32 values of a scale */
             float most = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...core.errors import ModelFileError
-from ..backend import F32
+from ..backend import ARITHMETIC, F32
 from ..formats.stored import U8, Stored, quantise, unpack_codes, unpack_minima, unpack_no_minima, unpack_q6_k, unpack_sixteens
 from ..model.config import ModelConfig
 from .device import Address, Array, Device, Kernels, MatrixStruct, problem_with, sizes_of
@@ -60,6 +60,10 @@ class CudaBackend:
         self.device = device
         self.packing = Packing(self)
         self._kernels: dict[ModelConfig, Kernels] = {}
+
+    @property
+    def instructions(self) -> str:
+        return f"cuda {self.device.capability} {ARITHMETIC}"
 
     def kernels(self, config: ModelConfig) -> Kernels:
         """Compiled for a model. ModelFileError when it is one they cannot compute."""

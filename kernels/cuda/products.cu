@@ -56,8 +56,9 @@ __device__ __forceinline__ void q8_units(float (&sums)[STRIPS][1][4], const Matr
     const int AHEAD = 2, lane = threadIdx.x % WARP;
     const uint4 *tiles = m.tiles + ((i64)at.strip * m.units * 4) * WARP + lane;
     const uint4 *scales = m.scales + (i64)at.strip * m.units * 8 + lane / 4;
-    QuantRows rows = {};
-    for (int unit = at.from; unit < at.to || !rows.quants; unit += AHEAD) {
+    const QuantRows rows = quant_rows(x, at);
+    bool has_waited = false;
+    for (int unit = at.from; unit < at.to || !has_waited; unit += AHEAD) {
         uint4 a[AHEAD][STRIPS][4], w[AHEAD][STRIPS];
 #pragma unroll
         for (int i = 0; i < AHEAD; i++)
@@ -68,18 +69,18 @@ __device__ __forceinline__ void q8_units(float (&sums)[STRIPS][1][4], const Matr
                 for (int k = 0; k < 4; k++) a[i][s][k] = load_once(tiles + ((strip_of(m, at, s) * m.units + unit + i) * 4 + k) * WARP);
                 w[i][s] = load_once(scales + (strip_of(m, at, s) * m.units + unit + i) * 8);
             }
-        if (!rows.quants) begin(ahead), rows = quant_rows(x, at);
+        if (!has_waited) begin(ahead), has_waited = true;
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
             if (unit + i >= at.to) break;
             const uint4 *from = (const uint4 *)(rows.quants + (unit + i) * 128), b[2] = {from[0], from[1]};
-            float4 s0 = *(const float4 *)(rows.scales[0] + (unit + i) * 4), s1 = *(const float4 *)(rows.scales[1] + (unit + i) * 4);
+            const float *s0 = rows.scales[0] + (unit + i) * 4, *s1 = rows.scales[1] + (unit + i) * 4; /* one by one: three blocks have registers */
 #pragma unroll
             for (int s = 0; s < STRIPS; s++)
 #pragma unroll
                 for (int k = 0; k < 4; k++)
                     add_q8(sums[s][0], a[i][s][k], k % 2 ? b[k / 2].z : b[k / 2].x, k % 2 ? b[k / 2].w : b[k / 2].y, part_of(w[i][s], k),
-                           part_of(s0, k), part_of(s1, k));
+                           s0[k], s1[k]);
         }
     }
 }
@@ -88,8 +89,9 @@ template <int FORMAT, int STRIPS>
 __device__ __forceinline__ void k_units(float (&sums)[STRIPS][1][4], const Matrix &m, const Rows &x, const Place &at, const Ahead &ahead) {
     const int lane = threadIdx.x % WARP, group = lane / 4, PIECES = pieces_of(FORMAT), HIGH = (PIECES - SCALES) / WARP;
     const uint4 *tiles = m.tiles + ((i64)at.strip * m.units * 4) * WARP + lane;
-    QuantRows rows = {};
-    for (int unit = at.from; unit < at.to || !rows.quants; unit++) {
+    const QuantRows rows = quant_rows(x, at);
+    bool has_waited = false;
+    for (int unit = at.from; unit < at.to || !has_waited; unit++) {
         uint4 a[STRIPS][4], bits[STRIPS][HIGH + 1], w[STRIPS][2];
         uint2 ends[STRIPS];
 #pragma unroll
@@ -103,7 +105,7 @@ __device__ __forceinline__ void k_units(float (&sums)[STRIPS][1][4], const Matri
             for (int half = 0; half < 2; half++) w[s][half] = load_once(m.scales + from * PIECES + group * 2 + half);
             ends[s] = load_once(m.ends + from * 8 + group);
         }
-        if (!rows.quants) begin(ahead), rows = quant_rows(x, at);
+        if (!has_waited) begin(ahead), has_waited = true;
         if (unit >= at.to) break;
         if (unit + 1 < at.to)
             for (int s = 0; s < STRIPS; s++) {
@@ -167,8 +169,8 @@ PRODUCT(product_q6_k_1, Q6_K, 1, 1, false)
 /* The experts that rows use: `routes` [rows, 2 used] are their numbers, then their shares. Experts lie one after another in m, each with
  * `strips` strips; an expert of a row writes a row of its own. Grid: (strips / STRIPS, experts), each for all that use it, 8 at a time: those of
  * expert e are order[starts[e]] to order[starts[e + 1]]; without `starts`: (strips / STRIPS, rows * used). */
-#define EXPERT(NAME, FORMAT, STRIPS, GATED)                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(WARPS *WARP)                                                                               \
+#define EXPERT(NAME, FORMAT, STRIPS, GATED, BOUNDS)                                                                                         \
+    extern "C" __global__ void __launch_bounds__ BOUNDS                                                                                     \
         NAME(Matrix m, Rows x, const float *routes, int used, const int *starts, const int *order, int divisor, int strips, float *out,    \
              int out_stride, Rows gated) {                                                                                                  \
         wait_for_previous();                                                                                                                \
@@ -182,12 +184,12 @@ PRODUCT(product_q6_k_1, Q6_K, 1, 1, false)
         }                                                                                                                                   \
     }                                                                                                                                       \
     EXPORT(NAME)
-EXPERT(expert_bf16, BF16, 1, false)
-EXPERT(expert_gated_bf16, BF16, 2, true)
-EXPERT(expert_q8_0, Q8_0, 1, false)
-EXPERT(expert_q4_k, Q4_K, 1, false)
-EXPERT(expert_q5_k, Q5_K, 1, false)
-EXPERT(expert_q6_k, Q6_K, 1, false)
+EXPERT(expert_bf16, BF16, 1, false, (WARPS * WARP))
+EXPERT(expert_gated_bf16, BF16, 2, true, (WARPS * WARP))
+EXPERT(expert_q8_0, Q8_0, 1, false, (WARPS * WARP))
+EXPERT(expert_q4_k, Q4_K, 1, false, (WARPS * WARP))
+EXPERT(expert_q5_k, Q5_K, 1, false, (WARPS * WARP))
+EXPERT(expert_q6_k, Q6_K, 1, false, (WARPS * WARP, 2)) /* for a third block a register would be spilled on some architectures */
 
 /* Weight (output, input). */
 __device__ __forceinline__ float weight_at(const Matrix &m, int output, int input) {

@@ -25,7 +25,7 @@ struct Place {
 };
 
 /* The s-th strip of a block, counted from its first; the last again where there is none. */
-__device__ __forceinline__ i64 strip_of(const Matrix &m, const Place &at, int s) { return min(s, (m.outputs + 15) / 16 - 1 - at.strip); }
+__device__ __forceinline__ i64 strip_of(const Matrix &m, const Place &at, int s) { return s ? min(s, (m.outputs + 15) / 16 - 1 - at.strip) : 0; }
 
 /* The row of x that is column `column` of a tile; the last again where there is none. */
 __device__ __forceinline__ i64 row_of(const Place &at, int tile, int column) {
@@ -54,7 +54,6 @@ __device__ __forceinline__ void read_on(const Ahead &ahead) {
     for (i64 at = 128 * (own * blockDim.x + threadIdx.x); at < ahead.bytes; at += 128 * readers * blockDim.x) expect(ahead.weights + at);
 }
 
-__device__ __forceinline__ float part_of(const float4 &v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 __device__ __forceinline__ u32 part_of(const uint4 &v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
 /* 32 inputs of a strip, as bfloat16, and 8 rows. */
@@ -65,12 +64,13 @@ __device__ __forceinline__ void add_bf16(float (&sums)[4], const uint4 (&a)[2], 
 
 /* 32 inputs of Q8_0: the scales of outputs g and g + 8, and of both columns that a lane has. */
 __device__ __forceinline__ void add_q8(float (&sums)[4], const uint4 &a, u32 b0, u32 b1, u32 scales, float s0, float s1) {
-    float c[4], w0 = from_half((u16)scales), w1 = from_half((u16)(scales >> 16));
+    int c[4];
+    float w0 = from_half((u16)scales), w1 = from_half((u16)(scales >> 16));
     multiply_bytes(c, a.x, a.y, a.z, a.w, b0, b1);
-    sums[0] = fmaf(w0 * s0, c[0], sums[0]);
-    sums[1] = fmaf(w0 * s1, c[1], sums[1]);
-    sums[2] = fmaf(w1 * s0, c[2], sums[2]);
-    sums[3] = fmaf(w1 * s1, c[3], sums[3]);
+    sums[0] = fmaf(w0 * s0, (float)c[0], sums[0]);
+    sums[1] = fmaf(w0 * s1, (float)c[1], sums[1]);
+    sums[2] = fmaf(w1 * s0, (float)c[2], sums[2]);
+    sums[3] = fmaf(w1 * s1, (float)c[3], sums[3]);
 }
 
 /* 32 inputs of a block of 256 as the matrix instruction wants them, and what they are multiples of: for outputs g and g + 8 a scale, and what is
@@ -97,7 +97,7 @@ template <int FORMAT> __device__ __forceinline__ Block block_of(const uint4 &til
 /* Scales and sums of the rows that are both columns of a lane. */
 template <int FORMAT>
 __device__ __forceinline__ void add_block(float (&sums)[4], const Block &n, u32 b0, u32 b1, float scale0, float scale1, float sum0, float sum1) {
-    float c[4];
+    int c[4];
     if (FORMAT == Q6_K) { /* lanes 0 and 1 of four have the first 16 inputs */
         const bool is_first = threadIdx.x % 4 < 2;
 #pragma unroll
@@ -105,16 +105,16 @@ __device__ __forceinline__ void add_block(float (&sums)[4], const Block &n, u32 
             multiply_bytes(c, n.quants.x, n.quants.y, n.quants.z, n.quants.w, is_first == !which ? b0 : 0, is_first == !which ? b1 : 0);
             for (int i = 0; i < 2; i++) {
                 float scale = which ? n.second[i] : n.first[i];
-                sums[2 * i] = fmaf(scale * scale0, c[2 * i], sums[2 * i]);
-                sums[2 * i + 1] = fmaf(scale * scale1, c[2 * i + 1], sums[2 * i + 1]);
+                sums[2 * i] = fmaf(scale * scale0, (float)c[2 * i], sums[2 * i]);
+                sums[2 * i + 1] = fmaf(scale * scale1, (float)c[2 * i + 1], sums[2 * i + 1]);
             }
         }
         return;
     }
     multiply_bytes(c, n.quants.x, n.quants.y, n.quants.z, n.quants.w, b0, b1);
     for (int i = 0; i < 2; i++) {
-        sums[2 * i] = fmaf(-n.second[i], sum0, fmaf(n.first[i] * scale0, c[2 * i], sums[2 * i]));
-        sums[2 * i + 1] = fmaf(-n.second[i], sum1, fmaf(n.first[i] * scale1, c[2 * i + 1], sums[2 * i + 1]));
+        sums[2 * i] = fmaf(-n.second[i], sum0, fmaf(n.first[i] * scale0, (float)c[2 * i], sums[2 * i]));
+        sums[2 * i + 1] = fmaf(-n.second[i], sum1, fmaf(n.first[i] * scale1, (float)c[2 * i + 1], sums[2 * i + 1]));
     }
 }
 

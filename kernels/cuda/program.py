@@ -16,7 +16,7 @@ from ..model.config import ModelConfig
 from ..model.inputs import frequencies
 from ..model.pages import PAGE
 from ..model.weights import AttentionWeights, DeltaWeights, DenseWeights, LayerWeights, MoeWeights
-from .device import DRAW, NOWHERE, Address, AheadStruct, Array, MatrixStruct, RowsStruct, Step, columns_of
+from .device import DRAW, HOPPER_CAPABILITY, NOWHERE, Address, AheadStruct, Array, MatrixStruct, RowsStruct, Step, columns_of
 from .matrices import BF16, NAMES, Q4_K, Q5_K, Q6_K, Q8_0, STRIP, UNIT_BYTES, CudaMatrix, Packing, Stacked
 
 #: Positions of one part of an attention (PART of forerun.cuh), and pairs of row and head of one block (PAIRS, CHUNK_PAIRS of attention.cu).
@@ -37,6 +37,12 @@ FEW_ROWS, BATCH_STRIPS, BATCH_STAGES = 8, 2, 2
 #: Strips of a block of wide.cu, stages of inputs that it has at once, and a strip's tiles of 512 bytes in a stage.
 WIDE_STRIPS, WIDE_STAGES = 8, 3
 WIDE_TILES = {BF16: 4, Q8_0: 2, Q4_K: 1, Q5_K: 1, Q6_K: 1}
+#: Stages, threads and rows of a block of hopper_products.cu, and what it has of shared memory besides its stages.
+HOPPER_STAGES, HOPPER_THREADS, HOPPER_ROWS, HOPPER_REST = 4, 384, (128, 256), 1024 + 64
+#: Dimensions of heads that hopper_attend is for, and pages that it has at once.
+HOPPER_HEADS, HOPPER_PAGES = (128, 256), 2
+#: Blocks of hopper_products.cu that a large device has at once, and what one more part of a product costs, as a share of it.
+HOPPER_BLOCKS, HOPPER_SPLIT = 132, 0.04
 #: Rows from which an attention loops over its parts, instead of leaving them all for a merge, and rows times parts beyond which it does:
 #: each takes a KiB a head.
 LOOP_ROWS, LOOP_PARTS = 33, 16_384
@@ -92,13 +98,20 @@ class Program:
     def address(self, name: str) -> Address:
         return self.device.address(self.buffers[name])
 
-    def prepared(self, name: str, width: int, rows: int, formats: set[int], keeps_floats: str | None = None) -> Prepared:
-        """Rows of `width` for matrices of `formats`; `keeps_floats` names the buffer that has them in float32 as well."""
+    def prepared(
+        self, name: str, width: int, rows: int, formats: set[int], keeps_floats: str | None = None, *, is_routed: bool = False
+    ) -> Prepared:
+        """Rows of `width` for matrices of `formats`; `keeps_floats` names the buffer that has them in float32 as well. `is_routed`: experts
+        are among the matrices."""
         struct = RowsStruct()
         read = rows if rows <= FEW_ROWS or self.is_wide else 16 if rows <= 16 else -(-rows // 32) * 32  # batch.cu reads whole blocks
         if BF16 in formats:
-            struct.halves_stride = -(-width // 32) * 32
-            struct.halves = self.device.address(self.buffer(f"{name} halves", (read, struct.halves_stride), np.uint16))
+            struct.halves_stride, shape = -(-width // 32) * 32, (read, -(-width // 32) * 32)
+            if self.is_wide and self.device.capability == HOPPER_CAPABILITY and not is_routed:
+                block = next((n for n in HOPPER_ROWS if rows <= n), HOPPER_ROWS[-1])
+                struct.halves_rows = -(-rows // block) * block
+                shape = -(-width // 64), struct.halves_rows, 64
+            struct.halves = self.device.address(self.buffer(f"{name} halves", shape, np.uint16))
         if formats - {BF16}:
             stride = struct.quants_stride = -(-width // 256) * 256
             struct.quants = self.device.address(self.buffer(f"{name} quants", (read, stride), np.uint8))
@@ -138,7 +151,7 @@ class Program:
         stride = STRIP * m.strips
         out = self.device.address(self.buffer(name, (splits, rows, stride)))
         if self.is_wide:
-            self._wide(f"wide_{NAMES[m.format]}", m, x, out, stride, RowsStruct(), rows, splits)
+            self._wide(NAMES[m.format], m, x, out, stride, RowsStruct(), rows, splits)
         else:
             self._few(f"product_{NAMES[m.format]}", m, x, out, stride, RowsStruct(), rows, splits)
         return Column(out, stride)
@@ -152,28 +165,44 @@ class Program:
         shared = WARPS * BATCH_STRIPS * max(BATCH_STAGES * sum(UNIT_BYTES[m.format]), 512 * tiles)
         if m.format != BF16 and rows > FEW_ROWS and shared <= self.device.max_shared:
             grid = -(-m.strips // BATCH_STRIPS) * -(-rows // (8 * tiles)), splits
-            self._product(f"batch_{NAMES[m.format]}_{tiles}", grid, m, x, out, stride, gated, rows, shared)
+            self._product(f"batch_{NAMES[m.format]}_{tiles}", grid, m, x, out, stride, gated, rows, AheadStruct(), shared=shared)
         else:
             tiles = tiles if m.format == BF16 else 1
             strips = 2 if kernel.startswith("gated") or tiles == 4 else 1
             grid = -(-m.strips // strips) * -(-rows // (8 * tiles)), splits
-            self._product(f"{kernel}_{tiles}", grid, m, x, out, stride, gated, rows)
+            self._product(f"{kernel}_{tiles}", grid, m, x, out, stride, gated, rows, AheadStruct())
 
     def _wide(
         self, kernel: str, m: CudaMatrix, x: Prepared, out: Address, stride: int, gated: RowsStruct, rows: int, splits: int = 1
     ) -> None:
-        block = 64 if rows <= 64 else 128
-        if m.format != BF16 and rows > 128 and _wide_bytes(m, 256) <= self.device.max_shared:
+        if x.struct.halves_rows:
+            self._hopper(kernel, m, x, out, stride, gated, rows, splits)
+            return
+        groups, block = -(-m.strips // WIDE_STRIPS) * splits, 128
+        if m.format != BF16 and _wide_bytes(m, 256) <= self.device.max_shared:
             block = 256  # what makes bfloat16 of weights is shared by more rows
+        while block > 64 and (rows <= block // 2 or groups * -(-rows // block) < MANY_BLOCKS // 4):
+            block //= 2
         grid = -(-m.strips // WIDE_STRIPS) * -(-rows // block), splits
-        self._product(f"{kernel}_{block}", grid, m, x, out, stride, gated, rows, shared=_wide_bytes(m, block))
+        self._product(f"wide_{kernel}_{block}", grid, m, x, out, stride, gated, rows, shared=_wide_bytes(m, block))
+
+    def _hopper(
+        self, kernel: str, m: CudaMatrix, x: Prepared, out: Address, stride: int, gated: RowsStruct, rows: int, splits: int = 1,
+        apart: int = 1,
+    ) -> None:  # fmt: skip
+        groups = -(-m.strips // WIDE_STRIPS)
+        small, large = HOPPER_ROWS
+        block = small if rows <= small or groups * -(-rows // large) * splits < HOPPER_BLOCKS // 2 else large
+        grid, shared = (groups * -(-rows // block), splits), HOPPER_STAGES * (WIDE_STRIPS * WIDE_TILES[m.format] * 512 + 128 * block)
+        self._product(
+            f"hopper_{kernel}_{block}", grid, m, x, out, stride, gated, rows, apart, shared=shared + HOPPER_REST, threads=HOPPER_THREADS
+        )
 
     def _product(
         self, kernel: str, grid: tuple[int, ...], m: CudaMatrix, x: Prepared, out: Address, stride: int, gated: RowsStruct, rows: int,
-        shared: int = 0,
+        *more: Any, shared: int = 0, threads: int = 32 * WARPS,
     ) -> None:  # fmt: skip
-        ahead = () if self.is_wide else (AheadStruct(),)
-        self.step(kernel, grid, 32 * WARPS, self.packing.struct(m), x.struct, out, stride, gated, rows, *ahead, shared=shared)
+        self.step(kernel, grid, threads, self.packing.struct(m), x.struct, out, stride, gated, rows, *more, shared=shared)
 
     def products(self, stacked: Stacked, x: Prepared, name: str, rows: int) -> list[Column]:
         """Each matrix's columns."""
@@ -183,7 +212,9 @@ class Program:
 
     def into_residual(self, m: CudaMatrix, x: Prepared, rows: int) -> Parts:
         """A product that the next norm adds to the residual: where it is, and in how many parts."""
-        if self.is_wide:
+        if x.struct.halves_rows:
+            splits = _splits_of_hopper(m)
+        elif self.is_wide:
             splits = max(1, min(MAX_SPLITS, MANY_BLOCKS // 4 // -(-m.strips // WIDE_STRIPS), m.inputs // 256))
         else:
             splits = max(1, min(MAX_SPLITS, MANY_BLOCKS // m.strips, m.units // (2 * WARPS)))
@@ -207,7 +238,8 @@ class Program:
             formats = self.formats(ffn.gate, ffn.up)
         else:
             formats = self.formats(ffn.router, ffn.shared_gate, ffn.shared.gate, ffn.experts.gate[0])
-        u = self.prepared(f"u {sorted(formats)}", c.hidden, rows, formats)
+        is_routed = not isinstance(ffn, DenseWeights)
+        u = self.prepared(f"u {sorted(formats)}{' routed' * is_routed}", c.hidden, rows, formats, is_routed=is_routed)
         self.add_norm(x, parts, w.ffn_norm, u, rows)
         return self._dense(u, ffn) if isinstance(ffn, DenseWeights) else self._moe(u, ffn)
 
@@ -243,7 +275,10 @@ class Program:
             "convolve", (-(-rows // 8), -(-heads // 4)), 128, spans, number, qkv.address, qkv.stride, b.address, b.stride, a.address,
             a.stride, floats(w.conv), floats(w.log_decay), floats(w.dt_bias), ready, gates,
         )  # fmt: skip
-        self.step("recur", (c.value_heads * c.value_dim // columns,), 4 * columns, spans, number, ready, gates, mixed)
+        values, threads = c.value_heads * c.value_dim, 4 * columns
+        if values < 100 * columns and columns > 8 and c.key_dim % 64 == 0:  # IS_SMALL
+            columns //= 2
+        self.step("recur", (values // columns,), threads, spans, number, ready, gates, mixed)
         self.step("keep_columns", (-(-c.channels // 256),), 256, spans, number, qkv.address, qkv.stride)
 
     def _attention(self, u: Prepared, w: AttentionWeights, number: int) -> Parts:
@@ -256,36 +291,49 @@ class Program:
             "keys", (rows, -(-(c.heads + c.kv_heads) // 4)), 128, spans, span_of, number, q.address, q.stride, k.address, k.stride,
             v.address, v.stride, floats(w.q_norm), floats(w.k_norm), rates, c_float(c.rms_eps), queries,
         )  # fmt: skip
-        is_one = self.is_looped or self.is_wide
-        parts = 1 if is_one else self.max_parts
-        sums = device.address(self.buffer("sums", (rows, c.heads, parts, c.head_dim)))
-        ends = device.address(self.buffer("ends", (rows, c.heads, parts, 2)))
-        pairs = (c.heads // c.kv_heads) * (rows if self.is_wide else self.span_rows)
-        if self.is_wide:
-            stage = c.head_dim // 32 * (PAGE * 64 + 64) + 2 * (c.head_dim * 64 + 64)
-            stages = 2 if 2 * stage + ATTEND_STATIC <= device.max_shared else 1
-            grid = -(-pairs // CHUNK_PAIRS), c.kv_heads
-            self.step("attend_chunk", grid, 256, spans, number, queries, sums, ends, stages, shared=stages * stage)
-        else:
-            grid = parts, c.kv_heads * -(-pairs // PAIRS), self.num_spans
-            self.step("attend", grid, 256, spans, number, queries, sums, ends, parts, int(self.is_looped))
+        sums, ends, parts = self.attend(number, queries)
         out = self.prepared(f"attended {w.out.format}", c.heads * c.head_dim, rows, self.formats(w.out))
         self.step(
-            "merge_parts", (rows, c.heads), 128, spans, span_of, sums, ends, parts, int(is_one), q.address, q.stride, 1, out.struct,
+            "merge_parts", (rows, c.heads), 128, spans, span_of, sums, ends, parts, int(self.is_looped or self.is_wide), q.address,
+            q.stride, 1, out.struct,
             shared=4 * c.head_dim,
         )  # fmt: skip
         return self.into_residual(w.out, out, rows)
 
+    def attend(self, number: int, queries: Address) -> tuple[Address, Address, int]:
+        """Sums of values [rows, heads, parts, D], their highest scores and totals [rows, heads, parts, 2], and how many parts."""
+        c, rows, device, spans = self.config, self.rows, self.device, self.address("spans")
+        parts = 1 if self.is_looped or self.is_wide else self.max_parts
+        sums = device.address(self.buffer("sums", (rows, c.heads, parts, c.head_dim)))
+        ends = device.address(self.buffer("ends", (rows, c.heads, parts, 2)))
+        pairs = (c.heads // c.kv_heads) * (rows if self.is_wide else self.span_rows)
+        of_chunk = -(-pairs // CHUNK_PAIRS), c.kv_heads
+        if self.is_wide and device.capability == HOPPER_CAPABILITY and c.head_dim in HOPPER_HEADS:
+            shared = CHUNK_PAIRS * 2 * c.head_dim + HOPPER_PAGES * 2 * PAGE * 2 * c.head_dim + HOPPER_REST
+            self.step("hopper_attend", of_chunk, 256, spans, number, queries, sums, ends, shared=shared)
+        elif self.is_wide:
+            stage = c.head_dim // 32 * (PAGE * 64 + 64) + 2 * (c.head_dim * 64 + 64)
+            stages = 2 if 2 * stage + ATTEND_STATIC <= device.max_shared else 1
+            self.step("attend_chunk", of_chunk, 256, spans, number, queries, sums, ends, stages, shared=stages * stage)
+        else:
+            grid = parts, c.kv_heads * -(-pairs // PAIRS), self.num_spans
+            self.step("attend", grid, 256, spans, number, queries, sums, ends, parts, int(self.is_looped))
+        return sums, ends, parts
+
     def _hidden_of_ffn(self, w: DenseWeights, u: Prepared, name: str) -> Prepared:
         """silu(gate) * up, for the matrix that follows."""
         rows, width = self.rows, w.gate.outputs
-        h = self.prepared(f"{name} {w.down.format}", width, rows, self.formats(w.down))
+        h = self.prepared(f"{name} {w.down.format}", width, rows, self.formats(w.down), is_routed=not u.struct.halves_rows)
         if w.gate.format == w.up.format == w.down.format == BF16:
             m = self.packing.gated([w.gate], [w.up], True)
             if self.is_wide:
-                self._wide("wide_gated_bf16", m, u, NOWHERE, 0, h.struct, rows)
+                self._wide("gated_bf16", m, u, NOWHERE, 0, h.struct, rows)
             else:
                 self._few("gated_bf16", m, u, NOWHERE, 0, h.struct, rows)
+            return h
+        if u.struct.halves_rows and w.gate.format == w.up.format:
+            both = self.packing.stack(w.gate, w.up).products[0]
+            self._hopper(f"gated_{NAMES[both.format]}", both, u, NOWHERE, 0, h.struct, rows, apart=w.gate.strips)
             return h
         gate, up = self.products(self.packing.stack(w.gate, w.up), u, f"gate up {name}", rows)
         self.swiglu(gate, up, width, rows, h)
@@ -309,7 +357,8 @@ class Program:
         is_gated = {m.format for m in (*experts.gate, *experts.up, *experts.down)} == {BF16}
         m, down = self.packing.gated(experts.gate, experts.up, is_gated), self.packing.all(experts.down)
         width = experts.gate[0].outputs
-        strips, h = experts.gate[0].strips, self.prepared(f"experts {down.format}", width, rows * used, self.formats(down))
+        strips = experts.gate[0].strips
+        h = self.prepared(f"experts {down.format}", width, rows * used, self.formats(down), is_routed=True)
         y = device.address(self.buffer("experts down", (rows * used, c.hidden)))
         starts, order, is_grouped = NOWHERE, NOWHERE, self.is_wide or 2 * rows * used >= num_experts
         if is_grouped:  # many rows: an expert's weights are read once for all that use it
@@ -383,6 +432,16 @@ def _argument(value: Any) -> Any:
 def _wide_bytes(m: CudaMatrix, rows: int) -> int:
     """Shared memory of a block of wide.cu."""
     return WIDE_STAGES * (WIDE_STRIPS * WIDE_TILES[m.format] * 512 + 2 * (rows * 64 + 64))
+
+
+def _splits_of_hopper(m: CudaMatrix) -> int:
+    """Parts of a product into the residual with which two blocks' rows take least time: in turns of all blocks that there are at once."""
+    blocks = 2 * -(-m.strips // WIDE_STRIPS)
+
+    def cost(splits: int) -> float:
+        return -(-blocks * splits // HOPPER_BLOCKS) / splits * (1 + HOPPER_SPLIT * (splits - 1))
+
+    return min(range(1, max(1, min(MAX_SPLITS, m.inputs // 256)) + 1), key=cost)
 
 
 def threads_for(n: int) -> int:

@@ -1,86 +1,11 @@
-/* Products of many rows, for chunks of a prompt. A block has 8 strips of outputs, a warp two of them and half of the block's rows. Weights
- * and rows come through shared memory, STAGES times 64 inputs on their way at once; weights become bfloat16, whatever they are stored as.
+/* Products of many rows, for chunks of a prompt. A block has 8 strips of outputs, a warp two of them and half of the block's rows; of experts,
+ * which have few rows, one of them and all rows. Weights and rows come through shared memory, STAGES times 64 inputs on their way at once.
  *
  * What a row's result is made of is added in the order of the inputs (in as many parts as the grid has splits, which depends on the weights
  * alone), so a row's bits depend on nothing but the row. They are not those of products.cu. */
-#include "forerun.cuh"
+#include "wide.cuh"
 
-#define WARPS 8
-#define BLOCK_STRIPS 8
 #define STAGES 3
-#define STAGE_INPUTS 64 /* two units of 32 */
-
-/* What a strip has of a stage: TILES tiles of 16 bytes a lane, in shared memory; scales and high bits, in registers. */
-template <int FORMAT> struct Weights;
-
-template <> struct Weights<BF16> {
-    static const int TILES = 4;
-    __device__ __forceinline__ void load(const Matrix &, i64, int) {}
-    __device__ __forceinline__ void operands(const uint4 *tiles, int unit, uint4 (&a)[2]) const {
-        a[0] = tiles[unit * 2 * WARP], a[1] = tiles[(unit * 2 + 1) * WARP];
-    }
-};
-
-/* Four quants of two bytes each in the words of a register, times a scale for outputs g and g + 8. */
-__device__ __forceinline__ uint4 scaled_halves(float q0, float q1, float q2, float q3, float q4, float q5, float q6, float q7, float low, float high) {
-    return make_uint4(to_halves(q0 * low, q1 * low), to_halves(q4 * high, q5 * high), to_halves(q2 * low, q3 * low), to_halves(q6 * high, q7 * high));
-}
-__device__ __forceinline__ float quant(u32 word, int i) { return (float)(signed char)(word >> 8 * i); }
-
-template <> struct Weights<Q8_0> {
-    static const int TILES = 2; /* a matrix has four in a unit */
-    uint2 scales;
-    __device__ __forceinline__ void load(const Matrix &m, i64 strip, int stage) {
-        scales = ((const uint2 *)(m.scales + (strip * m.units + stage / 2) * 8 + threadIdx.x % WARP / 4))[stage % 2];
-    }
-    __device__ __forceinline__ void operands(const uint4 *tiles, int unit, uint4 (&a)[2]) const {
-        u32 scale = unit ? scales.y : scales.x;
-        float low = from_half((u16)scale), high = from_half((u16)(scale >> 16));
-        uint4 t = tiles[unit * WARP];
-        a[0] = scaled_halves(quant(t.x, 0), quant(t.x, 1), quant(t.x, 2), quant(t.x, 3), quant(t.y, 0), quant(t.y, 1), quant(t.y, 2), quant(t.y, 3), low, high);
-        a[1] = scaled_halves(quant(t.z, 0), quant(t.z, 1), quant(t.z, 2), quant(t.z, 3), quant(t.w, 0), quant(t.w, 1), quant(t.w, 2), quant(t.w, 3), low, high);
-    }
-};
-
-/* Of units of 256. */
-template <int FORMAT> struct Weights {
-    static const int TILES = 1; /* of both units: low nibbles, then high ones */
-    uint2 scales;               /* bytes of each: scale of g and g + 8, then minimum, or scale of the other 16 inputs, of both */
-    uint2 ends;
-    uint4 bits;
-    int turn; /* of the first unit, among 8 */
-    __device__ __forceinline__ void load(const Matrix &m, i64 strip, int stage) {
-        const int lane = threadIdx.x % WARP;
-        const i64 unit = strip * m.units + stage / 4;
-        const uint4 *rest = m.scales + unit * pieces_of(FORMAT);
-        turn = stage % 4 * 2;
-        scales = ((const uint2 *)(rest + lane / 4 * 2))[stage % 4];
-        ends = m.ends[unit * 8 + lane / 4];
-        bits = FORMAT == Q4_K ? uint4{} : rest[SCALES + (FORMAT == Q6_K ? turn / 4 * WARP : 0) + lane];
-    }
-    __device__ __forceinline__ void operands(const uint4 *tiles, int unit, uint4 (&a)[2]) const {
-        const uint4 tile = tiles[0];
-        const u32 bytes = unit ? scales.y : scales.x, words[4] = {tile.x, tile.y, tile.z, tile.w}, high_bits[4] = {bits.x, bits.y, bits.z, bits.w};
-        const bool is_second = FORMAT == Q6_K && threadIdx.x % 4 >= 2; /* lanes of the other 16 inputs */
-        u32 found[2][4];
-#pragma unroll
-        for (int high = 0; high < 2; high++) {
-            const u32 first = bytes >> 8 * high, second = bytes >> (16 + 8 * high);
-            float d = from_half((u16)(ends.x >> 16 * high)), least = 0;
-            if (FORMAT == Q6_K) d *= (float)(signed char)(is_second ? second : first);
-            else d *= (float)(first & 255), least = from_half((u16)(ends.y >> 16 * high)) * (float)(second & 255);
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const u32 word = quants_of<FORMAT>(words[half * 2 + high], high_bits[half * 2 + high], turn + unit);
-#pragma unroll
-                for (int pair = 0; pair < 2; pair++)
-                    found[half][pair * 2 + high] = to_halves(quant(word, 2 * pair) * d - least, quant(word, 2 * pair + 1) * d - least);
-            }
-        }
-        a[0] = make_uint4(found[0][0], found[0][1], found[0][2], found[0][3]);
-        a[1] = make_uint4(found[1][0], found[1][1], found[1][2], found[1][3]);
-    }
-};
 
 /* A block's part of a product: rows from `row` on of `rows`, a split of the inputs. In IS_GROUPED products row i is row order[i] of `out`, and
  * order[i] / divisor of x. */
@@ -93,18 +18,19 @@ struct Part {
 /* out [rows, out_stride], outputs of 8 strips; or, IS_GATED, silu of one strip times the next, as bfloat16 into `gated`. */
 template <int FORMAT, int ROWS, bool IS_GATED, bool IS_GROUPED>
 __device__ __forceinline__ void wide(const Matrix &m, const Rows &x, float *out, int out_stride, const Rows &gated, const Part &at) {
-    const int TILES = ROWS / 16, TOGETHER = 4, STRIP_TILES = Weights<FORMAT>::TILES;
+    const int EACH = IS_GROUPED && !IS_GATED ? 1 : 2, TILES = ROWS / 8 / EACH, TOGETHER = IS_GROUPED ? 2 : 4; /* strips, tiles of 8 rows of a warp */
+    const int STRIP_TILES = Weights<FORMAT>::TILES;
     const int PLANE = ROWS * 64 + 64, WEIGHT_BYTES = BLOCK_STRIPS * STRIP_TILES * 512; /* of one unit of all rows; planes begin at other banks */
     const int STAGE_BYTES = WEIGHT_BYTES + 2 * PLANE;
     SHARED(u8, staged);
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, strips = (m.outputs + 15) / 16;
-    const int own_strip = at.strip + warp % 4 * 2, half = warp / 4;
+    const int own_strip = at.strip + warp * EACH % BLOCK_STRIPS, first_row = warp * EACH / BLOCK_STRIPS * TILES * 8;
     const int inputs = x.halves_stride, stages = (inputs + STAGE_INPUTS - 1) / STAGE_INPUTS;
     const int from = (int)((i64)stages * at.split / at.splits), to = (int)((i64)stages * (at.split + 1) / at.splits);
-    Weights<FORMAT> weights[2];
+    Weights<FORMAT> weights[EACH];
 #pragma unroll
-    for (int s = 0; s < 2; s++) weights[s].load(m, min(own_strip + s, strips - 1), from);
-    float sums[2][TILES][4];
+    for (int s = 0; s < EACH; s++) weights[s].load(m, min(own_strip + s, strips - 1), from);
+    float sums[EACH][TILES][4];
     clear(sums);
 
     const int piece = threadIdx.x % 8, tiles_of_strip = m.units * (FORMAT == BF16 ? 2 : 4); /* piece: of 8 inputs, of a row's 64 */
@@ -137,30 +63,31 @@ __device__ __forceinline__ void wide(const Matrix &m, const Rows &x, float *out,
         fetch_weights(stage + STAGES - 1);
         fetch_rows(stage + STAGES - 1);
         const u8 *here = staged + stage % STAGES * STAGE_BYTES;
-        const uint4 *tiles = (const uint4 *)here + warp % 4 * 2 * STRIP_TILES * WARP + lane;
-        const u8 *base = here + WEIGHT_BYTES + (half * (ROWS / 2) + lane / 4) * 64 + lane % 4 * 16;
+        const uint4 *tiles = (const uint4 *)here + (own_strip - at.strip) * STRIP_TILES * WARP + lane;
+        const u8 *base = here + WEIGHT_BYTES + (first_row + lane / 4) * 64 + lane % 4 * 16;
 #pragma unroll 1
         for (int unit = 0; unit < 2; unit++) {
-            uint4 a[2][2];
+            uint4 a[EACH][2];
 #pragma unroll
-            for (int s = 0; s < 2; s++) {
+            for (int s = 0; s < EACH; s++) {
                 weights[s].operands(tiles + s * STRIP_TILES * WARP, unit, a[s]);
                 if (unit == 1) weights[s].load(m, min(own_strip + s, strips - 1), min(stage + 1, to - 1));
             }
 #pragma unroll
             for (int first = 0; first < TILES; first += TOGETHER) { /* what adds to one sum is far apart */
+                if (IS_GROUPED && at.row + first_row + first * 8 >= at.rows) break; /* most experts have few rows */
                 uint4 b[TOGETHER];
 #pragma unroll
                 for (int t = 0; t < TOGETHER; t++) b[t] = *(const uint4 *)(base + unit * PLANE + (first + t) * 8 * 64);
 #pragma unroll
                 for (int t = 0; t < TOGETHER; t++)
 #pragma unroll
-                    for (int s = 0; s < 2; s++)
+                    for (int s = 0; s < EACH; s++)
                         multiply(sums[s][first + t], a[s][0].x, a[s][0].y, a[s][0].z, a[s][0].w, b[t].x, b[t].y);
 #pragma unroll
                 for (int t = 0; t < TOGETHER; t++)
 #pragma unroll
-                    for (int s = 0; s < 2; s++)
+                    for (int s = 0; s < EACH; s++)
                         multiply(sums[s][first + t], a[s][1].x, a[s][1].y, a[s][1].z, a[s][1].w, b[t].z, b[t].w);
             }
         }
@@ -171,15 +98,15 @@ __device__ __forceinline__ void wide(const Matrix &m, const Rows &x, float *out,
     for (int t = 0; t < TILES; t++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            int row = at.row + half * (ROWS / 2) + t * 8 + lane % 4 * 2 + i % 2, place = lane / 4 + i / 2 * 8;
+            int row = at.row + first_row + t * 8 + lane % 4 * 2 + i % 2, place = lane / 4 + i / 2 * 8;
             if (row >= at.rows) continue;
             i64 of = IS_GROUPED ? at.order[row] : row;
             if (IS_GATED) {
                 if (own_strip < strips)
-                    gated.halves[of * gated.halves_stride + own_strip / 2 * 16 + place] = (u16)to_halves(silu(sums[0][t][i]) * sums[1][t][i], 0);
+                    gated.halves[of * gated.halves_stride + own_strip / 2 * 16 + place] = (u16)to_halves(silu(sums[0][t][i]) * sums[EACH - 1][t][i], 0);
             } else {
 #pragma unroll
-                for (int s = 0; s < 2; s++)
+                for (int s = 0; s < EACH; s++)
                     if ((own_strip + s) * 16 + place < m.outputs) out[of * out_stride + (own_strip + s) * 16 + place] = sums[s][t][i];
             }
         }
@@ -215,7 +142,7 @@ WIDE(wide_q6_k_256, Q6_K, 256, 1, false)
 /* The experts, which lie one after another in m, each with `strips` strips: for the rows that use it. Those of expert e are order[starts[e]]
  * to order[starts[e + 1]]. Grid: (groups of 8 strips of one, experts); shared as above. */
 #define WIDE_EXPERT(NAME, FORMAT, IS_GATED)                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(WARPS *WARP, 1) NAME(Matrix m, Rows x, const int *starts, const int *order, int divisor,   \
+    extern "C" __global__ void __launch_bounds__(WARPS *WARP, 2) NAME(Matrix m, Rows x, const int *starts, const int *order, int divisor,   \
                                                                       int strips, float *out, int out_stride, Rows gated) {                 \
         wait_for_previous();                                                                                                                 \
         const int expert = blockIdx.y, begin = starts[expert], rows = starts[expert + 1] - begin;                                            \

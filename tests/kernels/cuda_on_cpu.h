@@ -52,7 +52,7 @@ static dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace on_cpu {
 const size_t STACK = 65536, SHARED_BYTES = 232448, MAX_THREADS = 1024;
-alignas(16) static char shared[SHARED_BYTES];
+alignas(1024) static char shared[SHARED_BYTES];
 
 struct Group { /* threads that meet: a warp or a block */
     int alive = 0, arrived = 0;
@@ -69,7 +69,7 @@ struct Thread {
 };
 static std::vector<Thread> threads; /* they go on from block to block: to begin one takes system calls */
 static std::vector<Group> warps;
-static Group block;
+static Group block, products; /* the latter: of hopper_products.cu, without the warps that copy */
 static char *stacks;
 static int now, step;
 static jmp_buf scheduler;
@@ -128,8 +128,9 @@ static void run_block(size_t shared_bytes) {
         threads.resize(MAX_THREADS);
     }
     warps.assign((count + 31) / 32, Group());
-    block = Group();
+    block = products = Group();
     block.alive = (int)count;
+    products.alive = 256;
     for (size_t i = 0; i < count; i++) {
         threads[i].index = {(unsigned)i, 0, 0};
         threads[i].is_done = false;
@@ -271,8 +272,92 @@ template <class T> static void matrix_product(T (&c)[4], const Operands &mine) {
 static inline void multiply(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
     on_cpu::matrix_product<float>(c, {{a0, a1, a2, a3}, {b0, b1}});
 }
-static inline void multiply_bytes(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
-    int sums[4] = {0, 0, 0, 0};
-    on_cpu::matrix_product<int>(sums, {{a0, a1, a2, a3}, {b0, b1}});
-    for (int i = 0; i < 4; i++) c[i] = (float)sums[i];
+static inline void multiply_bytes(int (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+    c[0] = c[1] = c[2] = c[3] = 0;
+    on_cpu::matrix_product<int>(c, {{a0, a1, a2, a3}, {b0, b1}});
+}
+
+/* What hopper.cuh asks of a device. Products are computed when they are waited for: rows that something else is copied over before are wrong. */
+namespace on_cpu {
+struct Barrier {
+    unsigned short expected, missing;
+    int bytes : 31;
+    unsigned phase : 1;
+    void end_if_all() {
+        if (!missing && !bytes) missing = expected, phase ^= 1;
+    }
+};
+static_assert(sizeof(Barrier) == 8, "");
+struct Product {
+    float *sums;
+    int rows, step;
+    const unsigned char *from;
+    unsigned a[32][4];
+    const unsigned char *rows_of_a; /* or null */
+};
+static std::vector<Product> begun[MAX_THREADS];
+}  // namespace on_cpu
+static inline void make_barrier(unsigned long long *at, int arrivals) {
+    *(on_cpu::Barrier *)at = {(unsigned short)arrivals, (unsigned short)arrivals, 0, 0};
+}
+static inline void show_shared() {}
+static inline void arrive_and_expect(unsigned long long *at, int bytes) {
+    on_cpu::Barrier &barrier = *(on_cpu::Barrier *)at;
+    barrier.missing--, barrier.bytes += bytes;
+    barrier.end_if_all();
+}
+static inline void arrive(unsigned long long *at) { arrive_and_expect(at, 0); }
+static inline void wait_for(unsigned long long *at, int parity) {
+    while (((volatile on_cpu::Barrier *)at)->phase == (unsigned)parity)
+        if (!on_cpu::yield()) {
+            fprintf(stderr, "a thread waits for ever\n");
+            abort();
+        }
+}
+static inline void copy_piece(void *to, const void *from, int bytes, unsigned long long *at) {
+    if ((size_t)to % 16 || (size_t)from % 16 || bytes % 16) abort();
+    memcpy(to, from, bytes);
+    on_cpu::Barrier &barrier = *(on_cpu::Barrier *)at;
+    barrier.bytes -= bytes;
+    barrier.end_if_all();
+}
+static inline unsigned in_shared(const void *at) { return (unsigned)((const char *)at - on_cpu::shared); }
+static inline void give_registers() {}
+static inline void take_registers() {}
+static inline void meet_of_products() { on_cpu::meet(on_cpu::products); }
+static inline void begin_products() {}
+static inline void end_of_products() {}
+template <int ROWS> static void multiply_rows(float (&c)[ROWS / 2], const uint4 &a, const unsigned char *rows, int step) {
+    on_cpu::Group &warp = on_cpu::warps[on_cpu::now / 32];
+    on_cpu::Product product = {c, ROWS, step, rows, {}, nullptr};
+    memcpy(warp.exchange[1][on_cpu::now % 32], &a, sizeof a);
+    on_cpu::meet(warp);
+    for (int i = 0; i < 32; i++) memcpy(product.a[i], warp.exchange[1][i], sizeof a);
+    on_cpu::meet(warp);
+    on_cpu::begun[on_cpu::now].push_back(product);
+}
+static inline void multiply_both(float (&c)[32], const unsigned char *a, const unsigned char *rows, int step) {
+    on_cpu::begun[on_cpu::now].push_back({c, 64, step, rows, {}, a + on_cpu::now / 32 % 4 * 16 * 128});
+}
+static inline float half_of(const unsigned char *rows, int row, int step, int k) { /* which are exchanged */
+    unsigned short bits;
+    memcpy(&bits, rows + row * 128 + ((step * 2 + k / 8) ^ row % 8) * 16 + k % 8 * 2, 2);
+    return __uint_as_float((unsigned)bits << 16);
+}
+static inline void wait_for_products() {
+    int lane = on_cpu::now % 32;
+    for (const on_cpu::Product &p : on_cpu::begun[on_cpu::now]) {
+        float a[2][16];
+        for (int half = 0; half < 2; half++)
+            for (int k = 0; k < 16; k++)
+                a[half][k] = p.rows_of_a ? half_of(p.rows_of_a, lane / 4 + 8 * half, p.step, k)
+                                         : on_cpu::element<float>(p.a[lane / 4 * 4 + k % 8 / 2][half + k / 8 * 2], k % 2);
+        for (int column = lane % 4 * 2; column < p.rows; column += column % 2 ? 7 : 1) {
+            float b[16], sums[2] = {0, 0};
+            for (int k = 0; k < 16; k++) b[k] = half_of(p.from, column, p.step, k);
+            for (int k = 0; k < 16; k++) sums[0] += a[0][k] * b[k], sums[1] += a[1][k] * b[k];
+            for (int half = 0; half < 2; half++) p.sums[column / 8 * 4 + half * 2 + column % 2] += sums[half];
+        }
+    }
+    on_cpu::begun[on_cpu::now].clear();
 }

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from forerun.core.begun import Mark
-from forerun.kernels.cuda.device import FOLDER, SOURCES, Address, Array, Copy, Step, definitions, text_of
+from forerun.kernels.cuda.device import FOLDER, HOPPER_CAPABILITY, OF_HOPPER, SOURCES, Address, Array, Copy, Step, definitions, text_of
 
 HEADER = Path(__file__).with_name("cuda_on_cpu.h")
 OPTIONS = ("-O1", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-fvisibility=hidden", "-w")
@@ -35,6 +35,7 @@ class HostDevice:
         self.num_launches = 0
         self._guards: list[Any] = []
         self.max_shared = (99 if is_backwards else 227) * 1024  # what a device has at least, and what a large one has
+        self.capability = 80 if is_backwards else HOPPER_CAPABILITY
 
     def zeros(self, shape: Sequence[int], dtype: Any) -> Array:
         """With some bytes behind that nobody may write: see `check`."""
@@ -112,7 +113,7 @@ class HostKernels:
         self._device, self.num_recorded = device, 0
         BUILT.mkdir(mode=0o700, exist_ok=True)
         with ThreadPoolExecutor(2) as pool:
-            self._libraries = [ctypes.CDLL(str(path)) for path in pool.map(partial(_build, sizes=sizes), SOURCES)]
+            self._libraries = [ctypes.CDLL(str(path)) for path in pool.map(partial(_build, sizes=sizes), (*SOURCES, *OF_HOPPER))]
 
     def run(self, steps: Sequence[Step]) -> None:
         for step in steps:

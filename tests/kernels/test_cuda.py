@@ -27,6 +27,7 @@ from forerun.kernels.model.config import load_config
 from forerun.kernels.model.drafts import Drafted, MtpRows, Wanted, draft_by_guesses
 from forerun.kernels.model.inputs import GivenRows
 from forerun.kernels.model.memory import alone
+from forerun.kernels.model.pages import PAGE
 from forerun.kernels.model.recurrent import STORES, StoreName
 from forerun.kernels.model.sizes import PUBLISHED
 from forerun.kernels.model.trunk import Rows
@@ -70,6 +71,17 @@ def int8(values: Any) -> Any:
     return (np.rint(blocks / scale) * scale).reshape(values.shape)
 
 
+def as_rows(halves: Any) -> Any:
+    """[rows, inputs] of what place_of_half says: where rows are not one after another, the pieces of each of 8 are exchanged by its number;
+    then 32 inputs are [2, 2] pieces of four lanes' two, of whose 8 each they are a part."""
+    if halves.ndim == 2:
+        return halves
+    pieces = halves.reshape(len(halves), -1, 8, 8, 8)  # stage, row / 8, row % 8, piece, value
+    pieces = np.stack([pieces[:, :, row, np.arange(8) ^ row] for row in range(8)], 2)
+    units = pieces.reshape(len(halves), -1, 2, 2, 2, 4, 2)  # stage, row, unit, step, which two, lane, value
+    return units.transpose(1, 0, 2, 5, 3, 4, 6).reshape(halves.shape[1], -1)
+
+
 def product(cuda: CudaBackend, config: Any, m: CudaMatrix, x: Any, splits: int = 1, *, is_wide: bool = False) -> Any:
     p = Program(config, cuda.packing, len(x), 1, 1, is_wide=is_wide)
     cuda.device.put(p.buffer("given", x.shape), x)
@@ -77,8 +89,9 @@ def product(cuda: CudaBackend, config: Any, m: CudaMatrix, x: Any, splits: int =
     p.step("prepare", (len(x),), 64, p.address("given"), NOWHERE, x.shape[1], ready.struct, shared=4 * x.shape[1])
     for name, nobody in (("x scales", np.nan), ("x sums", np.nan), ("x halves", 0x7FC0)):
         buffer: Any = p.buffers.get(name, np.zeros(0))
-        if len(buffer) > len(x):  # rows that fill up a block of rows are nobody's
-            cuda.device.put(buffer[len(x) :], np.full((len(buffer) - len(x), *buffer.shape[1:]), nobody, buffer.dtype))
+        buffer = buffer if buffer.ndim == 3 else buffer[None]  # hopper.cu has rows of 64 inputs after rows of 64 others
+        if buffer.shape[1] > len(x):  # rows that fill up a block of rows are nobody's
+            cuda.device.put(buffer[:, len(x) :], np.full((1, 1, 1), nobody, buffer.dtype))
     p.product(m, ready, "y", len(x), splits=splits)
     cuda.kernels(config).run(p.steps)
     return cuda.device.to_host(p.buffers["y"]).sum(0)[:, : m.outputs]
@@ -464,20 +477,21 @@ def test_products_of_many_rows(cuda: CudaBackend, config: Any, kind: str, inputs
             np.testing.assert_array_equal(product(cuda, config, m, x[some], splits, is_wide=True), found[some])
 
 
-def test_gate_and_up_of_many_rows(cuda: CudaBackend, config: Any) -> None:
-    gate, up = stored("BF16", 72, 96), stored("BF16", 72, 96)
+@pytest.mark.parametrize(("kind", "down"), [("BF16", "BF16"), ("BF16", "Q8_0"), ("Q8_0", "Q8_0"), ("Q4_K", "Q6_K")])
+def test_gate_and_up_of_many_rows(cuda: CudaBackend, config: Any, kind: str, down: str) -> None:
+    gate, up = stored(kind, 72, 256), stored(kind, 72, 256)
     up = replace(up, raw=up.raw[::-1].copy())
-    x = np.random.default_rng(1).normal(size=(150, 96)).astype(np.float32)
+    x = np.random.default_rng(1).normal(size=(150, 256)).astype(np.float32)
     p = Program(config, cuda.packing, len(x), 1, 1, is_wide=True)
     cuda.device.put(p.buffer("given", x.shape), x)
-    ready = p.prepared("x", 96, len(x), {BF16})
-    p.step("prepare", (len(x),), 64, p.address("given"), NOWHERE, 96, ready.struct, shared=4 * 96)
-    to = p.prepared("h", 72, len(x), {BF16})
-    m = cuda.packing.gated([cuda.matrix(gate)], [cuda.matrix(up)], True)
-    p._wide("wide_gated_bf16", m, ready, NOWHERE, 0, to.struct, len(x))  # pyright: ignore[reportPrivateUsage]
+    ready = p.prepared("x", 256, len(x), {BF16})
+    p.step("prepare", (len(x),), 64, p.address("given"), NOWHERE, 256, ready.struct, shared=4 * 256)
+    w = DenseWeights(cuda.matrix(gate), cuda.matrix(up), cuda.matrix(stored(down, 16, 256)))
+    p._hidden_of_ffn(w, ready, "h")  # pyright: ignore[reportPrivateUsage]
     cuda.kernels(config).run(p.steps)
-    found = (cuda.device.to_host(p.buffers["h halves"]).astype(np.uint32) << 16).view(np.float32)[:, :72]
-    one, other = (bf16(x).astype(np.float64) @ w.values().astype(np.float64).T for w in (gate, up))
+    [halves] = [buffer for name, buffer in p.buffers.items() if name.startswith("h ") and name.endswith("halves")]
+    found = (as_rows(cuda.device.to_host(halves)).astype(np.uint32) << 16).view(np.float32)[:150, :72]
+    one, other = (bf16(x).astype(np.float64) @ bf16(w.values()).astype(np.float64).T for w in (gate, up))
     wanted = one / (1 + np.exp(-one)) * other
     assert np.linalg.norm(found - wanted) < 5e-3 * np.linalg.norm(wanted)
 
@@ -549,7 +563,8 @@ def test_experts_of_every_type(cuda: CudaBackend, checkpoints: dict[str, Path], 
     def moe(x: Any, *, is_wide: bool = False) -> Any:
         p = Program(config, cuda.packing, len(x), 1, 1, is_wide=is_wide)
         cuda.device.put(p.buffer("given", x.shape), x)
-        u = p.prepared("u", hidden, len(x), p.formats(w.router, w.shared_gate, w.shared.gate, w.experts.gate[0]))
+        formats = p.formats(w.router, w.shared_gate, w.shared.gate, w.experts.gate[0])
+        u = p.prepared("u", hidden, len(x), formats, is_routed=True)
         p.step("prepare", (len(x),), 64, p.address("given"), NOWHERE, hidden, u.struct, shared=4 * hidden)
         p._moe(u, w)  # pyright: ignore[reportPrivateUsage]
         assert any(step.kernel == "group_rows" for step in p.steps) == (len(x) > 1)  # experts are read once for all rows of several
@@ -561,6 +576,41 @@ def test_experts_of_every_type(cuda: CudaBackend, checkpoints: dict[str, Path], 
         assert np.linalg.norm(found - wanted) < 0.03 * np.linalg.norm(wanted)
     for row in range(3):
         np.testing.assert_array_equal(moe(x[row : row + 1])[0], together[row])
+
+
+@pytest.mark.parametrize("dim", [128, 256])
+def test_the_attention_of_a_chunk_of_large_heads(cuda: CudaBackend, dim: int) -> None:
+    """Of rows that begin within a page, against every position before them."""
+    c, layer, start, rows = replace(PUBLISHED["0.8B"], heads=6, kv_heads=2, head_dim=dim, rotary_dim=32), 1, 150, 45
+    rng, device = np.random.default_rng(3), cuda.device
+    keys, values = (bf16(rng.normal(size=(2, start + rows, dim)).astype(np.float32)) for _ in range(2))  # of each kv head
+    queries = bf16(rng.normal(size=(rows, 6, dim)).astype(np.float32))
+    table = np.array([3, 0, 5, 2], np.int32)
+    in_pages = [np.zeros((2, 6, 2, *shape), np.uint16) for shape in ((PAGE, dim), (dim, PAGE))]  # layers, pages, kv heads
+    for position in range(start + rows):
+        page, at = table[position // PAGE], position % PAGE
+        in_pages[0][layer, page, :, at] = keys[:, position].view(np.uint32) >> 16
+        in_pages[1][layer, page, :, :, at] = values[:, position].view(np.uint32) >> 16
+    of_keys, of_values, of_table = (device.to_device(each) for each in (*in_pages, table))
+    p = Program(c, cuda.packing, rows, 1, 1, is_wide=True)
+    span = SpanStruct(
+        position=start, base=start, keys=device.address(of_keys), values=device.address(of_values), table=device.address(of_table),
+        num_pages=6, num_rows=rows, state_slots=1, column_slots=1,
+    )  # fmt: skip
+    device.put(p.buffer("spans", (SPAN.itemsize,), np.uint8), spans_array([span]))
+    given = device.to_device((queries.view(np.uint32) >> 16).astype(np.uint16))
+    p.attend(layer, device.address(given))
+    cuda.kernels(c).run(p.steps)
+    sums, ends = (device.to_host(p.buffers[name])[:, :, 0] for name in ("sums", "ends"))
+    for row in range(rows):
+        seen = start + row + 1
+        for head in range(6):
+            scores = keys[head // 3, :seen].astype(np.float64) @ queries[row, head] / np.sqrt(dim)
+            shares = np.exp(scores - scores.max())
+            assert abs(ends[row, head, 0] - scores.max()) < 1e-4
+            assert abs(ends[row, head, 1] / shares.sum() - 1) < 5e-3
+            wanted = shares @ values[head // 3, :seen] / shares.sum()
+            assert np.linalg.norm(sums[row, head] / ends[row, head, 1] - wanted) < 5e-3 * np.linalg.norm(wanted)
 
 
 @in_one_order
