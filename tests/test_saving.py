@@ -18,6 +18,7 @@ import forerun
 import numpy as np
 import pytest
 from forerun.core.vocabulary import Request, SamplingParams
+from forerun.kernels.cpu import matrices
 from forerun.kernels.formats.safetensors import read_header
 from forerun.kernels.model import saved
 from forerun.kernels.model.prefix import Checkpoint, Snapshot
@@ -318,6 +319,15 @@ async def test_prefixes_outlive_the_engine_in_a_folder(demo: forerun.Model, tmp_
         assert engine.statistics().prefixes.num_files == 0
     async with forerun.open_engine(demo, prefix_folder=tmp_path, folder_bytes=1) as engine:
         assert engine.statistics().prefixes.num_files == 0  # a bound is one from the start
+
+
+async def test_what_other_kernels_have_left_in_a_folder_is_not_found(
+    demo: forerun.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await chat(demo, tmp_path, 2**28)
+    monkeypatch.setattr(matrices, "ARITHMETIC", matrices.ARITHMETIC + 1)
+    _, statistics = await chat(demo, tmp_path, 2**28)
+    assert statistics.num_loaded == 0
 
 
 async def test_what_host_memory_has_no_room_for_goes_to_the_folder_and_comes_back(demo: forerun.Model, tmp_path: Path) -> None:

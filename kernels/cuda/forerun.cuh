@@ -216,11 +216,10 @@ __device__ __forceinline__ void expect(const void *from, int bytes) {
  * side, as the 32 bytes it loads. */
 __device__ __forceinline__ int quant_place(int i) { return i / 128 * 128 + i / 8 % 4 * 32 + i / 32 % 4 * 8 + i % 8; }
 
-/* Where a value of a row stands. With halves_rows, [inputs / 64, halves_rows, 64]: of 64 inputs, each 32 are in the order in which four lanes
+/* Where a value of a row stands with halves_rows, [inputs / 64, halves_rows, 64]: of 64 inputs, each 32 are in the order in which four lanes
  * have them in two matrix instructions (a lane's 8 in four pieces of 16 bytes), and a row's pieces are exchanged by its number, so that the
  * same piece of 8 rows lies in different banks of shared memory. */
 __device__ __forceinline__ u16 *place_of_half(const Rows &x, i64 row, int input) {
-    if (!x.halves_rows) return x.halves + row * x.halves_stride + input;
     const int piece = (input % 64 / 32 * 4 + input / 2 % 4) ^ (int)(row % 8);
     return x.halves + (input / 64 * (i64)x.halves_rows + row) * 64 + piece * 8 + input % 32 / 8 * 2 + input % 2;
 }
@@ -235,8 +234,9 @@ __device__ __forceinline__ void emit(const float *values, int n, const Rows &to,
         v.x *= factor, v.y *= factor, v.z *= factor, v.w *= factor;
         if (to.floats && is_there) *(float4 *)(to.floats + row * n + at) = v;
         if (to.halves && is_there) {
-            *(u32 *)place_of_half(to, row, first + at) = to_halves(v.x, v.y);
-            *(u32 *)place_of_half(to, row, first + at + 2) = to_halves(v.z, v.w);
+            const uint2 both = make_uint2(to_halves(v.x, v.y), to_halves(v.z, v.w));
+            if (!to.halves_rows) *(uint2 *)(to.halves + row * to.halves_stride + first + at) = both;
+            else *(u32 *)place_of_half(to, row, first + at) = both.x, *(u32 *)place_of_half(to, row, first + at + 2) = both.y;
         }
         if (to.quants) { /* 8 lanes hold the 32 values of a scale */
             float most = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
