@@ -92,7 +92,7 @@ class Watch:
         while not mark.is_done():
             took = anyio.current_time() - began
             # The first of a kind, or one that may take for ever, is not worth all of a core.
-            await (self.look() if took < 2 * expected else anyio.sleep(max(LOOK_SECONDS, took / 16)))
+            await (self.look() if took < 2 * expected + LOOK_SECONDS else anyio.sleep(max(LOOK_SECONDS, took / 16)))
         took = 0.75 * took if is_late else anyio.current_time() - began
         self._took[kind] = (before[1], took) if before is not None else (took, took)
 

@@ -86,6 +86,20 @@ def test_one_that_takes_long_does_not_let_the_next_be_found_late() -> None:
     in_virtual_time(main)
 
 
+def test_work_that_was_nearly_done_before_is_not_slept_through_when_it_is_not() -> None:
+    """What is left of a verify that has begun early is as long as others let it be."""
+
+    async def main() -> None:
+        watch = Watch()
+        watch.look = lambda: anyio.sleep(LOOK_SECONDS / 10)
+        for seconds in (0.0002, 0.0012, 0.0002, 0.0018):
+            end = anyio.current_time() + seconds
+            await watch(Until(end), "rest of a verify")
+            assert anyio.current_time() - end < LOOK_SECONDS / 5
+
+    in_virtual_time(main)
+
+
 def test_others_have_their_turns_meanwhile_and_kinds_are_told_apart() -> None:
     async def main() -> None:
         nobody, turns = actor(), 0
