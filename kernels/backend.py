@@ -58,7 +58,7 @@ class Experts:
     num_used: int
 
 
-#: Raised whenever kernels give other bits than before.
+#: Raised, here and in cpu/api.h, whenever kernels give other bits than before.
 ARITHMETIC = 2
 
 
@@ -71,7 +71,8 @@ class MatrixMaker(Protocol):
 
     @property
     def instructions(self) -> str:
-        """What bits depend on besides weights and tokens. Where it differs, nobody goes on from what another has computed."""
+        """What bits depend on besides weights and tokens, as far as this program decides it: not what libraries of the system do. Where it
+        differs, nobody goes on from what another has computed."""
         ...
 
     def matrix(self, weight: Stored) -> Matrix:

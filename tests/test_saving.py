@@ -18,7 +18,6 @@ import forerun
 import numpy as np
 import pytest
 from forerun.core.vocabulary import Request, SamplingParams
-from forerun.kernels.cpu import matrices
 from forerun.kernels.formats.safetensors import read_header
 from forerun.kernels.model import saved
 from forerun.kernels.model.prefix import Checkpoint, Snapshot
@@ -325,7 +324,7 @@ async def test_what_other_kernels_have_left_in_a_folder_is_not_found(
     demo: forerun.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await chat(demo, tmp_path, 2**28)
-    monkeypatch.setattr(matrices, "ARITHMETIC", matrices.ARITHMETIC + 1)
+    monkeypatch.setattr("forerun.kernels.cpu.matrices.ARITHMETIC", -1)
     _, statistics = await chat(demo, tmp_path, 2**28)
     assert statistics.num_loaded == 0
 

@@ -7,9 +7,11 @@
 
 #define API __attribute__((visibility("default")))
 
-/* What this was compiled for, to be compared with what calls it: INTERFACE, which every change here changes, numbers and sizes. */
+/* What this was compiled for, to be compared with what calls it: INTERFACE, which every change here changes, ARITHMETIC (backend.py), numbers and
+ * sizes. */
 #define INTERFACE 1
-#define NUM_LAYOUT 9
+#define ARITHMETIC 2
+#define NUM_LAYOUT 10
 API void forerun_layout(int32_t layout[NUM_LAYOUT]);
 /* The instruction set to use: "" for the best this processor has, or avx512, avx2, neon, portable. Returns its name, NULL if it cannot be. */
 API const char *forerun_use(const char *name);

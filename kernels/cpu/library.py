@@ -16,7 +16,7 @@ import numpy as np
 
 from ...core.errors import InternalBug
 from ...core.vocabulary import SamplingParams
-from ..backend import F32
+from ..backend import ARITHMETIC, F32
 
 _NAMES = """F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 IQ4_NL IQ4_XS MXFP4 Q2_K Q3_K Q4_K Q5_K Q6_K
 IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S"""
@@ -85,7 +85,7 @@ class HeadBuffers(Structure):
 
 def _check_layout(library: ctypes.CDLL, path: Path) -> None:
     structs = MatrixStruct, SpanStruct, OpStruct, CallStruct, SamplingStruct, WantedStruct, HeadBuffers
-    mine = [INTERFACE, len(FORMATS), *map(ctypes.sizeof, structs)]
+    mine = [INTERFACE, ARITHMETIC, len(FORMATS), *map(ctypes.sizeof, structs)]
     theirs = (c_int32 * 64)()  # more than any library has
     if hasattr(library, "forerun_layout"):
         library.forerun_layout(theirs)

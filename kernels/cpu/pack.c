@@ -218,7 +218,7 @@ static void pack_tile(void *what, int step, int tile, int thread) {
 }
 
 void forerun_layout(int32_t layout[NUM_LAYOUT]) {
-    const int32_t mine[NUM_LAYOUT] = {INTERFACE, NUM_FORMATS, sizeof(Matrix), sizeof(Span), sizeof(Op), sizeof(Call),
+    const int32_t mine[NUM_LAYOUT] = {INTERFACE, ARITHMETIC, NUM_FORMATS, sizeof(Matrix), sizeof(Span), sizeof(Op), sizeof(Call),
                                       sizeof(Sampling), sizeof(Wanted), sizeof(HeadBuffers)};
     memcpy(layout, mine, sizeof mine);
 }

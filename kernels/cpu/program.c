@@ -87,7 +87,11 @@ static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 /* Positions of a part of an attention: each is summed up alone, and then they are joined in their order, whoever has computed them. */
 #define PART 512
 
-static int64_t size_of_attended(const Sizes *s) { return s->heads / s->kv_heads * (int64_t)(s->head_dim + 2); }
+/* Floats that are kept of all parts at once, at most: beyond that they are computed one after another. */
+#define MOST_ATTENDED (8 << 20)
+
+/* In floats, whole lines of a cache. */
+static int64_t size_of_attended(const Sizes *s) { return (s->heads / s->kv_heads * (int64_t)(s->head_dim + 2) + 15) / 16 * 16; }
 
 static int64_t most_seen(const Call *call) {
     int64_t seen = 0;
@@ -135,9 +139,11 @@ static size_t lay_out(Run *run, char *base, int num_threads) {
     }
     run->scratch_size = scratch_floats(call);
     TAKE(run->scratch, run->scratch_size * num_threads);
-    int64_t pairs = rows * call->sizes->kv_heads; /* many of them are work enough for all threads */
-    run->parts = pairs < 4 * num_threads ? (int)most((most_seen(call) + PART - 1) / PART, 1) : 1;
-    TAKE(run->attended, run->parts > 1 ? pairs * run->parts * size_of_attended(call->sizes) : 0);
+    int64_t pairs = rows * call->sizes->kv_heads, parts = most((most_seen(call) + PART - 1) / PART, 1);
+    int64_t attended = pairs * parts * size_of_attended(call->sizes);
+    int is_split = parts > 1 && pairs < 4 * num_threads && attended <= MOST_ATTENDED; /* many pairs are work enough for all threads */
+    run->parts = is_split ? (int)parts : 1;
+    TAKE(run->attended, is_split ? attended : 0);
     TAKE(run->arrived, pairs);
     TAKE(run->span_of, rows);
     TAKE(run->first_row, call->num_spans + 1);

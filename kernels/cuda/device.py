@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import os
 import re
+import tempfile
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
@@ -339,9 +340,9 @@ class CudaKernels:
         self._texts = [text_of(f"{name}.cu") for name in SOURCES]
         self._modules = [device.cupy.RawModule(code=text, options=(*OPTIONS, *definitions(text, sizes))) for text in self._texts]
         if device.capability == HOPPER_CAPABILITY:
-            for text in (text_of(f"{name}.cu") for name in OF_HOPPER):
-                self._texts.append(text)
-                self._modules.append(_module_of_hopper(device.cupy, text, definitions(text, sizes)))
+            for name in OF_HOPPER:
+                self._texts.append(text_of(f"{name}.cu"))
+                self._modules.append(module_of_hopper(device.cupy, name, self._texts[-1], definitions(self._texts[-1], sizes)))
         self._functions: dict[str, Any] = {}
         self.num_recorded = 0
 
@@ -388,25 +389,46 @@ class CudaKernels:
         return launch
 
 
-def _module_of_hopper(cupy: Any, text: str, definitions: Sequence[str]) -> Any:
-    """Compiled for what CuPy does not compile for, and kept where it keeps its own."""
+def module_of_hopper(cupy: Any, name: str, text: str, definitions: Sequence[str]) -> Any:
+    """A source compiled for what CuPy does not compile for, and kept where it keeps its own if there is room. RuntimeError with what the
+    compiler says when it does not compile."""
     nvrtc = importlib.import_module("cupy_backends.cuda.libs.nvrtc")
     options = (f"-arch={HOPPER_ARCHITECTURE}", *OPTIONS, *definitions)
     key = hashlib.blake2b("\n".join([repr(nvrtc.getVersion()), *options, text]).encode(), digest_size=16).hexdigest()
-    folder = Path(os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache")).expanduser()
+    folder = Path(os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache"))
     path = folder / f"forerun-{key}.cubin"
     if not path.exists():
-        program = nvrtc.createProgram(text, "hopper.cu", (), ())
+        compiled = _compiled(nvrtc, f"{name}.cu", text, options)
         try:
-            nvrtc.compileProgram(program, options)
-            compiled = nvrtc.getCUBIN(program)
-        finally:
-            nvrtc.destroyProgram(program)
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}")
-        unfinished.write_bytes(compiled)
-        unfinished.replace(path)
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_whole(path, compiled)
+        except OSError:
+            path = Path(tempfile.mkdtemp(prefix="forerun-")) / path.name
+            _write_whole(path, compiled)
     return cupy.RawModule(path=str(path))
+
+
+def _compiled(nvrtc: Any, name: str, text: str, options: tuple[str, ...]) -> bytes:
+    program = nvrtc.createProgram(text, name, (), ())
+    try:
+        nvrtc.compileProgram(program, options)
+        return nvrtc.getCUBIN(program)
+    except nvrtc.NVRTCError as error:
+        raise RuntimeError(f"{name} does not compile: {nvrtc.getProgramLog(program)}") from error
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """All of it or nothing, whoever else writes it."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
 
 
 class SpanStruct(ctypes.Structure):

@@ -72,7 +72,7 @@ class Filters(NamedTuple):
 
 class Program:
     """Steps for `rows` rows of `num_spans` sequences, each of which has at most `span_rows` of them (None: all) and sees at most
-    `max_parts` parts. `is_wide`: with the products of wide.cu."""
+    `max_parts` parts. `is_wide`: a chunk of a prompt."""
 
     def __init__(
         self, config: ModelConfig, packing: Packing, rows: int, num_spans: int, max_parts: int, *, span_rows: int | None = None,

@@ -1,4 +1,4 @@
-/* What products of many rows (wide.cu, hopper.cu) share: a block has 8 strips of outputs, and takes 64 inputs at a time; weights become
+/* What products of many rows (wide.cu, hopper_products.cu) share: a block has 8 strips of outputs, and takes 64 inputs at a time; weights become
  * bfloat16, whatever they are stored as. */
 #ifndef FORERUN_WIDE_CUH
 #define FORERUN_WIDE_CUH

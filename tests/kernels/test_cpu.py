@@ -37,9 +37,10 @@ OUTPUTS = 83
 FLOATS = ("F32", "F16", "BF16")
 
 
-def test_kernels_of_other_sources_are_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", ["INTERFACE", "ARITHMETIC"])
+def test_kernels_of_other_sources_are_not_called(monkeypatch: pytest.MonkeyPatch, number: str) -> None:
     Library()
-    monkeypatch.setattr("forerun.kernels.cpu.library.INTERFACE", 0)
+    monkeypatch.setattr(f"forerun.kernels.cpu.library.{number}", 0)
     with pytest.raises(ImportError, match="install the package again"):
         Library()
 

@@ -14,7 +14,8 @@ from forerun.core.errors import InternalBug
 from forerun.core.vocabulary import Choosing, History, SamplingParams
 from forerun.kernels.backend import Experts
 from forerun.kernels.backends import make_head, make_memory, make_trunk
-from forerun.kernels.cuda.device import DRAW, NOWHERE, SPAN, CudaMark, SpanStruct
+from forerun.kernels.cuda import program
+from forerun.kernels.cuda.device import DRAW, HOPPER_CAPABILITY, NOWHERE, SPAN, CudaMark, SpanStruct
 from forerun.kernels.cuda.graph import CudaHead, CudaTrunk, build_trunk
 from forerun.kernels.cuda.matrices import BF16, CudaBackend, CudaMatrix
 from forerun.kernels.cuda.memory import CudaSequence, spans_array
@@ -50,6 +51,14 @@ def cuda(request: pytest.FixtureRequest) -> Iterator[CudaBackend]:
     yield backend
     if isinstance(backend.device, HostDevice):
         backend.device.check()
+
+
+def capabilities(cuda: CudaBackend, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """The device as one that has the kernels of 9.0, if it can run them, and as one that has not."""
+    own = HOPPER_CAPABILITY if isinstance(cuda.device, HostDevice) else cuda.device.capability
+    for capability in {own, 80}:
+        monkeypatch.setattr(cuda.device, "capability", capability)
+        yield capability
 
 
 #: Those with products of their own.
@@ -89,7 +98,7 @@ def product(cuda: CudaBackend, config: Any, m: CudaMatrix, x: Any, splits: int =
     p.step("prepare", (len(x),), 64, p.address("given"), NOWHERE, x.shape[1], ready.struct, shared=4 * x.shape[1])
     for name, nobody in (("x scales", np.nan), ("x sums", np.nan), ("x halves", 0x7FC0)):
         buffer: Any = p.buffers.get(name, np.zeros(0))
-        buffer = buffer if buffer.ndim == 3 else buffer[None]  # hopper.cu has rows of 64 inputs after rows of 64 others
+        buffer = buffer if buffer.ndim == 3 else buffer[None]  # hopper_products.cu has rows of 64 inputs after rows of 64 others
         if buffer.shape[1] > len(x):  # rows that fill up a block of rows are nobody's
             cuda.device.put(buffer[:, len(x) :], np.full((1, 1, 1), nobody, buffer.dtype))
     p.product(m, ready, "y", len(x), splits=splits)
@@ -465,35 +474,43 @@ def test_many_rows_of_several_sequences_for_the_head(cuda: CudaBackend, checkpoi
 @pytest.mark.parametrize(
     ("kind", "inputs"), [("BF16", 160), ("BF16", 32), ("Q8_0", 160), ("Q8_0", 1024), ("Q4_K", 768), ("Q5_K", 768), ("Q6_K", 768)]
 )
-def test_products_of_many_rows(cuda: CudaBackend, config: Any, kind: str, inputs: int) -> None:
-    """Those of rounded rows and weights; a row has the same bits whatever rows stand beside it."""
+def test_products_of_many_rows(cuda: CudaBackend, config: Any, kind: str, inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of rounded rows and weights; a row has the same bits whatever rows stand beside it, and in blocks of any size."""
     weight = stored(kind, 152, inputs)
     m, x = cuda.matrix(weight), np.random.default_rng(1).normal(size=(300, inputs)).astype(np.float32)
     wanted = bf16(x).astype(np.float64) @ bf16(weight.values()).astype(np.float64).T
-    for splits in (1, 2) if inputs > 128 else (1,):
-        found = product(cuda, config, m, x, splits, is_wide=True)
-        assert np.linalg.norm(found - wanted) < 1e-5 * np.linalg.norm(wanted)
-        for some in (slice(0, 1), slice(40, 107), slice(3, 140)):
-            np.testing.assert_array_equal(product(cuda, config, m, x[some], splits, is_wide=True), found[some])
+    for _ in capabilities(cuda, monkeypatch):
+        for splits in (1, 2) if inputs > 128 else (1,):
+            found = product(cuda, config, m, x, splits, is_wide=True)
+            assert np.linalg.norm(found - wanted) < 1e-5 * np.linalg.norm(wanted)
+            for some in (slice(0, 1), slice(40, 107), slice(3, 140)):
+                np.testing.assert_array_equal(product(cuda, config, m, x[some], splits, is_wide=True), found[some])
+            if splits == 1:
+                with monkeypatch.context() as as_if_large:
+                    for name in ("HOPPER_BLOCKS", "MANY_BLOCKS"):
+                        as_if_large.setattr(program, name, 0)
+                    for some in (slice(0, 300), slice(40, 107)):
+                        np.testing.assert_array_equal(product(cuda, config, m, x[some], is_wide=True), found[some])
 
 
 @pytest.mark.parametrize(("kind", "down"), [("BF16", "BF16"), ("BF16", "Q8_0"), ("Q8_0", "Q8_0"), ("Q4_K", "Q6_K")])
-def test_gate_and_up_of_many_rows(cuda: CudaBackend, config: Any, kind: str, down: str) -> None:
+def test_gate_and_up_of_many_rows(cuda: CudaBackend, config: Any, kind: str, down: str, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, up = stored(kind, 72, 256), stored(kind, 72, 256)
     up = replace(up, raw=up.raw[::-1].copy())
     x = np.random.default_rng(1).normal(size=(150, 256)).astype(np.float32)
-    p = Program(config, cuda.packing, len(x), 1, 1, is_wide=True)
-    cuda.device.put(p.buffer("given", x.shape), x)
-    ready = p.prepared("x", 256, len(x), {BF16})
-    p.step("prepare", (len(x),), 64, p.address("given"), NOWHERE, 256, ready.struct, shared=4 * 256)
-    w = DenseWeights(cuda.matrix(gate), cuda.matrix(up), cuda.matrix(stored(down, 16, 256)))
-    p._hidden_of_ffn(w, ready, "h")  # pyright: ignore[reportPrivateUsage]
-    cuda.kernels(config).run(p.steps)
-    [halves] = [buffer for name, buffer in p.buffers.items() if name.startswith("h ") and name.endswith("halves")]
-    found = (as_rows(cuda.device.to_host(halves)).astype(np.uint32) << 16).view(np.float32)[:150, :72]
     one, other = (bf16(x).astype(np.float64) @ bf16(w.values()).astype(np.float64).T for w in (gate, up))
     wanted = one / (1 + np.exp(-one)) * other
-    assert np.linalg.norm(found - wanted) < 5e-3 * np.linalg.norm(wanted)
+    w = DenseWeights(cuda.matrix(gate), cuda.matrix(up), cuda.matrix(stored(down, 16, 256)))
+    for _ in capabilities(cuda, monkeypatch):
+        p = Program(config, cuda.packing, len(x), 1, 1, is_wide=True)
+        cuda.device.put(p.buffer("given", x.shape), x)
+        ready = p.prepared("x", 256, len(x), {BF16})
+        p.step("prepare", (len(x),), 64, p.address("given"), NOWHERE, 256, ready.struct, shared=4 * 256)
+        p._hidden_of_ffn(w, ready, "h")  # pyright: ignore[reportPrivateUsage]
+        cuda.kernels(config).run(p.steps)
+        [halves] = [buffer for name, buffer in p.buffers.items() if name.startswith("h ") and name.endswith("halves")]
+        found = (as_rows(cuda.device.to_host(halves)).astype(np.uint32) << 16).view(np.float32)[:150, :72]
+        assert np.linalg.norm(found - wanted) < 5e-3 * np.linalg.norm(wanted)
 
 
 def check_that_chunks_leave_no_trace(backend: CudaBackend, weights: Any, *partitions: list[int]) -> None:
@@ -579,8 +596,8 @@ def test_experts_of_every_type(cuda: CudaBackend, checkpoints: dict[str, Path], 
 
 
 @pytest.mark.parametrize("dim", [128, 256])
-def test_the_attention_of_a_chunk_of_large_heads(cuda: CudaBackend, dim: int) -> None:
-    """Of rows that begin within a page, against every position before them."""
+def test_the_attention_of_a_chunk_of_large_heads(cuda: CudaBackend, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows that begin within a page, against every position before them, in chunks that end anywhere."""
     c, layer, start, rows = replace(PUBLISHED["0.8B"], heads=6, kv_heads=2, head_dim=dim, rotary_dim=32), 1, 150, 45
     rng, device = np.random.default_rng(3), cuda.device
     keys, values = (bf16(rng.normal(size=(2, start + rows, dim)).astype(np.float32)) for _ in range(2))  # of each kv head
@@ -592,25 +609,33 @@ def test_the_attention_of_a_chunk_of_large_heads(cuda: CudaBackend, dim: int) ->
         in_pages[0][layer, page, :, at] = keys[:, position].view(np.uint32) >> 16
         in_pages[1][layer, page, :, :, at] = values[:, position].view(np.uint32) >> 16
     of_keys, of_values, of_table = (device.to_device(each) for each in (*in_pages, table))
-    p = Program(c, cuda.packing, rows, 1, 1, is_wide=True)
-    span = SpanStruct(
-        position=start, base=start, keys=device.address(of_keys), values=device.address(of_values), table=device.address(of_table),
-        num_pages=6, num_rows=rows, state_slots=1, column_slots=1,
-    )  # fmt: skip
-    device.put(p.buffer("spans", (SPAN.itemsize,), np.uint8), spans_array([span]))
-    given = device.to_device((queries.view(np.uint32) >> 16).astype(np.uint16))
-    p.attend(layer, device.address(given))
-    cuda.kernels(c).run(p.steps)
-    sums, ends = (device.to_host(p.buffers[name])[:, :, 0] for name in ("sums", "ends"))
-    for row in range(rows):
-        seen = start + row + 1
-        for head in range(6):
-            scores = keys[head // 3, :seen].astype(np.float64) @ queries[row, head] / np.sqrt(dim)
-            shares = np.exp(scores - scores.max())
-            assert abs(ends[row, head, 0] - scores.max()) < 1e-4
-            assert abs(ends[row, head, 1] / shares.sum() - 1) < 5e-3
-            wanted = shares @ values[head // 3, :seen] / shares.sum()
-            assert np.linalg.norm(sums[row, head] / ends[row, head, 1] - wanted) < 5e-3 * np.linalg.norm(wanted)
+
+    def attend(first: int, count: int) -> list[Any]:
+        p = Program(c, cuda.packing, count, 1, 1, is_wide=True)
+        span = SpanStruct(
+            position=start + first, base=start + first, keys=device.address(of_keys), values=device.address(of_values),
+            table=device.address(of_table), num_pages=6, num_rows=count, state_slots=1, column_slots=1,
+        )  # fmt: skip
+        device.put(p.buffer("spans", (SPAN.itemsize,), np.uint8), spans_array([span]))
+        given = device.to_device((queries[first : first + count].view(np.uint32) >> 16).astype(np.uint16))
+        p.attend(layer, device.address(given))
+        cuda.kernels(c).run(p.steps)
+        return [device.to_host(p.buffers[name])[:, :, 0] for name in ("sums", "ends")]
+
+    for _ in capabilities(cuda, monkeypatch):
+        sums, ends = attend(0, rows)
+        for row in range(rows):
+            seen = start + row + 1
+            for head in range(6):
+                scores = keys[head // 3, :seen].astype(np.float64) @ queries[row, head] / np.sqrt(dim)
+                shares = np.exp(scores - scores.max())
+                assert abs(ends[row, head, 0] - scores.max()) < 1e-4
+                assert abs(ends[row, head, 1] / shares.sum() - 1) < 5e-3
+                wanted = shares @ values[head // 3, :seen] / shares.sum()
+                assert np.linalg.norm(sums[row, head] / ends[row, head, 1] - wanted) < 5e-3 * np.linalg.norm(wanted)
+        for first, count in ((0, 1), (1, 30), (31, 14)):
+            for found, whole in zip(attend(first, count), (sums, ends), strict=True):
+                np.testing.assert_array_equal(found, whole[first : first + count])
 
 
 @in_one_order
