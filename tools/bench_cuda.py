@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import cast
 
 import anyio
@@ -21,7 +22,7 @@ from .. import Result, open_engine
 from ..actors.model import Defaults, LoadedModel
 from ..core.errors import InvalidRequest
 from ..kernels.backend import Experts
-from ..kernels.cuda.device import SPAN, CudaDevice, SpanStruct
+from ..kernels.cuda.device import SPAN, CudaDevice, CudaKernels, SpanStruct, Step
 from ..kernels.cuda.graph import CudaHead, CudaTrunk
 from ..kernels.cuda.matrices import UNIT_BYTES, UNITS, CudaBackend, CudaMatrix
 from ..kernels.cuda.memory import CudaMemory, CudaSequence, spans_array
@@ -39,6 +40,8 @@ ENOUGH = 1_500_000_000
 RATES = (0.8, 0.7, 0.6)
 #: Of an answer.
 NUM_TOKENS = 400
+#: Of a program that are shown.
+NUM_KERNELS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +207,41 @@ class Bench:
                 note = f"{rate:.0f} tokens/s" + (f", {rate / plain:.2f} of no drafts" if spec_type != "none" else "")
                 self.figures.append(Figure(f"{size} {kind}, {number} requests, {spec_type}: a round", seconds / num_rounds, 0, note))
 
+    def steps(self, size: str, kind: str, position: int = 4096) -> None:
+        """Where a chunk of a prompt and a verify of four rows go: the kernels that take longest, launched one after another."""
+        config = PUBLISHED[size]
+        trunk, maker = CudaTrunk(synthetic_weights(config, kind, self.backend), self.backend), CudaMemory(config, self.device)
+        kernels, num_tokens = cast("CudaKernels", self.backend.kernels(config)), position + CudaSequence.max_chunk
+        capacity, pages = num_tokens + 4, num_pages(num_tokens + 4, 4)
+        arena = maker.arena(pages)
+        memory = maker.memory(arena, arena.take(pages)[0], capacity, 4, "log")
+        tokens = [int(t) for t in np.random.default_rng(2).integers(0, 30_000, num_tokens)]
+        _prefill(trunk, None, memory, tokens)
+        programs = {f"a chunk of {CudaSequence.max_chunk} rows": trunk.newest.program}
+        trunk.verify([Rows(memory, num_tokens, (1, 2, 3, 4))])
+        programs["a verify of 4 rows"] = trunk.newest.program
+        for what, program in programs.items():
+            of_kernels = dict[str, list[float]]()
+            for step, seconds in zip(program.steps, self._each(kernels, program.steps), strict=True):
+                of_kernels.setdefault(step.kernel, []).append(seconds)
+            for kernel, each in sorted(of_kernels.items(), key=lambda item: -sum(item[1]))[:NUM_KERNELS]:
+                note = f"{len(each)} launches, {1e6 * statistics.median(each):.1f} us each"
+                self.figures.append(Figure(f"{size} {kind} at {position}, {what}: {kernel}", sum(each), 0, note))
+
+    def _each(self, kernels: CudaKernels, steps: Sequence[Step]) -> list[float]:
+        """What each step takes, with what lies between two launches: medians of runs after the first."""
+        runs, stream = list[list[float]](), self.device.stream
+        with self.device.using() as cupy:
+            for _ in range(6):
+                events = [cupy.cuda.Event() for _ in range(len(steps) + 1)]
+                events[0].record(stream)
+                for step, event in zip(steps, events[1:], strict=True):
+                    self.device.launch(kernels.function(step.kernel, step.shared), step, is_early=False)
+                    event.record(stream)
+                stream.synchronize()
+                runs.append([cupy.cuda.get_elapsed_time(a, b) / 1e3 for a, b in pairwise(events)])
+        return [statistics.median(each) for each in zip(*runs[1:], strict=True)]
+
     def prefill(self, size: str, kind: str, num_tokens: int) -> None:
         """A prompt, without and with the MTP head's rows; the limit is that of the products' arithmetic."""
         config = PUBLISHED[size]
@@ -314,6 +352,7 @@ def bench_cuda(write: Callable[[str], object], sizes: Sequence[str]) -> None:
     for size in sizes:
         name, _, kind = size.partition(":")
         parts.append(lambda name=name, kind=kind: bench.rounds(name, kind, 1, (0, 3)))
+        parts.append(lambda name=name, kind=kind: bench.steps(name, kind))
         parts.append(lambda name=name, kind=kind: bench.prefill(name, kind, 8192))
         parts.append(lambda name=name, kind=kind: bench.engine(name, kind, (1, 16)))
     if "0.8B:bf16" in sizes:

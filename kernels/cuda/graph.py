@@ -88,6 +88,11 @@ class _Graphs:
         self._recorded[key] = found
         return found
 
+    @property
+    def newest(self) -> Recorded:
+        """What was asked for last."""
+        return next(reversed(self._recorded.values()))
+
     def product(self, head: CudaMatrix, rows: F32) -> F32:
         """Logits of post-norm rows [R, hidden]."""
         num_rows, hidden = len(rows), self.config.hidden
@@ -196,6 +201,11 @@ class CudaTrunk(TrunkBase):
     @property
     def num_prepared(self) -> int:
         return self._graphs.kernels.num_recorded
+
+    @property
+    def newest(self) -> Recorded:
+        """The program that ran last."""
+        return self._graphs.newest
 
     def seconds(self, num_rows: int) -> float:
         return super().seconds(1 + num_rows // 16)  # weights are read once for all of them
