@@ -7,13 +7,13 @@ tokens that followed it, and for each of them the token and its count.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ...core.errors import ModelFileError
+from ...core.files import in_place_of
 from .base import NOTHING, Lookup, Proposal
 
 MAX_N = 4
@@ -126,9 +126,5 @@ def save(path: Path, counts: Counts) -> None:
             for token, number in followers.items():
                 yield from (token, min(number, 2**31 - 1))
 
-    mine = path.with_name(f".{path.name}.{os.getpid()}.saving")
-    try:
-        mine.write_bytes(np.fromiter(words(), "<i4").tobytes())
-        mine.replace(path)
-    finally:
-        mine.unlink(missing_ok=True)
+    with in_place_of(path) as file:
+        file.write(np.fromiter(words(), "<i4").tobytes())

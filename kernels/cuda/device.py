@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...core.begun import Mark
+from ...core.files import in_place_of
 from ..model.config import ModelConfig
 
 #: An array of a device: CuPy's, or NumPy's where a CPU plays the device.
@@ -401,10 +402,11 @@ def module_of_hopper(cupy: Any, name: str, text: str, definitions: Sequence[str]
         compiled = _compiled(nvrtc, f"{name}.cu", text, options)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write_whole(path, compiled)
+            with in_place_of(path) as file:
+                file.write(compiled)
         except OSError:
             path = Path(tempfile.mkdtemp(prefix="forerun-")) / path.name
-            _write_whole(path, compiled)
+            path.write_bytes(compiled)
     return cupy.RawModule(path=str(path))
 
 
@@ -417,18 +419,6 @@ def _compiled(nvrtc: Any, name: str, text: str, options: tuple[str, ...]) -> byt
         raise RuntimeError(f"{name} does not compile: {nvrtc.getProgramLog(program)}") from error
     finally:
         nvrtc.destroyProgram(program)
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """All of it or nothing, whoever else writes it."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        try:
-            file.write(content)
-            file.flush()
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
 
 
 class SpanStruct(ctypes.Structure):

@@ -19,7 +19,6 @@ import math
 import os
 import re
 import stat
-import tempfile
 import threading
 import time
 from collections.abc import Generator, Sequence
@@ -33,6 +32,7 @@ import numpy as np
 from ...core.checks import check_ranges, check_stop
 from ...core.embeddings import EmbeddingRows, Encoded, Part, lay_out
 from ...core.errors import InvalidRequest, ModelFileError, SavedSequenceError
+from ...core.files import in_place_of
 from ...core.vocabulary import Request, SamplingParams, check_salt, grammar_of
 from ..backend import F32
 from ..formats import safetensors
@@ -65,27 +65,13 @@ def write(path: Path, fingerprint: str, record: str, snapshot: Snapshot) -> None
     digest = hashlib.blake2b(header, digest_size=CHECKSUM_DIGITS // 2)
     for array in arrays:
         digest.update(array.data)
-    mine = ""
     try:
         _remove_left_behind(path)
-        handle, mine = tempfile.mkstemp(ENDING, f".{path.name}.", path.parent)
-        with open(handle, "wb") as file:
+        with in_place_of(path, ENDING) as file:
             file.write(_with_checksum(header, digest.hexdigest()))
             for array in arrays:
                 file.write(array.data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(mine, path)
-        mine = ""
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
     except (OSError, ValueError) as error:  # ValueError: no file can have such a name
-        if mine:
-            with suppress(OSError):
-                os.unlink(mine)
         raise SavedSequenceError(f"{str(path)!r}: cannot be written: {error}") from error
 
 
