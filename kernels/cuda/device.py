@@ -192,13 +192,15 @@ class CudaMark:
 
 
 class CudaDevice:
-    """An NVIDIA device through CuPy. OSError where there is no CuPy, or no device. All work is on one stream."""
+    """An NVIDIA device through CuPy. OSError where there is no CuPy, no compiler for it, or no device. All work is on one stream."""
 
     def __init__(self, number: int = 0) -> None:
         try:
             self.cupy: Any = importlib.import_module("cupy")
             self._device = self.cupy.cuda.Device(number)
             self._device.use()
+            self.nvrtc: Any = importlib.import_module("cupy_backends.cuda.libs.nvrtc")
+            self.nvrtc.getVersion()  # which looks for it
             self.stream, self.copies = (self.cupy.cuda.Stream(non_blocking=True) for _ in range(2))
         except Exception as error:  # CuPy has an error of its own for each way in which there is no device
             raise OSError(f"no CUDA device: {error}") from error
@@ -343,7 +345,9 @@ class CudaKernels:
         if device.capability == HOPPER_CAPABILITY:
             for name in OF_HOPPER:
                 self._texts.append(text_of(f"{name}.cu"))
-                self._modules.append(module_of_hopper(device.cupy, name, self._texts[-1], definitions(self._texts[-1], sizes)))
+                self._modules.append(
+                    module_of_hopper(device.cupy, device.nvrtc, name, self._texts[-1], definitions(self._texts[-1], sizes))
+                )
         self._functions: dict[str, Any] = {}
         self.num_recorded = 0
 
@@ -390,10 +394,9 @@ class CudaKernels:
         return launch
 
 
-def module_of_hopper(cupy: Any, name: str, text: str, definitions: Sequence[str]) -> Any:
+def module_of_hopper(cupy: Any, nvrtc: Any, name: str, text: str, definitions: Sequence[str]) -> Any:
     """A source compiled for what CuPy does not compile for, and kept where it keeps its own if there is room. RuntimeError with what the
     compiler says when it does not compile."""
-    nvrtc = importlib.import_module("cupy_backends.cuda.libs.nvrtc")
     options = (f"-arch={HOPPER_ARCHITECTURE}", *OPTIONS, *definitions)
     key = hashlib.blake2b("\n".join([repr(nvrtc.getVersion()), *options, text]).encode(), digest_size=16).hexdigest()
     folder = Path(os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache"))

@@ -143,11 +143,10 @@ class Loaded:
 
 def test_what_is_compiled_for_hopper_is_kept_by_whoever_is_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     compiler = Compiler()
-    monkeypatch.setattr("importlib.import_module", {"cupy_backends.cuda.libs.nvrtc": compiler.names()}.__getitem__)
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "kept"))
 
     def module(text: str) -> Path:
-        return module_of_hopper(SimpleNamespace(RawModule=Loaded), "it", text, ()).path
+        return module_of_hopper(SimpleNamespace(RawModule=Loaded), compiler.names(), "it", text, ()).path
 
     with ThreadPoolExecutor(8) as pool:
         for text in ("one", "other"):
