@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import cycle
 from typing import cast
 
 import anyio
@@ -22,7 +22,7 @@ from .. import Result, open_engine
 from ..actors.model import Defaults, LoadedModel
 from ..core.errors import InvalidRequest
 from ..kernels.backend import Experts
-from ..kernels.cuda.device import SPAN, CudaDevice, CudaKernels, SpanStruct, Step
+from ..kernels.cuda.device import SPAN, CudaDevice, Kernels, SpanStruct, Step
 from ..kernels.cuda.graph import CudaHead, CudaTrunk
 from ..kernels.cuda.matrices import UNIT_BYTES, UNITS, CudaBackend, CudaMatrix
 from ..kernels.cuda.memory import CudaMemory, CudaSequence, spans_array
@@ -211,7 +211,7 @@ class Bench:
         """Where a chunk of a prompt and a verify of four rows go: the kernels that take longest, launched one after another."""
         config = PUBLISHED[size]
         trunk, maker = CudaTrunk(synthetic_weights(config, kind, self.backend), self.backend), CudaMemory(config, self.device)
-        kernels, num_tokens = cast("CudaKernels", self.backend.kernels(config)), position + CudaSequence.max_chunk
+        kernels, num_tokens = self.backend.kernels(config), position + CudaSequence.max_chunk
         capacity, pages = num_tokens + 4, num_pages(num_tokens + 4, 4)
         arena = maker.arena(pages)
         memory = maker.memory(arena, arena.take(pages)[0], capacity, 4, "log")
@@ -228,19 +228,11 @@ class Bench:
                 note = f"{len(each)} launches, {1e6 * statistics.median(each):.1f} us each"
                 self.figures.append(Figure(f"{size} {kind} at {position}, {what}: {kernel}", sum(each), 0, note))
 
-    def _each(self, kernels: CudaKernels, steps: Sequence[Step]) -> list[float]:
+    def _each(self, kernels: Kernels, steps: Sequence[Step]) -> list[float]:
         """What each step takes, with what lies between two launches: medians of runs after the first."""
-        runs, stream = list[list[float]](), self.device.stream
-        with self.device.using() as cupy:
-            for _ in range(6):
-                events = [cupy.cuda.Event() for _ in range(len(steps) + 1)]
-                events[0].record(stream)
-                for step, event in zip(steps, events[1:], strict=True):
-                    self.device.launch(kernels.function(step.kernel, step.shared), step, is_early=False)
-                    event.record(stream)
-                stream.synchronize()
-                runs.append([cupy.cuda.get_elapsed_time(a, b) / 1e3 for a, b in pairwise(events)])
-        return [statistics.median(each) for each in zip(*runs[1:], strict=True)]
+        number, coming = len(steps), cycle([steps[-1], *steps[:-1]])  # the first is not counted
+        taken = self.device.seconds(lambda: kernels.run([next(coming)]), 6 * number)
+        return [statistics.median(taken[i + number :: number]) for i in range(number)]
 
     def prefill(self, size: str, kind: str, num_tokens: int) -> None:
         """A prompt, without and with the MTP head's rows; the limit is that of the products' arithmetic."""

@@ -6,7 +6,7 @@
  * blocks.
  * Rows of the log that were accepted come first, with the same operations in the same order as when they were verified; the state they lead
  * to is the new base, and is written then. Sizes: KEY_DIM, VALUE_DIM, KEY_HEADS, VALUE_HEADS, IS_TILED, CONV_WIDTH, NUM_DELTA,
- * COLUMNS. */
+ * COLUMNS, CHUNK_COLUMNS. */
 #include "forerun.cuh"
 
 #define ROWS_AT_ONCE 8
@@ -262,19 +262,14 @@ extern "C" __global__ void __launch_bounds__(128)
 EXPORT(convolve)
 
 #define STAGED_ROWS 16
-/* With few heads, blocks of half as many columns, and twice as many threads for each of them. */
-#define IS_SMALL (VALUE_HEADS * VALUE_DIM < 100 * COLUMNS && COLUMNS > 8 && KEY_DIM % 64 == 0)
-#define CHUNK_COLUMNS (IS_SMALL ? COLUMNS / 2 : COLUMNS)
-#define CHUNK_LANES (IS_SMALL ? 8 * EACH : 4 * EACH)
-
-/* The recurrence over what `convolve` made. Grid: Hv * VALUE_DIM / CHUNK_COLUMNS; CHUNK_COLUMNS / EACH * CHUNK_LANES threads. */
-extern "C" __global__ void __launch_bounds__(CHUNK_COLUMNS / EACH * CHUNK_LANES)
+/* The recurrence over what `convolve` made. Grid: Hv * VALUE_DIM / CHUNK_COLUMNS; 4 COLUMNS threads, more a column where there are fewer. */
+extern "C" __global__ void __launch_bounds__(4 * COLUMNS)
     recur(const Span *spans, int layer, const float *x, const float *gates, float *out) {
     __shared__ __align__(16) float q[2][STAGED_ROWS][KEY_DIM], k[2][STAGED_ROWS][KEY_DIM], v[2][STAGED_ROWS][CHUNK_COLUMNS];
     __shared__ float decays[2][STAGED_ROWS], betas[2][STAGED_ROWS];
     const Span &s = spans[0];
     const int splits = VALUE_DIM / CHUNK_COLUMNS, head = blockIdx.x / splits, first_column = blockIdx.x % splits * CHUNK_COLUMNS;
-    const int LANES = CHUNK_LANES, APART = CHUNK_COLUMNS / EACH, column = threadIdx.x / LANES, part = threadIdx.x % LANES;
+    const int APART = CHUNK_COLUMNS / EACH, LANES = 4 * COLUMNS / APART, column = threadIdx.x / LANES, part = threadIdx.x % LANES;
     const int key_head = IS_TILED ? head % KEY_HEADS : head / (VALUE_HEADS / KEY_HEADS), rows = s.num_rows;
     const i64 layer_size = (i64)VALUE_HEADS * VALUE_DIM * KEY_DIM, slot = NUM_DELTA * layer_size;
     float *own = s.states + (i64)layer * layer_size + ((i64)head * VALUE_DIM + first_column + column) * KEY_DIM + part * 4;

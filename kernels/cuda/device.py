@@ -39,7 +39,8 @@ def sizes_of(config: ModelConfig) -> dict[str, int]:
     c = config
     return {
         "KEY_DIM": c.key_dim, "VALUE_DIM": c.value_dim, "KEY_HEADS": c.key_heads, "VALUE_HEADS": c.value_heads, "IS_TILED": int(c.is_tiled),
-        "CONV_WIDTH": c.conv_width, "NUM_DELTA": max(c.num_delta, 1), "COLUMNS": columns_of(c), "HEADS": c.heads, "KV_HEADS": c.kv_heads,
+        "CONV_WIDTH": c.conv_width, "NUM_DELTA": max(c.num_delta, 1), "COLUMNS": columns_of(c), "CHUNK_COLUMNS": chunk_columns_of(c),
+        "HEADS": c.heads, "KV_HEADS": c.kv_heads,
         "HEAD_DIM": c.head_dim, "ROTARY_DIM": c.rotary_dim, "MROPE_H": c.mrope_sections[1], "MROPE_W": c.mrope_sections[2],
     }  # fmt: skip
 
@@ -58,6 +59,13 @@ def definitions(text: str, sizes: dict[str, int]) -> list[str]:
 def columns_of(config: ModelConfig) -> int:
     """Columns of a head's state that one block of delta.cu has."""
     return next(n for n in (32, 16, 8) if config.value_dim % n == 0)
+
+
+def chunk_columns_of(config: ModelConfig) -> int:
+    """The same for a chunk: half as many where blocks would be too few for a large device."""
+    c, columns = config, columns_of(config)
+    is_small = c.value_heads * c.value_dim < 100 * columns and columns > 8 and c.key_dim % 64 == 0
+    return columns // 2 if is_small else columns
 
 
 def problem_with(config: ModelConfig) -> str | None:

@@ -16,7 +16,19 @@ from ..model.config import ModelConfig
 from ..model.inputs import frequencies
 from ..model.pages import PAGE
 from ..model.weights import AttentionWeights, DeltaWeights, DenseWeights, LayerWeights, MoeWeights
-from .device import DRAW, HOPPER_CAPABILITY, NOWHERE, Address, AheadStruct, Array, MatrixStruct, RowsStruct, Step, columns_of
+from .device import (
+    DRAW,
+    HOPPER_CAPABILITY,
+    NOWHERE,
+    Address,
+    AheadStruct,
+    Array,
+    MatrixStruct,
+    RowsStruct,
+    Step,
+    chunk_columns_of,
+    columns_of,
+)
 from .matrices import BF16, NAMES, Q4_K, Q5_K, Q6_K, Q8_0, STRIP, UNIT_BYTES, CudaMatrix, Packing, Stacked
 
 #: Positions of one part of an attention (PART of forerun.cuh), and pairs of row and head of one block (PAIRS, CHUNK_PAIRS of attention.cu).
@@ -106,9 +118,10 @@ class Program:
         struct = RowsStruct()
         read = rows if rows <= FEW_ROWS or self.is_wide else 16 if rows <= 16 else -(-rows // 32) * 32  # batch.cu reads whole blocks
         if BF16 in formats:
-            struct.halves_stride, shape = -(-width // 32) * 32, (read, -(-width // 32) * 32)
+            struct.halves_stride = -(-width // 32) * 32
+            shape: tuple[int, ...] = read, struct.halves_stride
             if self.is_wide and self.device.capability == HOPPER_CAPABILITY and not is_routed:
-                block = next((n for n in HOPPER_ROWS if rows <= n), HOPPER_ROWS[-1])
+                block = HOPPER_ROWS[rows > HOPPER_ROWS[0]]
                 struct.halves_rows = -(-rows // block) * block
                 shape = -(-width // 64), struct.halves_rows, 64
             struct.halves = self.device.address(self.buffer(f"{name} halves", shape, np.uint16))
@@ -275,10 +288,8 @@ class Program:
             "convolve", (-(-rows // 8), -(-heads // 4)), 128, spans, number, qkv.address, qkv.stride, b.address, b.stride, a.address,
             a.stride, floats(w.conv), floats(w.log_decay), floats(w.dt_bias), ready, gates,
         )  # fmt: skip
-        values, threads = c.value_heads * c.value_dim, 4 * columns
-        if values < 100 * columns and columns > 8 and c.key_dim % 64 == 0:  # IS_SMALL
-            columns //= 2
-        self.step("recur", (values // columns,), threads, spans, number, ready, gates, mixed)
+        blocks = c.value_heads * c.value_dim // chunk_columns_of(c)
+        self.step("recur", (blocks,), 4 * columns, spans, number, ready, gates, mixed)
         self.step("keep_columns", (-(-c.channels // 256),), 256, spans, number, qkv.address, qkv.stride)
 
     def _attention(self, u: Prepared, w: AttentionWeights, number: int) -> Parts:
